@@ -1,0 +1,51 @@
+# Everything runs in .venv, made from requirements.lock; every target may be run twice.
+PYTHON ?= python3.11
+FACTORY_HOME ?= $(CURDIR)/.factory
+export FACTORY_HOME
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(shell cksum requirements.lock | cut -d' ' -f1)
+
+.PHONY: help demo test up down status lint venv
+
+help:
+	@echo "make demo   20 experts, one merge, one table (starts the local stack and leaves it up)"
+	@echo "make test   every test, against a stack of its own"
+	@echo "make up | down | status   the local stack: S3, MLflow, Ray"
+	@echo "make lint   ruff and mypy"
+
+venv: $(STAMP)
+
+$(STAMP): requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -r requirements.lock
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+demo: up
+	@eval "$$($(BIN)/python -m infra.stack env)"; status=0; id="demo-$$(date +%Y%m%d-%H%M%S)"; \
+	trap '$(BIN)/ray job stop --address "$$RAY_API_SERVER_ADDRESS" "$$id"; exit 130' INT TERM; \
+	$(BIN)/ray job submit --address "$$RAY_API_SERVER_ADDRESS" --submission-id "$$id" --working-dir . -- \
+	  python pipeline/main.py --config pipeline/configs/quickstart.yaml --report "$(CURDIR)/demo-report" $(ARGS) \
+	  || status=$$?; \
+	echo; $(BIN)/python -m infra.stack status || true; \
+	echo "  report         $(CURDIR)/demo-report/"; \
+	echo "  stop           make down"; \
+	exit $$status
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+up: $(STAMP)
+	@$(BIN)/python -m infra.stack up
+
+down: $(STAMP)
+	@$(BIN)/python -m infra.stack down
+
+status: $(STAMP)
+	@$(BIN)/python -m infra.stack status
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy

@@ -1,0 +1,217 @@
+"""Content-addressed artifacts: recipes and their keys, manifests and their digests, publishing and finding.
+
+A *key* names a recipe: the SHA-256 of everything the artifact is a function of. A *digest* names bytes. Two attempts
+at one key may produce different bytes, so data goes to a name unique to the attempt and the manifest, at the fixed
+name of the key, is put-if-absent: the first manifest wins, a loser drops its bytes and uses the winner's.
+
+Layout in the store: ``objects/<key>/<attempt>/<label>`` (data) and ``artifacts/<key>.json`` (manifest). Does not
+cover deleting artifacts that nobody needs any more, nor bytes left by a process that was killed between its upload
+and its manifest: nothing ever refers to those.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from infra.errors import StoreError
+from infra.store import FileRef, Store
+
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_KEY = re.compile(r"[0-9a-f]{64}")
+_ATTEMPTS = 50
+
+
+def canonical_json(value: Any) -> bytes:
+    """UTF-8 JSON with one spelling per value: sorted keys, no spaces, floats by repr, tuples as lists.
+
+    Accepts None, bool, int, float, str, lists, tuples and mappings with string keys. Raises TypeError for other
+    types (a set has no order, an object no spelling) and ValueError for NaN and infinities.
+    """
+    plain = _plain(value, "value")
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def _plain(value: Any, where: str) -> Any:
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is float:
+        if not math.isfinite(value):
+            raise ValueError(f"{where} is {value}: only finite numbers have a key")
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        for name in value:
+            if type(name) is not str:
+                raise TypeError(f"{where} has the key {name!r}: only strings are accepted")
+        return {name: _plain(item, f"{where}.{name}") for name, item in value.items()}
+    raise TypeError(f"{where} is a {type(value).__name__}: only plain JSON values have a key")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything an artifact is a function of.
+
+    ``version`` is that of the algorithm: raise it when a numerical result changes. ``inputs`` are the keys of the
+    artifacts consumed, in an order that means something (sort them where it does not).
+    """
+
+    kind: str
+    version: int
+    config: Mapping[str, Any]
+    inputs: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Hex SHA-256 of the recipe's canonical JSON."""
+        return hashlib.sha256(canonical_json(_recipe_body(self))).hexdigest()
+
+
+def _recipe_body(recipe: Recipe) -> dict[str, Any]:
+    return {"kind": recipe.kind, "version": recipe.version, "config": recipe.config, "inputs": recipe.inputs}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What was made for a key: the files by label, the digests of the inputs consumed, and notes (``meta``)."""
+
+    key: str
+    kind: str
+    version: int
+    config: dict[str, Any]
+    files: dict[str, FileRef]
+    inputs: dict[str, str]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 over the files' labels and bytes: equal digests mean equal bytes."""
+        body = {label: ref.sha256 for label, ref in self.files.items()}
+        return hashlib.sha256(canonical_json(body)).hexdigest()
+
+    def to_json(self) -> bytes:
+        """Canonical JSON of the manifest, its digest included for readers."""
+        return canonical_json({**asdict(self), "digest": self.digest})
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Manifest":
+        """The manifest in these bytes. Raises StoreError if they are not one or contradict themselves."""
+        try:
+            body = json.loads(data)
+            files = {
+                str(label): FileRef(str(ref["name"]), str(ref["sha256"]), int(ref["size"]))
+                for label, ref in body["files"].items()
+            }
+            inputs = {str(key): str(digest) for key, digest in body["inputs"].items()}
+            manifest = cls(
+                key=str(body["key"]),
+                kind=str(body["kind"]),
+                version=int(body["version"]),
+                config=dict(body["config"]),
+                files=files,
+                inputs=inputs,
+                meta=dict(body["meta"]),
+            )
+            digest = str(body["digest"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"not a manifest ({type(error).__name__}: {error}): {data[:80]!r}") from error
+        if digest != manifest.digest:
+            raise StoreError(f"the manifest of {manifest.key} records digest {digest}, not {manifest.digest}")
+        prefix = f"objects/{manifest.key}/"
+        for ref in manifest.files.values():
+            if not ref.name.startswith(prefix) or ".." in ref.name.split("/"):
+                raise StoreError(f"the manifest of {manifest.key} refers to {ref.name!r}; accepted: {prefix}…")
+        return manifest
+
+
+def manifest_name(key: str) -> str:
+    """Where the manifest of a key lives. Raises ValueError if the key is not a hex SHA-256."""
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"not a recipe key: {key!r}")
+    return f"artifacts/{key}.json"
+
+
+def find(store: Store, key: str, inputs: Mapping[str, str]) -> Manifest | None:
+    """The artifact of a key, or None if it is absent or unusable and so has to be made.
+
+    Unusable: its manifest is unreadable, it was made from other input digests than ``inputs``, or one of its files
+    is missing or of another size. Bytes are verified where they are downloaded.
+    """
+    found = store.get_with_etag(manifest_name(key))
+    return None if found is None else _usable(store, key, found[0], inputs)
+
+
+def publish(
+    store: Store, recipe: Recipe, files: Mapping[str, Path], inputs: Mapping[str, str], meta: Mapping[str, Any]
+) -> tuple[Manifest, bool]:
+    """Make the files the artifact of the recipe, unless another attempt already did.
+
+    Returns the manifest that holds and whether it is this one. A loser's bytes are deleted; so are those of an
+    unusable artifact (other input digests, missing bytes) that this one replaces. Raises StoreError.
+    """
+    key = recipe.key
+    name = manifest_name(key)
+    for label in files:
+        if not _LABEL.fullmatch(label):
+            raise ValueError(f"bad file label {label!r}: letters, digits, '.', '_' and '-' are accepted")
+    folder = f"objects/{key}/{uuid.uuid4().hex}"
+    names = [f"{folder}/{label}" for label in files]
+    try:
+        refs = {label: store.upload_file(f"{folder}/{label}", path) for label, path in files.items()}
+        config = json.loads(canonical_json(recipe.config))
+        notes = json.loads(canonical_json(meta))
+        mine = Manifest(key, recipe.kind, recipe.version, config, refs, dict(inputs), notes)
+        data = mine.to_json()
+    except BaseException:
+        _drop(store, names)
+        raise
+    # From here on a failure may have been applied: the bytes stay, so that no manifest ever refers to deleted ones.
+    for _ in range(_ATTEMPTS):
+        if store.put_if_absent(name, data):
+            return mine, True
+        found = store.get_with_etag(name)
+        if found is None:
+            continue
+        winner = _usable(store, key, found[0], inputs)
+        if winner is not None:
+            if winner == mine:
+                return mine, True
+            _drop(store, names)
+            return winner, False
+        if store.replace_if_match(name, data, found[1]):
+            _drop_replaced(store, found[0])
+            return mine, True
+    raise StoreError(f"{store.uri(name)} kept changing during {_ATTEMPTS} attempts to publish it")
+
+
+def _usable(store: Store, key: str, data: bytes, inputs: Mapping[str, str]) -> Manifest | None:
+    try:
+        manifest = Manifest.from_json(data)
+    except StoreError:
+        return None
+    if manifest.key != key or manifest.inputs != dict(inputs):
+        return None
+    for ref in manifest.files.values():
+        info = store.head(ref.name)
+        if info is None or info.size != ref.size:
+            return None
+    return manifest
+
+
+def _drop_replaced(store: Store, data: bytes) -> None:
+    with contextlib.suppress(StoreError):
+        _drop(store, [ref.name for ref in Manifest.from_json(data).files.values()])
+
+
+def _drop(store: Store, names: list[str]) -> None:
+    """Delete what can be deleted: a store that fails here leaves bytes that nothing refers to."""
+    for name in names:
+        with contextlib.suppress(StoreError):
+            store.delete(name)

@@ -1,0 +1,1 @@
+"""Merging experts: statistics, methods, the reduction tree and its files."""

@@ -1,0 +1,54 @@
+"""The Ray cluster as the driver sees it: joining it, how many experts it runs at a time, what a worker asks for."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from pipeline.config import WorkerResources
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 1 << 30
+
+
+def connect_to_ray() -> None:
+    """Join the cluster of `RAY_ADDRESS` or of the submitted job; without either, start Ray on this machine.
+
+    A submitted job brings its code as the job's working directory; otherwise this checkout is sent to the workers.
+    """
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    environment: dict[str, Any] = {} if in_job else {
+        "working_dir": str(ROOT),
+        "excludes": [".factory", "demo-report", "tests", "docs", "**/__pycache__", ".mypy_cache"],
+    }  # fmt: skip
+    ray.init(
+        runtime_env=environment or None, log_to_driver=False, configure_logging=True, logging_level=logging.WARNING
+    )
+
+
+def ray_options(resources: WorkerResources, retries: int | None = None) -> dict[str, Any]:
+    """Ray's resource options of one worker."""
+    options: dict[str, Any] = {
+        "num_cpus": resources.cpus,
+        "num_gpus": resources.gpus,
+        "memory": int(resources.memory_gib * GIB),
+    }
+    if retries is not None:
+        options |= {"max_retries": retries}
+    return options
+
+
+def slots_of(nodes: list[dict[str, Any]], resources: WorkerResources) -> int:
+    """How many such workers the cluster's living nodes hold at a time, node by node; 0 if not even one fits.
+
+    `nodes` is what `ray.nodes()` returns.
+    """
+    asked = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_gib * GIB}
+    wanted = {name: amount for name, amount in asked.items() if amount}
+    return sum(
+        min(int(node["Resources"].get(name, 0) / amount + 1e-9) for name, amount in wanted.items())
+        for node in nodes
+        if node["Alive"]
+    )

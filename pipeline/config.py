@@ -1,0 +1,275 @@
+"""The configuration of a run: one YAML file, any field of which can be overridden on the command line.
+
+Every section is a frozen pydantic model that refuses unknown keys, so a misspelt field fails before anything starts.
+`load_config` merges file and `dotted.key=value` overrides with OmegaConf and turns pydantic's errors into one message
+that names the file, the field, what was found and what is accepted.
+Not covered: where services are (environment variables, see `infra/store.py` and `infra/registry.py`).
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from infra.errors import ConfigError
+from pipeline.tasks import TaskConfig
+
+DType = Literal["float32", "bfloat16"]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of every configuration section: unknown keys are errors, values cannot change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class PromptConfig(Section):
+    """How a task's text becomes the model's input."""
+
+    wrapper: str = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    """Text around every prompt; `{prompt}` stands for the filled-in task template. No system prompt is added."""
+    max_input_tokens: Positive = 96
+    """Longer inputs lose tokens on the left (the end of a question matters more than its beginning)."""
+    max_target_tokens: Positive = 64
+    """Longer targets are cut in training; generation never exceeds this."""
+
+    @field_validator("wrapper")
+    @classmethod
+    def _has_placeholder(cls, value: str) -> str:
+        if value.count("{prompt}") != 1:
+            raise ValueError("must contain {prompt} exactly once")
+        return value
+
+
+class SplitsConfig(Section):
+    """Rows per task; a task with fewer training rows than `train` uses what it has."""
+
+    train: Positive = 512
+    """Most training rows a task contributes."""
+    validation: Positive = 24
+    """Rows that choose the best values, the merge method and its parameters."""
+    test: Positive = 48
+    """Rows that are only reported, never used for a choice."""
+
+
+class MaskConfig(Section):
+    """Which weights an expert may change."""
+
+    criterion: Literal["random", "connection_sensitivity"] = "random"
+    """`random` (SpaRTA, arXiv 2502.15975) or `connection_sensitivity` |W * dL/dW| (arXiv 2507.07140)."""
+    granularity: Literal["element", "block"] = "element"
+    """Single weights, or aligned blocks of `block_size`."""
+    block_size: tuple[Positive, Positive] = (16, 16)
+    """Rows x columns of a block; both must divide every adapted weight."""
+    density: Fraction = 0.05
+    """Kept share of each adapted weight (the keep ratio)."""
+    modules: str = r".*\.(q_proj|k_proj|v_proj|o_proj)"
+    """Regular expression that must match the whole name of each adapted linear module."""
+    reselect_every: Positive | None = None
+    """Steps between selections of a new mask; null keeps the first one."""
+
+
+class TrainConfig(Section):
+    """How an expert is trained. Give either `steps` or `epochs`."""
+
+    steps: Positive | None = None
+    """Optimizer steps."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training rows."""
+    batch_size: Positive = 16
+    """Rows per optimizer step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay, applied to the change and not to the weight."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.06
+    """Share of the steps in which the learning rate rises."""
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    """Shape of the learning rate after the warm-up (names of transformers' schedulers)."""
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Largest L2 norm of the gradient of the trained values."""
+    validate_every: Positive | None = None
+    """Steps between validation losses; null: only after the last step. The best values seen are kept."""
+    compute_dtype: DType = "bfloat16"
+    """Type of the weights and activations in training. Trained values are always float32."""
+    value_dtype: DType = "bfloat16"
+    """Type of the values in the adapter file."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        return self
+
+
+class CandidateConfig(Section):
+    """One merge method; a list as a parameter's value stands for one candidate per element."""
+
+    method: str
+    """Name of a method in `merge/methods.py`."""
+    params: dict[str, float | Annotated[list[float], Field(min_length=1)]] = {}
+    """The method's parameters."""
+
+
+class MergeConfig(Section):
+    """How the experts become one model."""
+
+    fan_in: Literal[2, 4, 8, 16] = 4
+    """Radix of the merge tree: most children of a node."""
+    candidates: Annotated[list[CandidateConfig], Field(min_length=1)]
+    """Methods tried; the one with the best mean validation score is chosen, ties to the earlier."""
+
+
+class EvaluateConfig(Section):
+    """How models are scored."""
+
+    compute_dtype: DType = "float32"
+    """Type of weights and activations while scoring (a merged change often vanishes in bfloat16)."""
+    serving_dtype: DType | None = "bfloat16"
+    """The chosen merge is scored a second time with its weights rounded to this type; null skips it."""
+    batch_size: Positive = 24
+    """Rows per forward pass."""
+    few_shot: Annotated[int, Field(ge=0, le=32)] = 4
+    """Training examples shown to the few-shot base, which is reported beside; 0 skips it."""
+
+
+class WorkerResources(Section):
+    """What Ray reserves for one worker."""
+
+    cpus: Annotated[float, Field(ge=0)] = 1
+    """CPUs; torch uses as many threads (at least one)."""
+    gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs, may be a fraction."""
+    memory_gib: Annotated[float, Field(gt=0)] = 3.0
+    """Memory in GiB."""
+
+
+class ResourcesConfig(Section):
+    """Resources and retries. None of this is part of a key: changing it never retrains anything."""
+
+    expert: WorkerResources = WorkerResources()
+    """One expert's training."""
+    evaluator: WorkerResources = WorkerResources()
+    """One evaluation actor."""
+    node: WorkerResources = WorkerResources(cpus=0, memory_gib=1.5)
+    """One merge node; 0 CPUs, so that merging never keeps an expert waiting."""
+    concurrent_nodes: Positive = 2
+    """Merge nodes at a time."""
+    concurrent_registrations: Positive = 2
+    """Registrations in MLflow at a time."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """How often a task is started again after its worker or node was lost."""
+
+
+class PipelineConfig(Section):
+    """A run: the base, the tasks, and everything done with them."""
+
+    suite: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    """Name of the set of tasks; prefix of registered model names and name of the MLflow experiment."""
+    base: str
+    """`pypi:SmolLM2-135M-Instruct`, `path:<folder>` or `hub:<repository>[@revision]`."""
+    seed: int = 0
+    """Seed of splits, masks and batch order."""
+    prompt: PromptConfig = PromptConfig()
+    """Prompt and length limits."""
+    splits: SplitsConfig = SplitsConfig()
+    """Rows per split."""
+    held_in: Annotated[dict[str, TaskConfig], Field(min_length=1)]
+    """Tasks that get an expert."""
+    held_out: dict[str, TaskConfig] = {}
+    """Tasks that are only scored."""
+    mask: MaskConfig = MaskConfig()
+    """Which weights experts change."""
+    train: TrainConfig
+    """How experts are trained."""
+    merge: MergeConfig
+    """How experts are merged."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """How models are scored."""
+    resources: ResourcesConfig = ResourcesConfig()
+    """What workers may use."""
+
+    @model_validator(mode="after")
+    def _tasks_are_apart(self) -> Self:
+        if both := sorted(set(self.held_in) & set(self.held_out)):
+            raise ValueError(f"tasks named both in held_in and in held_out: {', '.join(both)}")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> PipelineConfig:
+    """Read a configuration file and apply overrides of the form `section.field=value`.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, an override is malformed, or a field is unknown, mistyped or out
+            of range; the message lists every such field.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = sorted(str(p) for p in Path(__file__).with_name("configs").glob("*.yaml"))
+        raise ConfigError(f"{path}: no such configuration file (shipped: {', '.join(known)})")
+    try:
+        loaded = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    try:
+        for override in overrides or []:
+            key, separator, value = override.partition("=")
+            if not (key and separator):
+                raise ConfigError(f"override {override!r}: expected section.field=value, for example train.steps=10")
+            OmegaConf.update(loaded, key, yaml.safe_load(value), merge=False, force_add=True)
+        data = OmegaConf.to_container(loaded, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: overrides {' '.join(overrides or [])}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
+    try:
+        return PipelineConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join([f"{path}:", *(f"  {line}" for line in _explain(error))])) from error
+
+
+def dump_config(config: PipelineConfig) -> str:
+    """The resolved configuration as YAML, loadable again by `load_config`."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """One line per wrong field: dotted path, what was found, what is accepted."""
+    lines = []
+    for item in error.errors():
+        location = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            accepted = _fields_at(item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), accepted, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(accepted)}"
+            lines.append(f"{location}: unknown field; {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{location}: missing (required)")
+        else:
+            found = repr(item["input"])
+            shown = found if len(found) <= 60 else found[:57] + "..."
+            lines.append(f"{location or 'configuration'}: {item['msg']} (found {shown})")
+    return lines
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    """Field names of the section at `location`; mappings and lists are stepped through by their element type."""
+    section: Any = PipelineConfig
+    for part in location:
+        if isinstance(section, type) and issubclass(section, BaseModel) and part in section.model_fields:
+            section = section.model_fields[str(part)].annotation
+            while not _is_model(section) and (arguments := get_args(section)):
+                section = next((a for a in reversed(arguments) if a is not type(None)), None)
+                if not _is_model(section) and not get_args(section):
+                    break
+    return sorted(section.model_fields) if _is_model(section) else []
+
+
+def _is_model(candidate: Any) -> bool:
+    return isinstance(candidate, type) and issubclass(candidate, BaseModel)

@@ -1,0 +1,66 @@
+"""What a run starts from and what it ends with: plain records between preflight, run, registration and results."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from infra.artifacts import Manifest
+from infra.store import Store
+from merge.methods import Candidate
+from pipeline.config import PipelineConfig
+from pipeline.tasks import TaskData
+from workers.base import PreparedBase
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a run needs, checked before it starts (`pipeline/preflight.py`)."""
+
+    config: PipelineConfig
+    store: Store
+    base: PreparedBase
+    base_weights: str
+    """Object name of the base's weights."""
+    tasks: dict[str, TaskData]
+    max_new_tokens: dict[str, int]
+    candidates: tuple[Candidate, ...]
+    run_id: str
+    """MLflow's id of the parent run, also the name of the run's folder in the store."""
+
+
+@dataclass
+class Counters:
+    """How many artifacts of each kind a run made or found."""
+
+    experts: int = 0
+    merge_nodes: int = 0
+    evaluations: int = 0
+
+
+@dataclass
+class Outcome:
+    """What a run produced; `pipeline/results.py` turns it into results.json."""
+
+    experts: dict[str, Manifest] = field(default_factory=dict)
+    merged: dict[Candidate, Manifest] = field(default_factory=dict)
+    scores: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
+    """(model, split, task) -> meta of the evaluation; a model is base, few_shot, expert, merged, serving, or a
+    candidate as JSON."""
+    chosen: Candidate | None = None
+    validation: dict[Candidate, float] = field(default_factory=dict)
+    made: Counters = field(default_factory=Counters)
+    reused: Counters = field(default_factory=Counters)
+    spans: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Seconds since the epoch in which each expert that was made held its slot."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    slots: int = 1
+
+
+def span(spans: list[tuple[float, float]]) -> float:
+    return max(end for _, end in spans) - min(start for start, _ in spans) if spans else 0.0
+
+
+def utilisation(outcome: Outcome) -> float | None:
+    """Share of the slot-seconds between first start and last end that experts filled; None if none was made."""
+    total = span(list(outcome.spans.values()))
+    return sum(end - start for start, end in outcome.spans.values()) / (outcome.slots * total) if total else None

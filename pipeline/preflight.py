@@ -1,0 +1,245 @@
+"""Everything that can be refused is refused here, before any training; then what a run is expected to cost.
+
+Order: what fails fastest first. Services (S3 with conditional writes, MLflow), names, merge candidates, data and
+splits, base, modules and blocks, then disk, memory and cluster.
+"""
+
+import math
+import shutil
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from infra import registry
+from infra.errors import ConfigError, FactoryError
+from infra.store import Store
+from merge.methods import Candidate
+from pipeline.cluster import GIB, slots_of
+from pipeline.config import PipelineConfig
+from pipeline.outcome import Inputs
+from pipeline.recipes import mask_spec, train_spec
+from pipeline.tasks import TaskData, load_tasks
+from workers.base import PreparedBase, prepare_base, upload_base
+from workers.cache import cache_dir
+from workers.masks import match_modules
+from workers.model import load_tokenizer
+from workers.prompt import PromptSpec, encode_example, target_token_cap
+from workers.support import unit_grid
+from workers.tensorfile import WEIGHTS
+
+PROCESS_GIB = 0.9
+"""Resident size of a worker with torch and transformers imported, measured, before it loads a base."""
+BYTES_PER_VALUE = {"element": 24, "block": 20}
+"""Training state per trained value: value, gradient, two moments, original, index (DESIGN's figure)."""
+
+
+def check_services(config: PipelineConfig, store: Store) -> None:
+    """Names, candidates, object store and MLflow: cheap checks that need no data."""
+    registry.model_names(config.suite, [*config.held_in, "merged"])
+    candidates(config)
+    store.check()
+    registry.check()
+
+
+def candidates(config: PipelineConfig) -> tuple[Candidate, ...]:
+    """Candidates of the configuration, lists of parameter values expanded, in order and without repeats."""
+    expanded: dict[Candidate, None] = {}
+    for entry in config.merge.candidates:
+        grids: list[dict[str, float]] = [{}]
+        for name, value in entry.params.items():
+            choices = value if isinstance(value, list) else [value]
+            grids = [{**grid, name: choice} for grid in grids for choice in choices]
+        for grid in grids:
+            expanded[Candidate(entry.method, grid)] = None
+    return tuple(expanded)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run is expected to take if nothing can be reused."""
+
+    trainable: int
+    """Trained values per expert."""
+    adapted: int
+    """Weights in the adapted modules."""
+    parameters: int
+    expert_tokens: dict[str, int]
+    worker_bytes: int
+    store_bytes: int
+    cache_bytes: int
+
+    def seconds(self, slots: int, flops: float) -> float:
+        """Training time: forward, input gradient and, for the adapted share, weight gradient; 2 flops a weight each."""
+        share = 2 + self.adapted / self.parameters
+        return 2 * self.parameters * share * sum(self.expert_tokens.values()) / flops / slots
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Checked inputs of a run, complete but for the run's id."""
+
+    config: PipelineConfig
+    store: Store
+    base: PreparedBase
+    tasks: dict[str, TaskData]
+    max_new_tokens: dict[str, int]
+    cost: Cost
+
+    def inputs(self, run_id: str) -> Inputs:
+        return Inputs(
+            config=self.config,
+            store=self.store,
+            base=self.base,
+            base_weights=f"bases/{self.base.sha256}/{WEIGHTS}",
+            tasks=self.tasks,
+            max_new_tokens=self.max_new_tokens,
+            candidates=candidates(self.config),
+            run_id=run_id,
+        )
+
+    def parameters(self) -> dict[str, Any]:
+        """Parameters of the parent run in MLflow."""
+        config = self.config
+        return {
+            "base": self.base.name,
+            "base_sha256": self.base.sha256,
+            "held_in": len(config.held_in),
+            "held_out": len(config.held_out),
+            "seed": config.seed,
+            "fan_in": config.merge.fan_in,
+            **{f"mask.{name}": value for name, value in config.mask.model_dump().items()},
+            **{f"train.{name}": value for name, value in config.train.model_dump().items()},
+        }
+
+    def check_cluster(self, nodes: list[dict[str, Any]], console: Console) -> tuple[int, int]:
+        """Experts and evaluators that run at a time; prints what the run is expected to take.
+
+        Raises ConfigError if a kind of worker fits on no node: Ray would let it wait for ever.
+        """
+        asked = self.config.resources
+        kinds = {"expert": asked.expert, "evaluator": asked.evaluator, "node": asked.node}
+        fitting = {kind: slots_of(nodes, resources) for kind, resources in kinds.items()}
+        for kind, resources in kinds.items():
+            if fitting[kind] < 1:
+                largest = max((node["Resources"] for node in nodes if node["Alive"]), key=lambda r: r.get("CPU", 0))
+                raise ConfigError(
+                    f"resources.{kind} asks for {resources.cpus:g} CPUs, {resources.gpus:g} GPUs and "
+                    f"{resources.memory_gib:g} GiB; no node of the Ray cluster has that (the largest: "
+                    f"{largest.get('CPU', 0):g} CPUs, {largest.get('GPU', 0):g} GPUs, "
+                    f"{largest.get('memory', 0) / GIB:.1f} GiB). Lower the request or add nodes."
+                )
+        slots = fitting["expert"]
+        cost, flops = self.cost, measured_flops()
+        console.print(
+            f"expected if nothing can be reused: training {cost.seconds(slots, flops) / 60:.0f} min on {slots} slots "
+            f"(at {flops / 1e9:.0f} GFLOP/s a slot), {cost.worker_bytes / GIB:.1f} GiB memory an expert, "
+            f"{cost.store_bytes / GIB:.1f} GiB in the object store, {cost.cache_bytes / GIB:.1f} GiB cache a node; "
+            f"{cost.trainable:,} trained values an expert ({cost.trainable / cost.adapted:.1%} of the adapted modules)",
+            highlight=False,
+        )
+        return slots, fitting["evaluator"]
+
+
+def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Prepared:
+    """Load base and tasks, check them against the configuration, and put both into the object store."""
+    cache = cache_dir()
+    console.print(f"base {config.base}", highlight=False)
+    base = prepare_base(config.base, cache)
+    console.print(f"{len(config.held_in)} held-in and {len(config.held_out)} held-out tasks", highlight=False)
+    tasks = load_tasks({**config.held_in, **config.held_out}, cache, config.splits.model_dump(), config.seed)
+    cost = expected_cost(config, base, tasks)
+    check_room(config, cost)
+    upload_base(store, base)
+    for data in tasks.values():
+        for split in data.splits:
+            store.put_if_absent(data.object_name(split), data.to_jsonl(split))
+    tokenizer = load_tokenizer(base.path)
+    limit = config.prompt.max_target_tokens
+    caps = {
+        name: min(limit, data.config.max_new_tokens or target_token_cap(tokenizer, data.splits["train"]))
+        for name, data in tasks.items()
+    }
+    return Prepared(config, store, base, tasks, caps, cost)
+
+
+def expected_cost(config: PipelineConfig, base: PreparedBase, tasks: dict[str, TaskData]) -> Cost:
+    """Sizes and tokens of a run. Raises ConfigError if modules or blocks do not fit the base."""
+    with init_empty_weights():
+        structure = AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
+        model = AutoModelForCausalLM.from_config(structure, trust_remote_code=False)
+    model.tie_weights()  # out here: inside, tied parameters would become two
+    trainable = adapted = 0
+    mask = mask_spec(config, tasks[next(iter(config.held_in))])
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for name, module in match_modules(model, config.mask.modules).items():
+        if uses[id(module.weight)] > 1:
+            raise ConfigError(
+                f"mask.modules {config.mask.modules!r} matches {name}, whose weight is tied to another module's "
+                "in this base and cannot be changed alone; make the expression narrower"
+            )
+        rows, columns = unit_grid(tuple(module.weight.shape), mask.block, name)
+        unit = math.prod(mask.block or (1, 1))
+        adapted += module.weight.numel()
+        trainable += max(1, round(mask.density * rows * columns)) * unit
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    tokenizer = load_tokenizer(base.path)
+    tokens, longest = {}, 0
+    for name in config.held_in:
+        data = tasks[name]
+        spec = PromptSpec(data.config.template, config.prompt.wrapper, config.prompt.max_input_tokens)
+        lengths = [
+            len(encode_example(tokenizer, spec, row, max_target_tokens=config.prompt.max_target_tokens).input_ids)
+            for row in data.splits["train"]
+        ]
+        train = train_spec(config, data)
+        tokens[name] = round(train.steps * train.batch_size * sum(lengths) / len(lengths))
+        longest = max(longest, *lengths)
+    width = torch.finfo(getattr(torch, config.train.compute_dtype)).bits // 8
+    hidden, inner = structure.hidden_size, getattr(structure, "intermediate_size", 4 * structure.hidden_size)
+    saved = structure.num_hidden_layers * (8 * hidden + 4 * inner) + 3 * structure.vocab_size // 4
+    activations = config.train.batch_size * longest * saved * width
+    worker = PROCESS_GIB * GIB + parameters * width + trainable * BYTES_PER_VALUE[config.mask.granularity] + activations
+    union = adapted * (1 - (1 - config.mask.density) ** len(config.held_in))
+    store_bytes = (
+        parameters * 2 + len(config.held_in) * trainable * 3.2 + union * (4.2 * len(candidates(config)) + 2 * 11)
+    )
+    cache_bytes = parameters * (2 + width) + union * 4.2 * len(candidates(config))
+    return Cost(trainable, adapted, parameters, tokens, int(worker), int(store_bytes), int(cache_bytes))
+
+
+def check_room(config: PipelineConfig, cost: Cost) -> None:
+    """Raises ConfigError if an expert needs more memory than it reserves or this machine's disk is too full."""
+    reserved = config.resources.expert.memory_gib * GIB
+    if config.resources.expert.gpus == 0 and cost.worker_bytes > reserved:
+        raise ConfigError(
+            f"resources.expert.memory_gib is {config.resources.expert.memory_gib:g}, but an expert is expected to need "
+            f"{cost.worker_bytes / GIB:.1f} GiB; raise it, or lower train.batch_size or prompt.max_input_tokens"
+        )
+    free = shutil.disk_usage(cache_dir()).free
+    if free < cost.cache_bytes:
+        raise FactoryError(
+            f"{cache_dir()}: {free / GIB:.1f} GiB free, {cost.cache_bytes / GIB:.1f} GiB expected; free some space "
+            "or set FACTORY_CACHE to another disk"
+        )
+
+
+def measured_flops() -> float:
+    """Multiply-adds of this machine with one thread in float32, x 2, per second; a tenth of a second of work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        left, right = torch.randn(512, 576), torch.randn(576, 1536)
+        left @ right
+        start, rounds = time.perf_counter(), 0
+        while time.perf_counter() - start < 0.1:
+            left @ right
+            rounds += 1
+        return 2 * 512 * 576 * 1536 * rounds / (time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,234 @@
+"""What a run reports: results.json, report.md and the table in the terminal, all from one outcome.
+
+Scores lie in 0-1. Summaries are unweighted means over tasks with a 95 % bootstrap interval (rows resampled within
+tasks). The names in results.json are an interface: add, never rename.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from merge.methods import Candidate
+from pipeline.outcome import Inputs, Outcome, utilisation
+from workers.metrics import bootstrap_interval
+
+
+def build_results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
+    """The content of results.json."""
+    assert outcome.chosen is not None
+    config = inputs.config
+    held_in = {task: _held_in(inputs, outcome, task) for task in config.held_in}
+    held_out = {task: _held_out(inputs, outcome, task) for task in config.held_out}
+    seed = config.seed
+    base, expert, merged = (_mean(held_in, name) for name in ("base", "expert", "merged"))
+    chosen = outcome.merged[outcome.chosen]
+    summary_in: dict[str, Any] = {
+        "base": base,
+        "expert": expert,
+        "merged": merged,
+        "retention": (merged - base) / (expert - base) if expert > base + 0.01 else None,
+        **{
+            f"{name}_interval": _interval(outcome, name, list(config.held_in), seed)
+            for name in ("base", "expert", "merged")
+        },
+        "format_free": {name: _mean([row["format_free"] for row in held_in.values()], name) for name in _MODELS},
+        "experts_above_base": sum(row["expert"] > row["base"] for row in held_in.values()),
+    }
+    summary_out: dict[str, Any] = {"base": None, "merged": None}
+    if held_out:
+        summary_out = {
+            "base": _mean(held_out, "base"),
+            "merged": _mean(held_out, "merged"),
+            **{f"{n}_interval": _interval(outcome, n, list(config.held_out), seed) for n in ("base", "merged")},
+            "format_free": {
+                name: _mean([row["format_free"] for row in held_out.values()], name) for name in ("base", "merged")
+            },
+        }
+    if config.evaluate.few_shot:
+        summary_in["base_few_shot"] = _mean(held_in, "base_few_shot")
+        if held_out:
+            summary_out["base_few_shot"] = _mean(held_out, "base_few_shot")
+    if config.evaluate.serving_dtype:
+        summary_in["merged_serving"] = _mean(held_in, "merged_serving")
+    return {
+        "run_id": inputs.run_id,
+        "suite": config.suite,
+        "base": {"name": inputs.base.name, "sha256": inputs.base.sha256},
+        "held_in": held_in,
+        "held_out": held_out,
+        "summary": {"held_in": summary_in, "held_out": summary_out},
+        "candidates": [
+            {**_plain(candidate), "validation": outcome.validation[candidate]} for candidate in inputs.candidates
+        ],
+        "chosen": {
+            **_plain(outcome.chosen),
+            "key": chosen.key,
+            "digest": chosen.digest,
+            "uri": inputs.store.uri(chosen.files["adapter"].name),
+            "density": chosen.meta["density"],
+            "serving_dtype": config.evaluate.serving_dtype,
+            "rounding_loss_bfloat16": chosen.meta["rounding_loss_bfloat16"],
+        },
+        "made": vars(outcome.made),
+        "reused": vars(outcome.reused),
+        "seconds": outcome.seconds,
+        "slots": outcome.slots,
+        "slot_utilisation": utilisation(outcome),
+    }
+
+
+_MODELS = ("base", "expert", "merged")
+
+
+def _held_in(inputs: Inputs, outcome: Outcome, task: str) -> dict[str, Any]:
+    manifest = outcome.experts[task]
+    scores = {model: outcome.scores[model, "test", task] for model in _MODELS}
+    row = {
+        "metric": scores["base"]["metric"],
+        **{model: scores[model]["score"] for model in _MODELS},
+        "n_test": scores["base"]["n"],
+        "format_free": {model: scores[model]["format_free"] for model in _MODELS},
+        "expert_key": manifest.key,
+        "expert_digest": manifest.digest,
+        "expert_uri": inputs.store.uri(manifest.files["adapter"].name),
+    }
+    return row | _optional(outcome, task)
+
+
+def _held_out(inputs: Inputs, outcome: Outcome, task: str) -> dict[str, Any]:
+    scores = {model: outcome.scores[model, "test", task] for model in ("base", "merged")}
+    row = {
+        "metric": scores["base"]["metric"],
+        **{model: found["score"] for model, found in scores.items()},
+        "n_test": scores["base"]["n"],
+        "format_free": {model: found["format_free"] for model, found in scores.items()},
+    }
+    return row | _optional(outcome, task)
+
+
+def _optional(outcome: Outcome, task: str) -> dict[str, float]:
+    """Scores that a configuration can switch off."""
+    names = {"few_shot": "base_few_shot", "serving": "merged_serving"}
+    return {
+        name: outcome.scores[model, "test", task]["score"]
+        for model, name in names.items()
+        if (model, "test", task) in outcome.scores
+    }
+
+
+def _plain(candidate: Candidate) -> dict[str, Any]:
+    return {"method": candidate.method, "params": dict(candidate.params)}
+
+
+def _mean(rows: dict[str, dict[str, Any]] | Sequence[dict[str, float]], name: str) -> float:
+    values = [row[name] for row in (rows.values() if isinstance(rows, dict) else rows)]
+    return float(sum(values) / len(values))
+
+
+def _interval(outcome: Outcome, model: str, tasks: list[str], seed: int) -> list[float]:
+    return list(bootstrap_interval([outcome.scores[model, "test", task]["scores"] for task in tasks], seed=seed))
+
+
+# -- for people -------------------------------------------------------------------------------------------------
+
+
+def _rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Task, metric, base, few-shot base, expert, merged - as text, held-in first, means after each group."""
+    rows = []
+    for group, title in (("held_in", "mean of held-in"), ("held_out", "mean of held-out")):
+        tasks, summary = results[group], results["summary"][group]
+        for task, row in tasks.items():
+            rows.append((task, row["metric"], *(_score(row.get(c)) for c in _COLUMNS)))
+        if tasks:
+            rows.append((title, "", *(_score(summary.get(c)) for c in _COLUMNS)))
+    return rows
+
+
+_COLUMNS = ("base", "base_few_shot", "expert", "merged")
+_TITLES = ("task", "metric", "base", "base few-shot", "expert", "merged")
+
+
+def _score(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def summary_table(results: dict[str, Any]) -> Table:
+    """The table for the terminal."""
+    table = Table(title=f"{results['suite']}: scores on the test splits", title_justify="left")
+    for title in _TITLES:
+        table.add_column(title, justify="left" if title in ("task", "metric") else "right", no_wrap=True)
+    for row in _rows(results):
+        mean = row[0].startswith("mean of ")
+        table.add_row(*(Text(cell) for cell in row), style="bold" if mean else None, end_section=mean)
+    return table
+
+
+def summary_lines(results: dict[str, Any]) -> list[str]:
+    """What stands under the table."""
+    held_in, chosen = results["summary"]["held_in"], results["chosen"]
+    low, high = held_in["merged_interval"]
+    params = ", ".join(f"{name} {value:g}" for name, value in chosen["params"].items())
+    retention = "undefined" if held_in["retention"] is None else f"{held_in['retention']:.0%}"
+    lines = [
+        f"chosen on validation: {chosen['method']}{f' ({params})' if params else ''}; the merge keeps {retention} of "
+        f"the experts' gain (merged {held_in['merged']:.3f}, 95 % interval {low:.3f} to {high:.3f})",
+        f"experts above base: {held_in['experts_above_base']} of {len(results['held_in'])}",
+        "format-free scores, held-in: "
+        + ", ".join(f"{model} {held_in['format_free'][model]:.3f}" for model in _MODELS),
+    ]
+    if "merged_serving" in held_in:
+        lines.append(
+            f"merged weights rounded to {chosen['serving_dtype']}: score {held_in['merged_serving']:.3f}; "
+            f"rounding to bfloat16 loses {chosen['rounding_loss_bfloat16']:.0%} of the merged change's norm"
+        )
+    made, reused, seconds = results["made"], results["reused"], results["seconds"]
+    lines.append("made:   " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in made.items()))
+    lines.append("reused: " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in reused.items()))
+    used = results["slot_utilisation"]
+    lines.append(
+        "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+        + (f"; {results['slots']} slots {used:.0%} busy with experts" if used is not None else "")
+    )  # fmt: skip
+    return lines
+
+
+def report_markdown(results: dict[str, Any]) -> str:
+    """report.md: table, candidates and figures of the run."""
+    lines = [
+        f"# {results['suite']}",
+        "",
+        f"Run `{results['run_id']}`, base {results['base']['name']} (`{results['base']['sha256'][:12]}`). "
+        "Scores on the test splits, 0-1.",
+        "",
+        "| " + " | ".join(_TITLES) + " |",
+        "|---|---|" + "---:|" * len(_COLUMNS),
+    ]
+    for row in _rows(results):
+        cells = [f"**{cell}**" if row[0].startswith("mean of ") and cell else cell for cell in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"- {line}" for line in summary_lines(results)), ""]
+    lines += ["## Candidates", "", "| method | parameters | mean validation score |", "|---|---|---:|"]
+    for candidate in results["candidates"]:
+        params = ", ".join(f"{name} = {value:g}" for name, value in candidate["params"].items())
+        lines.append(f"| {candidate['method']} | {params} | {candidate['validation']:.3f} |")
+    lines += [
+        "",
+        "## Intervals (95 %, rows resampled within tasks)",
+        "",
+        "| mean of | score | interval |",
+        "|---|---:|---|",
+    ]
+    for group, summary in results["summary"].items():
+        for model in _MODELS:
+            if summary.get(model) is not None:
+                low, high = summary[f"{model}_interval"]
+                lines.append(f"| {group.replace('_', '-')}, {model} | {summary[model]:.3f} | {low:.3f} to {high:.3f} |")
+    return "\n".join([*lines, ""])
+
+
+def results_json(results: dict[str, Any]) -> str:
+    """results.json as text; NaN would not be JSON and is an error."""
+    return json.dumps(results, indent=2, allow_nan=False) + "\n"

@@ -1,0 +1,408 @@
+"""One run: what is missing is made, in the order in which its inputs appear.
+
+Experts start at once; a merge node starts when its children exist, while other experts still train; evaluation actors
+take the slots that experts leave. The driver holds keys, manifests and scores, never tensors.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import ray
+
+from infra.artifacts import Manifest, Recipe, find
+from infra.errors import ExpertError, FactoryError
+from infra.store import FileRef
+from merge.jobs import ChildRef, NodeJob, RootJob
+from merge.methods import Candidate, LiftSpec, group_candidates
+from merge.tree import Node, build_tree, leaf_names, post_order
+from pipeline import recipes, remote
+from pipeline.cluster import ray_options
+from pipeline.display import Display
+from pipeline.outcome import Inputs, Outcome, span
+from pipeline.registration import register_expert, register_merge
+from pipeline.work import ActorItem, ActorPool, Item, Lane, settle
+from workers.evaluator import EvaluationJob
+from workers.expert import ExpertJob, ExpertOutcome
+from workers.prompt import PromptSpec
+from workers.scoring import EvaluateSpec
+
+POLL_S = 0.5
+
+
+class Stopped(Exception):
+    """The run was asked to stop."""
+
+
+class Run:
+    """The state machine of one run. `execute` drives it to the end."""
+
+    def __init__(self, inputs: Inputs, display: Display, slots: int, seats: int, stop: threading.Event) -> None:
+        self.inputs, self.config, self.store = inputs, inputs.config, inputs.store
+        self.display = display
+        self._seats = seats
+        self._stop = stop
+        self.outcome = Outcome(slots=slots)
+        resources = self.config.resources
+        self._experts = Lane()
+        self._nodes = Lane(resources.concurrent_nodes)
+        self._registrations = Lane(resources.concurrent_registrations)
+        self._board = remote.ProgressBoard.remote()  # type: ignore[attr-defined]
+        self._drain: Any = None
+        self._actors = ActorPool(self._create_evaluator, ray.kill)
+        self._tree = build_tree(list(self.config.held_in), self.config.merge.fan_in)
+        self._groups = group_candidates(inputs.candidates)
+        self._node_refs: dict[tuple[LiftSpec, str], ChildRef] = {}
+        self._nodes_open: set[tuple[LiftSpec, str]] = {
+            (lift, node.label) for lift in self._groups for node in post_order(self._tree)
+        }
+        self._problems: list[str] = []
+        self._merge_time: list[float] = []
+        self._evaluate_time: list[float] = []
+
+    # -- the run, top to bottom ---------------------------------------------------------------------------------
+
+    def execute(self) -> Outcome:
+        """Make what is missing. Raises ExpertError after everything else is done if an expert failed."""
+        start = time.time()
+        with self.display:
+            self._start_experts()
+            self._start_base_evaluations()
+            self._settle_until_idle()
+            self.outcome.seconds["experts"] = span(list(self.outcome.spans.values()))
+            self._choose()
+            self._start_test_of_chosen()
+            self._settle_until_idle()
+        self.outcome.seconds["merge"] = sum(self._merge_time)
+        self.outcome.seconds["evaluate"] = sum(self._evaluate_time)
+        self.outcome.seconds["total"] = time.time() - start
+        return self.outcome
+
+    def _settle_until_idle(self) -> None:
+        lanes = [self._experts, self._nodes, self._registrations]
+        while True:
+            for lane in lanes:
+                lane.start_ready()
+            self._actors.start_ready(max(0, min(self._seats, self.outcome.slots - self._experts.open)))
+            if any(lane.open for lane in lanes):
+                self._actors.release_idle()
+            if not settle(lanes, self._actors, POLL_S) and not self._actors.open and not any(x.open for x in lanes):
+                break
+            if self._stop.is_set():
+                for ref in self._experts.running:
+                    ray.cancel(ref)  # what waits inside Ray would start while the driver tidies up
+                raise Stopped
+            self._show_progress()
+        if self.outcome.failed:
+            raise ExpertError(self._failure_report())
+        if self._problems:
+            raise FactoryError("\n".join(self._problems))
+
+    def _show_progress(self) -> None:
+        if self._drain is None:
+            self._drain = self._board.drain.remote()
+        arrived, _ = ray.wait([self._drain], timeout=0)  # never block: a stop must be noticed at once
+        if not arrived:
+            return
+        reports = ray.get(self._drain)
+        self._drain = None
+        for task, report in reports:
+            if self.display.rows[task].state == "waiting":
+                self.display.state(task, "training")
+            steps = recipes.train_spec(self.config, self.inputs.tasks[task]).steps
+            rate = report.tokens / max(report.seconds, 1e-9)
+            eta = report.seconds / report.step * (steps - report.step)
+            self.display.progress(task, report.step, steps, report.loss, rate, eta)
+        done, total = len(self.outcome.experts), len(self.config.held_in)
+        self.display.tick(
+            f"experts {done}/{total}, merge nodes to do {len(self._nodes_open)}, "
+            f"evaluations done {self.outcome.made.evaluations + self.outcome.reused.evaluations}, "
+            f"to do {self._actors.open}, registrations to do {self._registrations.open}"
+        )
+
+    # -- experts ------------------------------------------------------------------------------------------------
+
+    def _start_experts(self) -> None:
+        missing: list[tuple[float, str, Recipe]] = []
+        for task in self.config.held_in:
+            data = self.inputs.tasks[task]
+            recipe = recipes.expert_recipe(self.config, self.inputs.base.sha256, data)
+            found = find(self.store, recipe.key, {})
+            if found is not None:
+                self.outcome.reused.experts += 1
+                self.display.state(task, "reused", recipe.key[:12])
+                self._expert_ready(task, found)
+            else:
+                steps = recipes.train_spec(self.config, data).steps
+                missing.append((steps * data.mean_tokens, task, recipe))
+        for _, task, recipe in sorted(missing, key=lambda item: -item[0]):  # longest expected first
+            self._experts.add(
+                Item(task, self._expert_starter(task, recipe), self._expert_done(task), self._expert_failed(task))
+            )
+
+    def _expert_starter(self, task: str, recipe: Recipe) -> Callable[[], Any]:
+        config, data = self.config, self.inputs.tasks[task]
+        job = ExpertJob(
+            task=task,
+            recipe=recipe,
+            base_sha256=self.inputs.base.sha256,
+            train_rows=data.object_name("train"),
+            validation_rows=data.object_name("validation"),
+            prompt=PromptSpec(data.config.template, config.prompt.wrapper, config.prompt.max_input_tokens),
+            max_target_tokens=config.prompt.max_target_tokens,
+            mask=recipes.mask_spec(config, data),
+            train=recipes.train_spec(config, data),
+            compute_dtype=config.train.compute_dtype,
+            value_dtype=config.train.value_dtype,
+            experiment=config.suite,
+            parent_run_id=self.inputs.run_id,
+            tags={"suite": config.suite, "base": self.inputs.base.name, "source": data.config.source},
+        )
+        options = ray_options(config.resources.expert, config.resources.retries)
+        return lambda: remote.expert.options(name=f"expert {task}", **options).remote(self.store, job, self._board)
+
+    def _expert_done(self, task: str) -> Callable[[ExpertOutcome], None]:
+        def done(outcome: ExpertOutcome) -> None:
+            counters = self.outcome.made if outcome.made else self.outcome.reused
+            counters.experts += 1
+            self.outcome.spans[task] = (outcome.started_at, outcome.ended_at)
+            meta = outcome.manifest.meta
+            self.display.state(
+                task,
+                "done",
+                f"validation loss {meta['validation_loss']:.3f}, {outcome.ended_at - outcome.started_at:.0f} s",
+            )
+            self._expert_ready(task, outcome.manifest)
+
+        return done
+
+    def _expert_failed(self, task: str) -> Callable[[BaseException], None]:
+        def failed(error: BaseException) -> None:
+            self.outcome.failed[task] = remote.reason(error)
+            self.display.state(task, "failed", self.outcome.failed[task])
+
+        return failed
+
+    def _expert_ready(self, task: str, manifest: Manifest) -> None:
+        self.outcome.experts[task] = manifest
+        self._evaluate("expert", "test", task, manifest, then=lambda: self._register_expert(task, manifest))
+        self._start_ready_nodes()
+
+    def _register_expert(self, task: str, manifest: Manifest) -> None:
+        score = self.outcome.scores["expert", "test", task]
+        self._register(task, lambda: register_expert(self.inputs, task, manifest, score))
+
+    def _register(self, name: str, make: Callable[[], Any]) -> None:
+        def done(result: Any) -> None:
+            if result.made:
+                self.display.line(f"registered {result.name} version {result.version}")
+
+        self._registrations.add(Item(f"register {name}", make, done, self._problem(f"registering {name!r} in MLflow")))
+
+    def _problem(self, what: str) -> Callable[[BaseException], None]:
+        """Note a failure; the run goes on with everything that does not depend on it and raises at the end."""
+
+        def failed(error: BaseException) -> None:
+            self._problems.append(f"{what} failed: {remote.reason(error)}")
+            self.display.line(self._problems[-1])
+
+        return failed
+
+    def _failure_report(self) -> str:
+        reasons = "\n".join(f"  {task}: {reason}" for task, reason in self.outcome.failed.items())
+        return (
+            f"{len(self.outcome.failed)} of {len(self.config.held_in)} experts failed, so there is no merge:\n"
+            f"{reasons}\n"
+            f"The other {len(self.outcome.experts)} are stored; the next run continues from there."
+        )
+
+    # -- merge --------------------------------------------------------------------------------------------------
+
+    def _start_ready_nodes(self) -> None:
+        for lift, candidates in self._groups.items():
+            for node in post_order(self._tree):
+                slot = (lift, node.label)
+                children = self._children(lift, node)
+                if slot not in self._nodes_open or children is None:
+                    continue
+                self._nodes_open.remove(slot)
+                if node is self._tree:
+                    self._start_root(lift, candidates, children)
+                else:
+                    self._start_node(lift, node, children)
+
+    def _children(self, lift: LiftSpec, node: Node) -> tuple[ChildRef, ...] | None:
+        """References to a node's children, or None while one is missing."""
+        found = []
+        for child in node.children:
+            if isinstance(child, Node):
+                ref = self._node_refs.get((lift, child.label))
+            else:
+                manifest = self.outcome.experts.get(child.name)
+                ref = _child(manifest, "expert", child.name) if manifest else None
+            if ref is None:
+                return None
+            found.append(ref)
+        return tuple(found)
+
+    def _start_node(self, lift: LiftSpec, node: Node, children: tuple[ChildRef, ...]) -> None:
+        recipe = recipes.node_recipe(lift, [child.key for child in children])
+
+        def ready(manifest: Manifest) -> None:
+            self._node_refs[lift, node.label] = _child(manifest, "node", node.label)
+            self._start_ready_nodes()
+
+        def done(result: tuple[Manifest, bool]) -> None:
+            manifest, made = result
+            self._count_node(made, manifest)
+            self.display.line(
+                f"merge node {node.label}: {len(leaf_names(node))} experts, {manifest.meta['seconds']:.1f} s"
+            )
+            ready(manifest)
+
+        found = find(self.store, recipe.key, {child.key: child.digest for child in children})
+        if found is not None:
+            self.outcome.reused.merge_nodes += 1
+            ready(found)
+            return
+        job = NodeJob(node.label, recipe, lift, children, self.inputs.base.sha256)
+        options = ray_options(self.config.resources.node, self.config.resources.retries)
+        start = remote.node.options(name=f"merge node {node.label}", **options).remote
+        self._nodes.add(Item(node.label, lambda: start(self.store, job), done, self._problem("merging")))
+
+    def _start_root(self, lift: LiftSpec, candidates: list[Candidate], children: tuple[ChildRef, ...]) -> None:
+        root = recipes.node_recipe(lift, [child.key for child in children])
+        consumed = {child.key: child.digest for child in children}
+        missing = []
+        for candidate in candidates:
+            recipe = recipes.merged_recipe(candidate, root.key)
+            found = find(self.store, recipe.key, consumed)
+            if found is None:
+                missing.append((candidate, recipe))
+            else:
+                self._candidate_ready(candidate, found)
+        if not missing:
+            self.outcome.reused.merge_nodes += 1
+            return
+
+        def done(result: dict[str, tuple[Manifest, bool]]) -> None:
+            for candidate, recipe in missing:
+                manifest, made = result[recipe.key]
+                self._candidate_ready(candidate, manifest)
+            self._count_node(made, manifest)
+            self.display.line(
+                f"merge root: {len(self.config.held_in)} experts, {len(missing)} candidates, "
+                f"{manifest.meta['seconds']:.1f} s"
+            )
+
+        job = RootJob(
+            self._tree.label, lift, children, self.inputs.base.sha256, self.inputs.base_weights, tuple(missing)
+        )  # fmt: skip
+        options = ray_options(self.config.resources.node, self.config.resources.retries)
+        start = remote.root.options(name="merge root", **options).remote
+        self._nodes.add(Item("root", lambda: start(self.store, job), done, self._problem("merging")))
+
+    def _count_node(self, made: bool, manifest: Manifest) -> None:
+        (self.outcome.made if made else self.outcome.reused).merge_nodes += 1
+        self._merge_time.append(manifest.meta["seconds"])
+
+    def _candidate_ready(self, candidate: Candidate, manifest: Manifest) -> None:
+        self.outcome.merged[candidate] = manifest
+        for task in self.config.held_in:
+            self._evaluate(candidate.to_json(), "validation", task, manifest)
+
+    def _choose(self) -> None:
+        """The best mean validation score; `max` keeps the first of equals."""
+        for candidate in self.inputs.candidates:
+            scores = [
+                self.outcome.scores[candidate.to_json(), "validation", task]["score"] for task in self.config.held_in
+            ]
+            self.outcome.validation[candidate] = math.fsum(scores) / len(scores)
+        self.outcome.chosen = max(self.inputs.candidates, key=lambda candidate: self.outcome.validation[candidate])
+        best = self.outcome.validation[self.outcome.chosen]
+        self.display.line(f"chosen: {self.outcome.chosen} with mean validation score {best:.3f}")
+
+    # -- evaluation ---------------------------------------------------------------------------------------------
+
+    def _start_base_evaluations(self) -> None:
+        for task in [*self.config.held_in, *self.config.held_out]:
+            self._evaluate("base", "test", task, None)
+            if self.config.evaluate.few_shot:
+                self._evaluate("few_shot", "test", task, None, few_shot=self.config.evaluate.few_shot)
+
+    def _start_test_of_chosen(self) -> None:
+        assert self.outcome.chosen is not None
+        manifest = self.outcome.merged[self.outcome.chosen]
+        for task in [*self.config.held_in, *self.config.held_out]:
+            self._evaluate("merged", "test", task, manifest)
+        serving = self.config.evaluate.serving_dtype
+        if serving is not None:
+            for task in self.config.held_in:
+                self._evaluate("serving", "test", task, manifest, weights_dtype=serving)
+        self._settle_until_idle()
+        self._register("merge", lambda: register_merge(self.inputs, self.outcome))
+
+    def _evaluate(
+        self,
+        model: str,
+        split: str,
+        task: str,
+        manifest: Manifest | None,
+        *,
+        few_shot: int = 0,
+        weights_dtype: str | None = None,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Find the score of one model on one split of one task, or have it made; `then` runs when it is known."""
+        config, data = self.config, self.inputs.tasks[task]
+        spec = EvaluateSpec(
+            metric=data.config.metric,
+            template=data.config.template,
+            wrapper=config.prompt.wrapper,
+            max_input_tokens=config.prompt.max_input_tokens,
+            max_new_tokens=self.inputs.max_new_tokens[task],
+            length_normalised=data.config.length_normalised,
+            few_shot=tuple((row.input, row.targets[0]) for row in data.splits["train"][:few_shot]),
+        )
+        weights = weights_dtype or config.evaluate.compute_dtype
+        digest = manifest.digest if manifest else self.inputs.base.sha256
+        recipe = recipes.evaluation_recipe(digest, data, split, spec, config.evaluate.compute_dtype, weights)
+
+        def known(found: Manifest, made: bool) -> None:
+            (self.outcome.made if made else self.outcome.reused).evaluations += 1
+            self.outcome.scores[model, split, task] = found.meta
+            then()
+
+        found = find(self.store, recipe.key, {})
+        if found is not None:
+            known(found, made=False)
+            return
+        adapter: FileRef | None = manifest.files["adapter"] if manifest else None
+        job = EvaluationJob(recipe, task, split, data.object_name(split), spec, model, adapter, weights)
+
+        def done(result: tuple[Manifest, bool]) -> None:
+            self._evaluate_time.append(result[0].meta["seconds"])
+            known(*result)
+
+        self._actors.waiting.append(
+            ActorItem(
+                name=f"{model} on {task}",
+                affinity=f"{adapter.name if adapter else ''} {weights}",
+                call=lambda actor: actor.evaluate.remote(job, config.evaluate.batch_size),
+                done=done,
+                failed=self._problem(f"scoring {model} on {task!r}"),
+            )
+        )
+
+    def _create_evaluator(self) -> Any:
+        resources = self.config.resources.evaluator
+        options = ray_options(resources)
+        actor = remote.EvaluationActor.options(max_restarts=3, max_task_retries=-1, **options)  # type: ignore[attr-defined]
+        return actor.remote(self.store, self.inputs.base.sha256, self.config.evaluate.compute_dtype)
+
+
+def _child(manifest: Manifest, kind: Literal["expert", "node"], name: str) -> ChildRef:
+    file = manifest.files["adapter" if kind == "expert" else "statistics"]
+    return ChildRef(manifest.key, manifest.digest, kind, name, file)

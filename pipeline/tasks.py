@@ -1,0 +1,228 @@
+"""Tasks: their configuration, their rows and their splits.
+
+Splits are a pure function of rows, sizes and seed: independent of the order of rows, without duplicates across or
+within splits, and nearly unchanged when rows are added. Where rows come from is `pipeline.sources`; prompts are
+`workers.prompt`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from infra.errors import DataError
+from pipeline.sources import (
+    ReadBytes,
+    bigbench_rows,
+    extract_bigbench,
+    hub_rows,
+    jsonl_rows,
+)
+from workers.rows import Row, rows_from_jsonl, rows_to_jsonl
+
+SPLITS = ("train", "validation", "test")
+DEFAULT_SIZES: Mapping[str, int] = {"train": 512, "validation": 24, "test": 48}
+_KINDS = ("bigbench", "jsonl", "hub")
+_MIN_TRAIN = 8
+
+
+class TaskSizes(BaseModel):
+    """Row counts of one task where they differ from the run's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    train: Annotated[int, Field(gt=0)] | None = None
+    """Most training rows."""
+    validation: Annotated[int, Field(gt=0)] | None = None
+    """Validation rows."""
+    test: Annotated[int, Field(gt=0)] | None = None
+    """Test rows."""
+
+
+class TaskConfig(BaseModel):
+    """One task: a named source, a prompt template and a metric."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    source: str
+    """`bigbench:<task>`, `jsonl:<path or s3 URI>` (rows input, target or targets, optional options),
+    `hub:<name>[/config]`."""
+    template: str = "{input}"
+    """Text of the prompt; `{input}` stands for the row's input, `{options}` for its options."""
+    metric: Literal["exact_match", "rouge_l", "choice_accuracy"]
+    """Exact match and Rouge-L score a generated answer, choice accuracy the log-likelihood of the row's options."""
+    length_normalised: bool = False
+    """Choice accuracy: divide an option's log-likelihood by its tokens."""
+    max_new_tokens: Annotated[int, Field(gt=0)] | None = None
+    """Most tokens generated; null: the 95th percentile of the training targets."""
+    columns: dict[Literal["input", "target", "targets", "options"], str] = {}
+    """`hub:` only: the dataset's column for each field, where the names differ."""
+    where: dict[str, str] = {}
+    """`hub:` only: keep the rows whose columns have these values, for example `{task_name: sciq_Multiple_Choice}`."""
+    sizes: TaskSizes = TaskSizes()
+    """Sizes of this task's splits, where they differ from the run's."""
+
+    @field_validator("source")
+    @classmethod
+    def _known_source(cls, value: str) -> str:
+        kind, _, rest = value.partition(":")
+        if kind not in _KINDS or not rest:
+            raise ValueError(
+                f"{value!r} is not a source; accepted: bigbench:<task>, jsonl:<path or s3 URI>, hub:<name>[/config]"
+            )
+        return value
+
+    @field_validator("template")
+    @classmethod
+    def _has_input(cls, value: str) -> str:
+        if "{input}" not in value:
+            raise ValueError("must contain {input}, where the row's input goes")
+        return value
+
+    @model_validator(mode="after")
+    def _columns_fit(self) -> Self:
+        if (self.columns or self.where) and not self.source.startswith("hub:"):
+            raise ValueError(
+                "columns and where are for hub: sources; name the fields input, target(s), options in the file itself"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task's rows in splits, each with a fingerprint: the SHA-256 of its canonical JSON lines."""
+
+    name: str
+    config: TaskConfig
+    splits: Mapping[str, Sequence[Row]]
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Rough tokens of a training example (4 characters each), for estimates and ordering only."""
+        rows = self.splits["train"]
+        characters = sum(len(row.input) + len(row.targets[0]) for row in rows) / max(1, len(rows))
+        return (characters + len(self.config.template)) / 4 + 10
+
+    def object_name(self, split: str) -> str:
+        """Where the split's rows are in the object store; a function of their content."""
+        return f"data/{self.fingerprints[split]}.jsonl"
+
+    def to_jsonl(self, split: str) -> bytes:
+        return rows_to_jsonl(self.splits[split])
+
+    @staticmethod
+    def from_jsonl(data: bytes) -> list[Row]:
+        return rows_from_jsonl(data)
+
+
+def fingerprint(rows: Sequence[Row]) -> str:
+    """Hex SHA-256 of the rows' canonical JSON lines."""
+    return hashlib.sha256(rows_to_jsonl(rows)).hexdigest()
+
+
+def normalised(text: str) -> str:
+    """What makes two inputs the same: case and whitespace do not count."""
+    return " ".join(text.casefold().split())
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
+
+
+def _distinct(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Usable rows grouped by normalised input."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        key = normalised(row.input)
+        if key and any(target.strip() for target in row.targets):
+            groups.setdefault(key, []).append(row)
+    return groups
+
+
+def _joined(key: str, group: Sequence[Row]) -> Row:
+    """One row for all with the same input: free-text targets are joined, of closed rows the first (by content)
+    stays."""
+    group = sorted(group, key=lambda row: _hash(row.input, *row.targets, "", *(row.options or ())))
+    first = group[0]
+    targets = first.targets
+    if all(row.options is None for row in group):
+        targets = tuple(dict.fromkeys(target for row in group for target in row.targets if target.strip()))
+    return Row(_hash(key)[:16], first.input, targets, first.options)
+
+
+def make_splits(
+    rows: Sequence[Row], sizes: Mapping[str, int], seed: int, task: str = "task"
+) -> dict[str, tuple[Row, ...]]:
+    """Disjoint train, validation and test rows, in an order given by a hash of seed and normalised input.
+
+    Rows with the same normalised input become one. Test and validation are filled first; train takes at most
+    `sizes["train"]` of the rest. Ids become content hashes. DataError with too few rows.
+    """
+    groups = _distinct(rows)
+    training = min(_MIN_TRAIN, sizes["train"])
+    least = sizes["test"] + sizes["validation"] + training
+    if len(groups) < least:
+        raise DataError(
+            f"task {task}: {len(groups)} distinct rows ({len(rows)} in all); at least {least} are needed for "
+            f"{sizes['test']} test, {sizes['validation']} validation and {training} training rows"
+        )
+    order = sorted(groups, key=lambda key: _hash(str(seed), key))
+    first, second = sizes["test"], sizes["test"] + sizes["validation"]
+    chosen = [_joined(key, groups[key]) for key in order[: second + sizes["train"]]]
+    return {"train": tuple(chosen[second:]), "validation": tuple(chosen[first:second]), "test": tuple(chosen[:first])}
+
+
+def load_tasks(
+    tasks: Mapping[str, TaskConfig],
+    cache: Path,
+    sizes: Mapping[str, int] = DEFAULT_SIZES,
+    seed: int = 0,
+    *,
+    archive: Path | None = None,
+    read_bytes: ReadBytes | None = None,
+) -> dict[str, TaskData]:
+    """Every task's rows, split. All BIG-bench tasks come from one pass over the archive (`archive` replaces the
+    download).
+
+    DataError naming the task when its source is missing, malformed, too small, or does not suit its metric.
+    """
+    sources = [config.source.partition(":") for config in tasks.values()]
+    named = [rest for kind, _, rest in sources if kind == "bigbench"]
+    try:
+        paths = extract_bigbench(named, cache, archive) if named else {}
+    except DataError as error:
+        wrong = [name for name, config in tasks.items() if f"{config.source}: " in str(error)]
+        raise DataError(f"task {', '.join(wrong)}: {error}" if wrong else str(error)) from error
+    loaded = {}
+    for name, config in tasks.items():
+        kind, _, rest = config.source.partition(":")
+        try:
+            if kind == "bigbench":
+                rows = bigbench_rows(paths[rest], config.source, config.metric == "choice_accuracy")
+            elif kind == "jsonl":
+                rows = jsonl_rows(rest, read_bytes)
+            else:
+                rows = hub_rows(rest, {str(key): column for key, column in config.columns.items()}, config.where)
+            _check_rows(rows, config)
+        except DataError as error:
+            raise DataError(f"task {name}: {error}") from error
+        wanted = {**sizes, **{key: size for key, size in config.sizes.model_dump().items() if size is not None}}
+        splits = make_splits(rows, wanted, seed, name)
+        loaded[name] = TaskData(name, config, splits, {split: fingerprint(splits[split]) for split in SPLITS})
+    return loaded
+
+
+def _check_rows(rows: Sequence[Row], config: TaskConfig) -> None:
+    if not rows:
+        raise DataError(f"{config.source} has no rows")
+    without = sum(row.options is None for row in rows)
+    if without and config.metric == "choice_accuracy":
+        raise DataError(f"{config.source}: {without} of {len(rows)} rows have no options; choice_accuracy needs them")
+    if without and "{options}" in config.template:
+        raise DataError(f"{config.source}: template uses {{options}}, but {without} of {len(rows)} rows have none")

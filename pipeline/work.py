@@ -1,0 +1,169 @@
+"""The driver's bookkeeping of Ray work: lanes of tasks with bounded concurrency, and a pool of evaluation actors.
+
+Results reach the run through callbacks; nothing here knows what the work is. Only keys, manifests and scores pass
+through the driver, never tensors.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import ActorDiedError
+
+
+@dataclass
+class Item:
+    """A unit of work: `start` hands it to Ray, then exactly one of the callbacks is called."""
+
+    name: str
+    start: Callable[[], ObjectRef]
+    done: Callable[[Any], None]
+    failed: Callable[[BaseException], None]
+
+
+@dataclass
+class Lane:
+    """Work of one kind, at most `limit` items at a time (None: all at once, queued inside Ray)."""
+
+    limit: int | None = None
+    waiting: deque[Item] = field(default_factory=deque)
+    running: dict[ObjectRef, Item] = field(default_factory=dict)
+
+    def add(self, item: Item) -> None:
+        self.waiting.append(item)
+
+    def start_ready(self) -> None:
+        while self.waiting and (self.limit is None or len(self.running) < self.limit):
+            item = self.waiting.popleft()
+            self.running[item.start()] = item
+
+    @property
+    def open(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+
+@dataclass
+class ActorItem:
+    """One call for the evaluation pool. Calls with the same `affinity` prefer an actor that had it last."""
+
+    name: str
+    affinity: str
+    call: Callable[[ActorHandle], ObjectRef]
+    done: Callable[[Any], None]
+    failed: Callable[[BaseException], None]
+    attempts: int = 0
+
+
+@dataclass
+class _Seat:
+    actor: ActorHandle
+    affinity: str = ""
+    item: ActorItem | None = None
+    idle_since: float = 0.0
+
+
+MOST_ATTEMPTS = 3
+"""How many actors may die on one call before it counts as failed."""
+IDLE_S = 30.0
+"""An actor without calls keeps its slot this long while other work could use it."""
+
+
+class ActorPool:
+    """Actors created one by one as `allowed` grows, each working on one call at a time."""
+
+    def __init__(self, create: Callable[[], ActorHandle], dismiss: Callable[[ActorHandle], None]) -> None:
+        self._create = create
+        self._dismiss = dismiss
+        self._seats: list[_Seat] = []
+        self._running: dict[ObjectRef, _Seat] = {}
+        self.waiting: list[ActorItem] = []
+
+    @property
+    def open(self) -> int:
+        return len(self.waiting) + len(self._running)
+
+    @property
+    def refs(self) -> list[ObjectRef]:
+        return list(self._running)
+
+    def start_ready(self, allowed: int) -> None:
+        """Give every idle actor a call; create actors up to `allowed` while calls are waiting."""
+        idle = [seat for seat in self._seats if seat.item is None]
+        wanted = {item.affinity for item in self.waiting}
+        for seat in sorted(idle, key=lambda seat: seat.affinity not in wanted):  # who has a wanted model chooses first
+            if self.waiting:
+                self._assign(seat)
+        while self.waiting and len(self._seats) < allowed:
+            seat = _Seat(self._create())
+            self._seats.append(seat)
+            self._assign(seat)
+
+    def release_idle(self) -> None:
+        """Give the slots of actors that had nothing to do for a while back to whatever else waits for them."""
+        for seat in [s for s in self._seats if s.item is None and time.monotonic() - s.idle_since > IDLE_S]:
+            self._seats.remove(seat)
+            self._dismiss(seat.actor)
+
+    def finish(self, ref: ObjectRef) -> ActorItem:
+        """Free the actor whose call ended and return the call."""
+        seat = self._running.pop(ref)
+        item, seat.item = seat.item, None
+        seat.idle_since = time.monotonic()
+        assert item is not None
+        return item
+
+    def retry(self, ref: ObjectRef) -> bool:
+        """The actor died: remove it and queue its call again. False if that was the call's last attempt."""
+        seat = self._running[ref]
+        item = seat.item
+        assert item is not None
+        item.attempts += 1
+        if item.attempts >= MOST_ATTEMPTS:
+            return False
+        del self._running[ref]
+        self._seats.remove(seat)
+        self.waiting.insert(0, item)
+        return True
+
+    def _assign(self, seat: _Seat) -> None:
+        """Same model first; else a model that no other actor is busy with; else whatever waits longest."""
+        busy = {other.affinity for other in self._seats if other.item is not None}
+        index = next((i for i, item in enumerate(self.waiting) if item.affinity == seat.affinity), None)
+        if index is None:
+            index = next((i for i, item in enumerate(self.waiting) if item.affinity not in busy), 0)
+        item = self.waiting.pop(index)
+        seat.affinity, seat.item = item.affinity, item
+        self._running[item.call(seat.actor)] = seat
+
+
+def settle(lanes: list[Lane], pool: ActorPool, timeout_s: float) -> bool:
+    """Wait up to `timeout_s` for any running work and call the callbacks of what ended. False if nothing runs."""
+    owners: dict[ObjectRef, Lane | ActorPool] = {ref: lane for lane in lanes for ref in lane.running}
+    owners.update({ref: pool for ref in pool.refs})
+    if not owners:
+        return False
+    ready, _ = ray.wait(list(owners), num_returns=1, timeout=timeout_s)
+    if ready:  # take everything else that is ready as well, without waiting
+        ready, _ = ray.wait(list(owners), num_returns=len(owners), timeout=0)
+    for ref in ready:
+        owner = owners[ref]
+        error: BaseException | None = None
+        try:
+            result = ray.get(ref)
+        except ActorDiedError as died:
+            if isinstance(owner, ActorPool) and owner.retry(ref):
+                continue
+            error = died
+        except Exception as other:
+            error = other
+        item: Item | ActorItem = owner.running.pop(ref) if isinstance(owner, Lane) else owner.finish(ref)
+        if error is None:
+            item.done(result)
+        else:
+            item.failed(error)
+    return True

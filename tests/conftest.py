@@ -1,0 +1,31 @@
+"""The real stack (SeaweedFS, MLflow, Ray), started once for all tests, beside whatever else runs on this machine."""
+
+import os
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from infra import stack as local_stack
+from infra.store import Store
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local_stack.StackState]:
+    """A running stack in a home of its own, its variables in ``os.environ``; taken down whatever happens."""
+    home = tmp_path_factory.mktemp("stack")
+    patch = pytest.MonkeyPatch()
+    try:
+        state = local_stack.up(home, num_cpus=2, object_store_mib=256)
+        for name, value in state.env().items():
+            patch.setenv(name, value)
+        yield state
+    finally:
+        patch.undo()
+        local_stack.down(home)
+
+
+@pytest.fixture
+def store(stack: local_stack.StackState) -> Store:
+    """A fresh prefix in the stack's object store."""
+    return Store(os.environ["FACTORY_S3_BUCKET"], os.environ["FACTORY_S3_ENDPOINT"], f"tests/{uuid.uuid4().hex}")

@@ -1,0 +1,187 @@
+"""What goes wrong in a run: killed workers, failing experts, a stopped job. Finished work is always kept."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import psutil
+import pytest
+import yaml
+
+from infra.artifacts import manifest_name
+from infra.store import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = Callable[..., dict[str, Any]]
+
+
+def start(config: dict[str, Any], folder: Path, env: dict[str, str]) -> subprocess.Popen[str]:
+    """The main job as a background process that logs to `folder`/log."""
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    command = [sys.executable, "pipeline/main.py", "--config", str(file), "--report", str(folder / "report")]
+    log = (folder / "log").open("w")
+    return subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **env}, stdout=log, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], folder: Path, seconds: float = 180) -> Any:
+    """Poll until `condition` gives something true; fails if the job ends or the time runs out before."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = condition()
+        if found:
+            return found
+        assert process.poll() is None, (folder / "log").read_text()[-3000:]
+        time.sleep(0.1)
+    raise AssertionError(f"nothing within {seconds} s: {(folder / 'log').read_text()[-3000:]}")
+
+
+def training_workers() -> list[psutil.Process]:
+    """Ray workers that run an expert right now (Ray sets the title of a busy worker)."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        title = " ".join(process.info["cmdline"] or [])
+        if title.startswith("ray::") and "expert" in title:
+            found.append(process)
+    return found
+
+
+def slow(config: dict[str, Any], steps: int) -> dict[str, Any]:
+    return config | {"train": config["train"] | {"steps": steps, "validate_every": None}}
+
+
+def test_a_killed_worker_is_retried(stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
+    process = start(slow(tiny_config("killed", held_in=2), 150), tmp_path, stack.env())
+    try:
+        victim = wait_for(training_workers, process, tmp_path)[0]
+        victim.send_signal(signal.SIGKILL)
+        assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
+    finally:
+        process.kill()
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert results["made"]["experts"] == 2
+    client = mlflow.MlflowClient(stack.env()["MLFLOW_TRACKING_URI"])
+    experiment = client.get_experiment_by_name("killed")
+    assert experiment
+    left = client.search_runs([experiment.experiment_id], "attributes.status = 'RUNNING'")
+    assert not left, "the run of the killed attempt must not stay open"
+
+
+def test_sigterm_keeps_finished_work_and_marks_runs_killed(stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
+    process = start(slow(tiny_config("stopped", held_in=3), 400), tmp_path, stack.env())
+    log = tmp_path / "log"
+    try:
+        wait_for(lambda: re.search(r"in\d: done", log.read_text()), process, tmp_path)
+        process.send_signal(signal.SIGTERM)
+        sent = time.monotonic()
+        assert process.wait(timeout=30) == 130, log.read_text()[-3000:]
+        assert time.monotonic() - sent < 10
+    finally:
+        process.kill()
+    found = re.search(r"run ([0-9a-f]{32})", log.read_text())
+    assert found
+    client = mlflow.MlflowClient(stack.env()["MLFLOW_TRACKING_URI"])
+    parent = client.get_run(found.group(1))
+    assert parent.info.status == "KILLED"
+    children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{found.group(1)}'")
+    assert {child.info.status for child in children} <= {"FINISHED", "KILLED"}
+    kept = [child for child in children if child.info.status == "FINISHED"]
+    assert kept
+    store = Store.from_env()
+    assert all(store.head(manifest_name(child.data.tags["expert_key"])) for child in kept)
+
+
+def test_ray_job_stop_marks_the_runs_killed(stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
+    config, log = tmp_path / "config.yaml", tmp_path / "log"
+    config.write_text(yaml.safe_dump(slow(tiny_config("job-stopped", held_in=2), 4000), sort_keys=False))
+    env = {**os.environ, **stack.env()}
+    ray, job = str(Path(sys.executable).with_name("ray")), f"stopped-{uuid.uuid4().hex}"
+    submit = [ray, "job", "submit", "--submission-id", job, "--working-dir", str(ROOT), "--"]
+    main = ["python", "pipeline/main.py", "--config", str(config)]
+    with log.open("w") as out:
+        process = subprocess.Popen([*submit, *main], cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for(lambda: re.search(r"in\d: training", log.read_text()), process, tmp_path)
+        subprocess.run([ray, "job", "stop", job], cwd=ROOT, env=env, check=True, timeout=120, capture_output=True)
+        process.wait(timeout=60)
+    finally:
+        process.kill()
+    found = re.search(r"run ([0-9a-f]{32})", log.read_text())
+    assert found
+    client = mlflow.MlflowClient(env["MLFLOW_TRACKING_URI"])
+    parent = client.get_run(found.group(1))
+    assert parent.info.status == "KILLED", log.read_text()[-3000:]
+    children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{found.group(1)}'")
+    assert {child.info.status for child in children} == {"KILLED"}
+
+
+def test_one_failing_expert_does_not_discard_the_others(pipeline: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
+    config = tiny_config("failing", held_in=3)
+    unreasonable = config | {"train": config["train"] | {"learning_rate": 1e38, "clip_norm": 1e30}}
+    finished = pipeline(unreasonable)
+    assert finished.code == 1, finished.output[-3000:]
+    assert "experts failed" in finished.output
+    assert "learning_rate" in finished.output
+    broken = dict(config["held_in"])
+    name = next(iter(broken))
+    rows = Path(broken[name]["source"].removeprefix("jsonl:")).read_text().splitlines()
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join([*rows, "{not json"]))
+    broken[name] = broken[name] | {"source": f"jsonl:{bad}"}
+    refused = pipeline(config | {"held_in": broken})
+    assert refused.code == 2, refused.output[-3000:]
+    assert str(bad) in refused.output
+
+
+def test_a_run_continues_where_a_failed_one_ended(pipeline: Any, tiny_config: CONFIG) -> None:
+    config = tiny_config("continued", held_in=3)
+    first = pipeline(config | {"held_in": {"in0": config["held_in"]["in0"]}})
+    assert first.code == 0, first.output[-3000:]
+    second = pipeline(config)
+    assert second.code == 0, second.output[-3000:]
+    assert second.results["reused"]["experts"] == 1
+    assert second.results["made"]["experts"] == 2
+
+
+def test_a_corrupted_adapter_is_refused(pipeline: Any, tiny_config: CONFIG) -> None:
+    config = tiny_config("corrupted", held_in=2)
+    first = pipeline(config)
+    assert first.code == 0, first.output[-3000:]
+    store = Store.from_env()
+    name = first.results["held_in"]["in0"]["expert_uri"].split("/", 3)[3]
+    data = bytearray(store.get(name))
+    data[-1] ^= 0xFF
+    store.put(name, bytes(data))
+    merge = {"fan_in": 4, "candidates": [{"method": "ties", "params": {"density": 0.5}}]}
+    second = pipeline(config | {"merge": merge})
+    assert second.code == 1, second.output[-3000:]
+    assert "corrupt" in second.output
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("FACTORY_S3_ENDPOINT", "http://127.0.0.1:9", "127.0.0.1:9"),
+        ("AWS_SECRET_ACCESS_KEY", "wrong", "credentials"),
+        ("MLFLOW_TRACKING_URI", "http://127.0.0.1:9", "MLflow"),
+    ],
+)
+def test_services_that_cannot_be_used(
+    stack: Any, tiny_config: CONFIG, tmp_path: Path, variable: str, value: str, expected: str
+) -> None:
+    process = start(tiny_config("services", held_in=1), tmp_path, {**stack.env(), variable: value})
+    assert process.wait(timeout=120) == 2
+    output = (tmp_path / "log").read_text()
+    assert expected in output
+    assert "Traceback" not in output

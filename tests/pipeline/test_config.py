@@ -1,0 +1,79 @@
+"""Configuration: what is refused, with which message, and what an override does."""
+
+from pathlib import Path
+
+import pytest
+
+from infra.errors import ConfigError
+from pipeline.config import dump_config, load_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "pipeline" / "configs"
+
+
+@pytest.mark.parametrize("name", ["quickstart.yaml", "flan20.yaml"])
+def test_shipped_configurations_load_and_survive_a_round_trip(name: str, tmp_path: Path) -> None:
+    config = load_config(CONFIGS / name)
+    assert len(config.held_in) == 20
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+
+
+def test_overrides_replace_fields_also_inside_lists_and_tasks() -> None:
+    config = load_config(
+        CONFIGS / "quickstart.yaml",
+        ["train.steps=7", "merge.candidates[0].method=ties", "held_in.vitaminc.metric=exact_match", "mask.density=0.1"],
+    )
+    assert (config.train.steps, config.merge.candidates[0].method) == (7, "ties")
+    assert (config.held_in["vitaminc"].metric, config.mask.density) == ("exact_match", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.learning_rat=0.1", ["train.learning_rat", "did you mean 'learning_rate'"]),
+        ("trian.steps=3", ["trian", "did you mean 'train'"]),
+        ("held_in.vitaminc.metrik=rouge_l", ["held_in.vitaminc.metrik", "did you mean 'metric'"]),
+        ("merge.candidates[0].params2={}", ["merge.candidates.0.params2", "did you mean 'params'"]),
+        ("train.steps=abc", ["train.steps", "integer", "'abc'"]),
+        ("train.steps=-1", ["train.steps", "greater than 0", "-1"]),
+        ("mask.density=1.5", ["mask.density", "less than or equal to 1"]),
+        ("mask.criterion=magic", ["mask.criterion", "random", "connection_sensitivity"]),
+        ("held_in.vitaminc.source=ftp:x", ["held_in.vitaminc.source", "bigbench:<task>", "jsonl:<path"]),
+        ("held_in.vitaminc.template=none", ["held_in.vitaminc.template", "{input}"]),
+        ("prompt.wrapper=none", ["prompt.wrapper", "{prompt}"]),
+        ("train.epochs=2", ["train", "exactly one of steps and epochs"]),
+        ("merge.fan_in=3", ["merge.fan_in", "2, 4, 8 or 16"]),
+        ("no-equals-sign", ["no-equals-sign", "section.field=value"]),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_is_accepted(override: str, expected: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(CONFIGS / "quickstart.yaml", [override])
+    for part in expected:
+        assert part in str(caught.value)
+
+
+def test_every_wrong_field_is_listed_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(CONFIGS / "quickstart.yaml", ["train.steps=0", "mask.density=0", "sed=1"])
+    assert all(field in str(caught.value) for field in ("train.steps", "mask.density", "sed"))
+
+
+def test_one_task_cannot_be_held_in_and_held_out() -> None:
+    task = "{source: 'bigbench:hyperbaton', metric: choice_accuracy}"
+    with pytest.raises(ConfigError, match="both in held_in and in held_out: hyperbaton"):
+        load_config(CONFIGS / "quickstart.yaml", [f"held_out.hyperbaton={task}"])
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml.*quickstart\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("suite: [unclosed")
+    with pytest.raises(ConfigError, match=r"broken\.yaml"):
+        load_config(broken)
+    listed = tmp_path / "list.yaml"
+    listed.write_text("- a\n- b\n")
+    with pytest.raises(ConfigError, match=r"list\.yaml"):
+        load_config(listed)

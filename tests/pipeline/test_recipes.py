@@ -1,0 +1,95 @@
+"""Keys change exactly when something that the artifact is a function of changes."""
+
+from pathlib import Path
+
+import pytest
+
+from merge.methods import Candidate, group_candidates
+from pipeline.config import load_config
+from pipeline.recipes import evaluation_recipe, expert_recipe, mask_spec, merged_recipe, node_recipe
+from pipeline.tasks import TaskConfig, TaskData, fingerprint
+from workers.rows import Row
+from workers.scoring import EvaluateSpec
+
+CONFIG = Path(__file__).resolve().parents[2] / "pipeline" / "configs" / "quickstart.yaml"
+BASE = "a" * 64
+
+
+def data(text: str = "x", template: str = "{input}", name: str = "task", test: str = "t") -> TaskData:
+    splits = {
+        "train": tuple(Row(str(i), f"{text}{i}", ("y",)) for i in range(20)),
+        "validation": (Row("v", "v", ("y",)),),
+        "test": (Row("t", test, ("y",)),),
+    }
+    config = TaskConfig(source="jsonl:rows.jsonl", template=template, metric="exact_match")
+    return TaskData(name, config, splits, {split: fingerprint(rows) for split, rows in splits.items()})
+
+
+def key(*overrides: str, base: str = BASE, task: TaskData | None = None) -> str:
+    return expert_recipe(load_config(CONFIG, list(overrides)), base, task or data()).key
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.steps=31", "train.batch_size=4", "train.learning_rate=0.1", "train.weight_decay=0.1",
+        "train.warmup_ratio=0.5", "train.schedule=cosine", "train.clip_norm=2", "train.validate_every=3",
+        "train.compute_dtype=bfloat16", "train.value_dtype=float32", "seed=1", "mask.density=0.1",
+        "mask.criterion=random", "mask.granularity=element", "mask.block_size=[8, 8]",
+        "mask.modules='.*q_proj'", "mask.reselect_every=5", "prompt.max_input_tokens=50", "prompt.max_target_tokens=9",
+        "prompt.wrapper='{prompt}:'",
+    ],
+)  # fmt: skip
+def test_what_training_depends_on_changes_the_key(override: str) -> None:
+    assert key(override) != key()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "suite=other", "resources.expert.cpus=2", "resources.expert.memory_gib=9", "resources.retries=0",
+        "resources.concurrent_nodes=5", "evaluate.batch_size=3", "evaluate.few_shot=0", "merge.fan_in=2",
+        "merge.candidates=[{method: mean}]", "held_in.vitaminc.metric=exact_match",
+    ],
+)  # fmt: skip
+def test_what_training_does_not_depend_on_leaves_the_key(override: str) -> None:
+    assert key(override) == key()
+
+
+def test_data_template_and_base_are_in_the_key_names_and_test_rows_are_not() -> None:
+    assert key(task=data("z")) != key()
+    assert key(task=data(template="Q: {input}")) != key()
+    assert key(base="b" * 64) != key()
+    assert key(task=data(name="another")) == key()
+    assert key(task=data(test="other")) == key()
+
+
+def test_experts_with_different_rows_get_different_random_masks() -> None:
+    config = load_config(CONFIG)
+    assert mask_spec(config, data()).seed != mask_spec(config, data("z")).seed
+    assert mask_spec(config, data()).seed == mask_spec(config, data(name="another")).seed
+
+
+def test_nodes_and_merges_follow_their_inputs() -> None:
+    mean, scaled = Candidate("mean"), Candidate("task_arithmetic", {"lambda": 0.3})
+    (lift,) = group_candidates([mean])
+    root = node_recipe(lift, ["1" * 64, "2" * 64]).key
+    assert root != node_recipe(lift, ["1" * 64, "3" * 64]).key
+    assert merged_recipe(mean, root).key != merged_recipe(scaled, root).key
+    assert merged_recipe(mean, root).key != merged_recipe(mean, "4" * 64).key
+
+
+def test_a_scores_key_names_model_rows_decoding_and_types() -> None:
+    spec = EvaluateSpec(metric="exact_match")
+
+    def score(**changes: object) -> str:
+        fields = {"model_digest": BASE, "data": data(), "split": "test", "spec": spec, "dtype": "float32"}
+        return evaluation_recipe(**{**fields, "weights_dtype": "float32", **changes}).key  # type: ignore[arg-type]
+
+    changed = [
+        score(model_digest="b" * 64), score(data=data(test="u")), score(split="validation"), score(dtype="bfloat16"),
+        score(spec=EvaluateSpec(metric="rouge_l")), score(spec=EvaluateSpec(metric="exact_match", max_new_tokens=9)),
+        score(weights_dtype="bfloat16"),
+    ]  # fmt: skip
+    assert len({score(), *changed}) == len(changed) + 1
+    assert score(data=data("other training rows")) == score()

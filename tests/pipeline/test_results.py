@@ -1,0 +1,236 @@
+"""What a run reports, from an outcome made by hand: names, means, what is left out, and that people can read it."""
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from infra.artifacts import Manifest
+from infra.store import FileRef, Store
+from merge.methods import Candidate
+from pipeline.config import PipelineConfig
+from pipeline.outcome import Counters, Inputs, Outcome
+from pipeline.results import build_results, report_markdown, results_json, summary_lines, summary_table
+from workers.base import PreparedBase
+
+MEAN, TIES = Candidate("mean"), Candidate("ties", {"lambda": 0.5})
+BASE = PreparedBase(Path("/nowhere"), "tiny", "b" * 64, "mit")
+ROWS = {"held_in": {"base": (0.0, 0.5), "expert": (0.5, 1.0), "merged": (0.25, 0.75)},
+        "held_out": {"base": (0.25,), "merged": (0.5,)}}  # fmt: skip
+
+
+def manifest(kind: str, letter: str, **meta: Any) -> Manifest:
+    key = letter * 64
+    return Manifest(key, kind, 1, {}, {"adapter": FileRef(f"objects/{key}/1/adapter", "0" * 64, 10)}, {}, meta)
+
+
+def score(value: float, n: int) -> dict[str, Any]:
+    """The meta of an evaluation; `n` is not the same for all tasks, so that a mean over rows would differ."""
+    return {"metric": "rouge_l", "n": n, "score": value, "format_free": value / 2, "scores": [value] * n}
+
+
+def make(few_shot: int = 2, serving: str | None = "bfloat16", held_out: int = 1, **held_in: Any) -> tuple[Any, Any]:
+    """Inputs and outcome of two held-in tasks and one held-out task; `expert=(…)` replaces the experts' scores."""
+    tasks = {"held_in": ["alpha", "beta"], "held_out": ["gamma"][:held_out]}
+    task = {"source": "jsonl:rows.jsonl", "metric": "rouge_l"}
+    config = PipelineConfig.model_validate(
+        {
+            "suite": "mine",
+            "base": "path:/nowhere",
+            "held_in": {name: task for name in tasks["held_in"]},
+            "held_out": {name: task for name in tasks["held_out"]},
+            "train": {"steps": 1},
+            "merge": {"candidates": [{"method": "mean"}, {"method": "ties", "params": {"lambda": 0.5}}]},
+            "evaluate": {"few_shot": few_shot, "serving_dtype": serving},
+        }
+    )
+    outcome = Outcome(
+        experts={"alpha": manifest("expert", "1"), "beta": manifest("expert", "2")},
+        merged={MEAN: manifest("merged", "3"),
+                TIES: manifest("merged", "4", density=0.1, rounding_loss_bfloat16=0.25)},
+        chosen=TIES,
+        validation={MEAN: 0.25, TIES: 0.5},
+        made=Counters(experts=1, merge_nodes=1, evaluations=9),
+        reused=Counters(experts=1, evaluations=2),
+        spans={"alpha": (100.0, 104.0), "beta": (104.0, 106.0)},
+        seconds={"experts": 6.0, "merge": 1.0, "evaluate": 2.0, "total": 9.0},
+        slots=2,
+    )  # fmt: skip
+    for group, names in tasks.items():
+        for model, values in (ROWS[group] | (held_in if group == "held_in" else {})).items():
+            for at, name in enumerate(names):
+                outcome.scores[model, "test", name] = score(values[at], 2 + 6 * at)
+        for name in names:
+            if few_shot:
+                outcome.scores["few_shot", "test", name] = score(0.75, 2)
+            if serving and group == "held_in":
+                outcome.scores["serving", "test", name] = score(0.25, 2)
+    store = Store("bucket", "http://127.0.0.1:9", "suite")
+    inputs = Inputs(config, store, BASE, "bases/b/model.safetensors", {}, {}, (MEAN, TIES), "run1")
+    return inputs, outcome
+
+
+def results(*arguments: Any, **changes: Any) -> dict[str, Any]:
+    return build_results(*make(*arguments, **changes))
+
+
+def text(found: dict[str, Any], width: int = 160) -> str:
+    console = Console(record=True, width=width, file=StringIO())
+    console.print(summary_table(found))
+    return console.export_text()
+
+
+def test_the_names_that_other_programs_read() -> None:
+    found = results()
+    assert {"run_id", "base", "held_in", "held_out", "summary", "candidates", "chosen", "made", "reused", "seconds",
+            "slot_utilisation"} <= set(found)  # fmt: skip
+    assert (found["run_id"], found["base"]) == ("run1", {"name": "tiny", "sha256": "b" * 64})
+    assert list(found["held_in"]) == ["alpha", "beta"]
+    alpha = found["held_in"]["alpha"]
+    assert {name: alpha[name] for name in ("metric", "base", "expert", "merged", "n_test")} == {
+        "metric": "rouge_l", "base": 0.0, "expert": 0.5, "merged": 0.25, "n_test": 2,
+    }  # fmt: skip
+    assert alpha["expert_key"] == "1" * 64
+    assert alpha["expert_digest"] == manifest("expert", "1").digest
+    assert alpha["expert_uri"] == f"s3://bucket/suite/objects/{'1' * 64}/1/adapter"
+    gamma = found["held_out"]["gamma"]
+    assert {name: gamma[name] for name in ("metric", "base", "merged", "n_test")} == {
+        "metric": "rouge_l", "base": 0.25, "merged": 0.5, "n_test": 2,
+    }  # fmt: skip
+    assert not {"expert", "expert_key"} & set(gamma)
+    assert {"base", "expert", "merged", "retention"} <= set(found["summary"]["held_in"])
+    assert {"base", "merged"} <= set(found["summary"]["held_out"])
+    assert found["candidates"] == [
+        {"method": "mean", "params": {}, "validation": 0.25},
+        {"method": "ties", "params": {"lambda": 0.5, "density": 1.0}, "validation": 0.5},
+    ]
+    assert (found["chosen"]["method"], found["chosen"]["params"]) == ("ties", {"lambda": 0.5, "density": 1.0})
+    assert (found["chosen"]["key"], found["chosen"]["rounding_loss_bfloat16"]) == ("4" * 64, 0.25)
+    assert found["made"] == {"experts": 1, "merge_nodes": 1, "evaluations": 9}
+    assert found["reused"] == {"experts": 1, "merge_nodes": 0, "evaluations": 2}
+    assert found["seconds"] == {"experts": 6.0, "merge": 1.0, "evaluate": 2.0, "total": 9.0}
+    assert found["slot_utilisation"] == 6 / (2 * 6)
+
+
+def test_summaries_are_means_over_tasks_whatever_their_size() -> None:
+    found = results()
+    held_in, held_out = found["summary"]["held_in"], found["summary"]["held_out"]
+    assert [found["held_in"][task]["n_test"] for task in ("alpha", "beta")] == [2, 8]
+    assert (held_in["base"], held_in["expert"], held_in["merged"]) == (0.25, 0.75, 0.5)
+    assert held_in["retention"] == 0.5
+    assert (held_out["base"], held_out["merged"]) == (0.25, 0.5)
+    assert held_in["format_free"] == {"base": 0.125, "expert": 0.375, "merged": 0.25}
+    assert held_in["merged_interval"] == [0.5, 0.5]  # every row of a task scores the same
+    assert held_in["experts_above_base"] == 2
+    assert (held_in["base_few_shot"], held_in["merged_serving"]) == (0.75, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("expert", "expected"),
+    [((0.0, 0.5), None), ((0.0, 0.25), None), ((0.0, 0.515), None), ((0.0, 0.53), 0.25 / 0.015)],
+)
+def test_retention_is_null_when_experts_gain_next_to_nothing(expert: tuple[float, float], expected: Any) -> None:
+    found = results(expert=expert)
+    retention = found["summary"]["held_in"]["retention"]
+    assert retention == (pytest.approx(expected) if expected else None)
+    assert json.loads(results_json(found))["summary"]["held_in"]["retention"] == retention
+    assert ("undefined" in "\n".join(summary_lines(found))) == (expected is None)
+
+
+def test_retention_is_null_at_the_limit() -> None:
+    assert 0.51 <= 0.5 + 0.01
+    assert results(base=(0.5, 0.5), expert=(0.51, 0.51))["summary"]["held_in"]["retention"] is None
+
+
+def test_without_held_out_tasks() -> None:
+    found = results(held_out=0)
+    assert found["held_out"] == {}
+    assert found["summary"]["held_out"] == {"base": None, "merged": None}
+    results_json(found)
+    shown = text(found) + report_markdown(found)
+    assert "mean of held-in" in shown
+    assert "held-out" not in shown
+
+
+def test_what_is_switched_off_is_left_out() -> None:
+    found = results(few_shot=0, serving=None)
+    written = results_json(found)
+    assert "few_shot" not in written
+    assert "merged_serving" not in written
+    assert json.loads(written)["chosen"]["serving_dtype"] is None
+    assert not any("rounded to" in line for line in summary_lines(found))
+    assert "alpha" in text(found)
+    assert "| alpha | rouge_l | 0.00 |  | 0.50 | 0.25 |" in report_markdown(found)
+
+
+def test_json_has_no_nan() -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    found = results()
+    assert json.loads(results_json(found), parse_constant=refuse) == json.loads(json.dumps(found))
+    with pytest.raises(ValueError, match="JSON compliant"):
+        results_json(results(merged=(float("nan"), 0.5)))
+
+
+def test_a_run_that_made_nothing_has_no_utilisation() -> None:
+    inputs, outcome = make()
+    outcome.spans = {}
+    found = build_results(inputs, outcome)
+    assert found["slot_utilisation"] is None
+    assert '"slot_utilisation": null' in results_json(found)
+    assert "busy" not in "\n".join(summary_lines(found))
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_the_table_shows_every_task_and_both_means(width: int) -> None:
+    lines = text(results(), width).splitlines()
+    cells = {line.strip("│┃| ").split("│")[0].strip(): line for line in lines if "│" in line}
+    assert {"alpha", "beta", "gamma", "mean of held-in", "mean of held-out"} <= set(cells)
+    assert [cell.strip() for cell in cells["alpha"].strip("│").split("│")] == [
+        "alpha", "rouge_l", "0.00", "0.75", "0.50", "0.25",
+    ]  # fmt: skip
+    assert [cell.strip() for cell in cells["gamma"].strip("│").split("│")] == [
+        "gamma", "rouge_l", "0.25", "0.75", "", "0.50",
+    ]  # fmt: skip
+    assert "mine: scores on the test splits" in lines[0]
+
+
+def test_a_name_with_brackets_is_shown_as_it_is() -> None:
+    found = results()
+    found["held_in"] = {"task[bold]": found["held_in"]["alpha"]}
+    assert "task[bold]" in text(found)
+
+
+def test_the_lines_below_the_table() -> None:
+    lines = "\n".join(summary_lines(results()))
+    assert "chosen on validation: ties (lambda 0.5, density 1)" in lines
+    assert "keeps 50% of the experts' gain (merged 0.500, 95 % interval 0.500 to 0.500)" in lines
+    assert "experts above base: 2 of 2" in lines
+    assert "merged weights rounded to bfloat16: score 0.250; rounding to bfloat16 loses 25%" in lines
+    assert "made:   1 experts, 1 merge nodes, 9 evaluations" in lines
+    assert "reused: 1 experts, 0 merge nodes, 2 evaluations" in lines
+    assert "total 9; 2 slots 50% busy with experts" in lines
+
+
+def test_the_report_is_well_formed_markdown() -> None:
+    report = report_markdown(results())
+    assert report.startswith("# mine\n")
+    assert report.endswith("\n")
+    tables: list[list[str]] = [[]]
+    for line in report.splitlines():
+        if line.startswith("|"):
+            tables[-1].append(line)
+        elif tables[-1]:
+            tables.append([])
+    tables = [table for table in tables if table]
+    assert [len(table) - 2 for table in tables] == [5, 2, 5]  # scores, candidates, intervals
+    for table in tables:
+        assert len({line.count("|") for line in table}) == 1, table
+    for name in ("| alpha |", "| beta |", "| gamma |", "**mean of held-in**", "**mean of held-out**"):
+        assert name in report
+    assert "| ties | lambda = 0.5, density = 1 | 0.500 |" in report
+    assert "| held-out, merged | 0.500 | 0.500 to 0.500 |" in report

@@ -1,0 +1,154 @@
+"""Sources and splits: synthetic JSON lines and a synthetic BIG-bench archive; nothing is downloaded."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from infra.errors import DataError
+from pipeline.tasks import TaskConfig, fingerprint, load_tasks, make_splits, normalised
+from workers.rows import Row, rows_from_jsonl, rows_to_jsonl
+
+SIZES = {"train": 16, "validation": 4, "test": 6}
+texts = st.lists(st.text(min_size=1, max_size=12).filter(lambda t: bool(normalised(t))), min_size=18, max_size=60)
+
+
+def rows_of(inputs: list[str]) -> list[Row]:
+    return [Row(str(at), text, (f"answer {text}",)) for at, text in enumerate(inputs)]
+
+
+def inputs_of(split: tuple[Row, ...]) -> set[str]:
+    return {normalised(row.input) for row in split}
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts, st.randoms(use_true_random=False), st.integers(0, 5))
+def test_splits_are_disjoint_and_independent_of_order(inputs: list[str], random, seed: int) -> None:
+    rows = rows_of(inputs)
+    if len({normalised(text) for text in inputs}) < 18:
+        with pytest.raises(DataError, match="distinct rows"):
+            make_splits(rows, SIZES, seed)
+        return
+    splits = make_splits(rows, SIZES, seed)
+    seen = [key for split in splits.values() for key in inputs_of(split)]
+    assert len(seen) == len(set(seen)) == sum(map(len, splits.values()))
+    shuffled = list(rows)
+    random.shuffle(shuffled)
+    again = make_splits(shuffled, SIZES, seed)
+    assert {name: fingerprint(split) for name, split in splits.items()} == {
+        name: fingerprint(split) for name, split in again.items()
+    }
+
+
+def test_adding_rows_moves_few_and_seed_moves_many() -> None:
+    inputs = [f"question {at}" for at in range(1000)]
+    sizes = {"train": 512, "validation": 24, "test": 48}
+    before = make_splits(rows_of(inputs), sizes, 0)
+    after = make_splits(rows_of([*inputs, *(f"new {at}" for at in range(20))]), sizes, 0)
+    assert len(inputs_of(before["test"]) & inputs_of(after["test"])) >= 45
+    other = make_splits(rows_of(inputs), sizes, 1)
+    assert len(inputs_of(before["test"]) & inputs_of(other["test"])) < 15
+
+
+def test_duplicates_become_one_row_with_all_references() -> None:
+    rows = [*rows_of([f"q {at}" for at in range(18)]), Row("x", "Q  3 ", ("another",))]
+    splits = make_splits(rows, SIZES, 0)
+    row = next(row for split in splits.values() for row in split if normalised(row.input) == "q 3")
+    assert set(row.targets) == {"answer q 3", "another"}
+
+
+def test_rows_round_trip_with_line_separators_inside() -> None:
+    rows = [Row("1", "a\u2028b\nc", ("x",), ("x", "y")), Row("2", "é", ("1", "2"))]
+    assert rows_from_jsonl(rows_to_jsonl(rows)) == rows
+
+
+def bigbench_archive(path: Path) -> Path:
+    tasks = {
+        "colours": [{"input": f"c{at}", "target_scores": {"red": at % 2, "blue": 1 - at % 2}} for at in range(30)],
+        "group/past_tense_json": [{"input": f"v{at}", "target": f"v{at}ed"} for at in range(30)],
+        "both": [{"input": f"b{at}", "target": ["Yes. So."], "target_scores": {"Yes": 1, "No": 0}} for at in range(30)],
+        "unused": [{"input": "u", "target": "u"}],
+    }
+    with tarfile.open(path, "w:gz") as archive:
+        for name, examples in tasks.items():
+            data = json.dumps({"examples": examples}).encode()
+            member = tarfile.TarInfo(f"bigbench-1.0.0/bigbench/benchmark_tasks/{name}/task.json")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_bigbench_tasks_from_one_archive_then_from_the_cache(tmp_path: Path) -> None:
+    archive = bigbench_archive(tmp_path / "b.tar.gz")
+    tasks = {
+        "colours": TaskConfig(source="bigbench:colours", metric="choice_accuracy"),
+        "past": TaskConfig(source="bigbench:group/past_tense_json", metric="exact_match", template="Past?\n{input}"),
+        "yes_no": TaskConfig(source="bigbench:both", metric="choice_accuracy"),
+        "why": TaskConfig(source="bigbench:both", metric="rouge_l"),
+    }
+    loaded = load_tasks(tasks, tmp_path, SIZES, archive=archive)
+    archive.unlink()
+    assert load_tasks(tasks, tmp_path, SIZES, archive=archive) == loaded
+    row = loaded["colours"].splits["test"][0]
+    assert row.options == ("red", "blue")
+    assert row.targets == (("red",) if int(row.input[1:]) % 2 else ("blue",))
+    assert loaded["past"].splits["train"][0].options is None
+    assert loaded["yes_no"].splits["test"][0].targets == ("Yes",)
+    assert loaded["why"].splits["test"][0].targets == ("Yes. So.",)
+    assert not (tmp_path / "bigbench" / "unused.json").exists()
+    with pytest.raises(DataError, match=r"wrong:.*past_tense.*did you mean group/past_tense_json") as caught:
+        load_tasks({"wrong": TaskConfig(source="bigbench:past_tense", metric="rouge_l")}, tmp_path, SIZES)
+    assert "\n" not in str(caught.value)
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> TaskConfig:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return TaskConfig(source=f"jsonl:{path}", metric="exact_match")
+
+
+def test_jsonl_file_and_object(tmp_path: Path) -> None:
+    rows = [{"input": f"i{at}", "target": at} for at in range(40)]
+    local = load_tasks({"t": write_jsonl(tmp_path / "t.jsonl", rows)}, tmp_path, SIZES)["t"]
+    data = (tmp_path / "t.jsonl").read_bytes()
+    remote = TaskConfig(source="jsonl:s3://bucket/t.jsonl", metric="exact_match")
+    fetched = load_tasks({"t": remote}, tmp_path, SIZES, read_bytes=lambda uri: data)["t"]
+    assert fetched.fingerprints == local.fingerprints
+    assert len(local.splits["train"]) == 16
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no rows"),
+        ([{"text": "a"}], "row 1: field input"),
+        ([{"input": "a"}], "neither target nor targets"),
+        ([{"input": "a", "target": {"x": 1}}], "a text or a list"),
+        ([{"input": "a", "target": "x", "options": ["y"]}], "not among its options"),
+        ([{"input": "a", "target": "x"}], "distinct rows"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, rows: list[dict], message: str) -> None:
+    with pytest.raises(DataError, match=rf"task mine.*{message}"):
+        load_tasks({"mine": write_jsonl(tmp_path / "t.jsonl", rows)}, tmp_path, SIZES)
+
+
+def test_choice_needs_options_and_files_must_exist(tmp_path: Path) -> None:
+    config = write_jsonl(tmp_path / "t.jsonl", [{"input": f"i{at}", "target": "x"} for at in range(40)])
+    with pytest.raises(DataError, match="have no options"):
+        load_tasks({"t": config.model_copy(update={"metric": "choice_accuracy"})}, tmp_path, SIZES)
+    with pytest.raises(DataError, match="no such file"):
+        load_tasks({"t": TaskConfig(source="jsonl:/nowhere.jsonl", metric="rouge_l")}, tmp_path, SIZES)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"source": "ftp:x"}, {"template": "no input"}, {"metric": "bleu"}, {"metrik": "x"}, {"columns": {"input": "q"}}],
+)
+def test_bad_configuration_is_refused(change: dict) -> None:
+    with pytest.raises(ValidationError):
+        TaskConfig(**{"source": "jsonl:x", "metric": "rouge_l", **change})

@@ -1,0 +1,86 @@
+"""Prompts, truncation, batches and padding."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from infra.errors import ConfigError
+from workers.prompt import (
+    PromptSpec,
+    collate,
+    encode_example,
+    encode_prompt,
+    few_shot_prefix,
+    length_bucketed_batches,
+    render,
+    target_token_cap,
+)
+from workers.rows import Row
+
+_spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
+tiny = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tiny)
+
+SPEC = PromptSpec("q:\n{input}", tiny.WRAPPER, 8)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tiny_tokenizer()
+
+
+def test_braces_in_data_are_left_alone() -> None:
+    spec = PromptSpec("{input} of {options}", "<s>{prompt}</s>")
+    assert render(spec, "{options} {prompt} {", ["{input}", "b"]) == "<s>{options} {prompt} { of {input}; b</s>"
+
+
+def test_missing_placeholders_are_refused() -> None:
+    for broken in ({"template": "x"}, {"wrapper": "x"}, {"max_input_tokens": 0}):
+        with pytest.raises(ConfigError):
+            PromptSpec(**broken)
+    with pytest.raises(ConfigError, match="options"):
+        render(PromptSpec("{input}{options}"), "x")
+
+
+def test_training_and_generation_see_the_same_prompt(tokenizer) -> None:
+    row = Row("1", "w1w2w3", ("w4", "w5w6"))
+    example = encode_example(tokenizer, SPEC, row, target_index=3)
+    assert list(example.input_ids[: example.target_start]) == encode_prompt(tokenizer, SPEC, row)
+    assert tokenizer.convert_ids_to_tokens(example.input_ids[example.target_start :]) == ["w5", "w6", "</s>"]
+    assert len(encode_example(tokenizer, SPEC, row, 1, max_target_tokens=1).input_ids) == example.target_start + 1
+
+
+def test_long_inputs_lose_their_beginning_only(tokenizer) -> None:
+    text = "".join(f"w{at}" for at in range(30))
+    ids = encode_prompt(tokenizer, SPEC, Row("1", text, ("w1",)))
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "q", ":", "\n", *(f"w{at}" for at in range(22, 30)), "</s>"]
+
+
+def test_few_shot_prefix_holds_finished_turns(tokenizer) -> None:
+    assert few_shot_prefix(tokenizer, SPEC, [Row("1", "w1", ("w2",))]) == "<s>q:\nw1</s>w2</s>\n"
+    assert few_shot_prefix(tokenizer, SPEC, []) == ""
+
+
+def test_target_cap_counts_eos(tokenizer) -> None:
+    rows = [Row(str(at), "w1", ("w1" * (at + 1),)) for at in range(20)]
+    assert target_token_cap(tokenizer, rows) == 20
+
+
+def test_batches_cover_every_row_once_with_little_padding() -> None:
+    lengths = [(at * 37) % 100 + 1 for at in range(130)]
+    batches = length_bucketed_batches(lengths, 16, seed=3, epoch=0)
+    assert sorted(at for batch in batches for at in batch) == list(range(130))
+    assert batches == length_bucketed_batches(lengths, 16, seed=3, epoch=0)
+    assert batches != length_bucketed_batches(lengths, 16, seed=3, epoch=1)
+    padded = sum(len(batch) * max(lengths[at] for at in batch) for batch in batches)
+    assert padded < 1.25 * sum(lengths)
+
+
+def test_collate_pads_right_and_labels_targets(tokenizer) -> None:
+    rows = [Row("1", "w1", ("w4",)), Row("2", "w1w2w3", ("w5w6",))]
+    batch = collate([encode_example(tokenizer, SPEC, row) for row in rows], 0)
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, 11)
+    assert batch["attention_mask"].sum(1).tolist() == [8, 11]
+    assert (batch["labels"] != -100).sum(1).tolist() == [2, 3]
+    assert (batch["labels"][0] == -100).sum() == 9

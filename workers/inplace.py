@@ -1,0 +1,307 @@
+"""In-place sparse training and evaluation: the effective weight W + delta sits in the model's own weight tensor.
+
+:class:`InPlaceAdapter` trains the values on a support: one flat fp32 vector with one preallocated flat gradient, one
+leaf parameter (a view) per selection generation so that a library optimizer counts each generation's steps, the base
+values on the support kept, and one scatter of round(base + delta) after each step. Undo puts the kept originals back,
+bit for bit. :func:`apply_delta` swaps a finished delta in and out for evaluation.
+Does not cover the choice of positions (``workers.masks``), nor the training loop. One device and one weight dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from infra.errors import AdapterError, ConfigError, FactoryError
+from workers.adapter import AdapterReader
+from workers.generations import Layout, empty_layout, find_group, rebuild, transplant
+from workers.sparse_linear import Slot, SparseLinear, check_module, swap_forward
+from workers.support import SparseTensor, SupportSpec, block_runs
+from workers.tying import tied_names
+
+
+@dataclass(frozen=True)
+class Values:
+    """A copy of the trained values; ``selection`` says which selection of positions they belong to."""
+
+    tensor: torch.Tensor
+    selection: int
+
+
+def rounded_sum(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """round(base + delta) in the dtype of ``base``: the sum in fp32 (fp64 for fp64 weights), rounded once."""
+    wide = torch.promote_types(base.dtype, torch.float32)
+    return (base.to(wide) + delta.to(wide)).to(base.dtype)
+
+
+class InPlaceAdapter:
+    """Trains a sparse delta inside the weights of ``model``.
+
+    ``supports``: module name to its support. All parameters of the model are frozen while the adapter is attached. Use:
+
+        adapter = InPlaceAdapter(model, supports)
+        optimizer = torch.optim.AdamW(adapter.parameters(), fused=True)
+        adapter.zero_grad(); loss.backward(); optimizer.step(); adapter.write_back()
+
+    Values and gradient are fp32 (fp64 for fp64 weights). Works with ``checkpoint(use_reentrant=False)``, gradient
+    accumulation, and clipping over ``parameters()``. ``ConfigError`` for unknown, tied or unsuitable modules.
+    """
+
+    def __init__(self, model: nn.Module, supports: Mapping[str, SupportSpec]) -> None:
+        self._model = model
+        modules = dict(model.named_modules())
+        linear: dict[str, nn.Linear] = {}
+        if not supports:
+            raise ConfigError("an adapter needs at least one module")
+        for name, spec in supports.items():
+            if name not in modules:
+                raise ConfigError(f"the model has no module {name!r}")
+            linear[name] = check_module(name, modules[name])
+            self._check_spec(name, linear[name], spec)
+        for name, others in tied_names(model, [f"{n}.weight" for n in supports]).items():
+            raise ConfigError(f"{name} shares its memory with {', '.join(others)}: a tied weight cannot be adapted")
+        kinds = {(module.weight.device, module.weight.dtype) for module in linear.values()}
+        if len(kinds) > 1:
+            raise ConfigError(f"adapted weights must share one device and dtype, got {sorted(map(str, kinds))}")
+        (self._device, self._dtype) = kinds.pop()
+        self._value_dtype = torch.promote_types(self._dtype, torch.float32)
+        self._scratch_buffer: torch.Tensor | None = None
+        self._selection = 0
+        self._attached = True
+        self._flags = [(p, p.requires_grad) for p in model.parameters()]
+        for parameter, _ in self._flags:
+            parameter.requires_grad_(False)
+        empty = torch.empty(0, dtype=self._value_dtype, device=self._device)
+        self._slots = {
+            name: Slot(name, linear[name], spec.block, [], empty, self._attach_grads, self._scratch)
+            for name, spec in supports.items()
+        }
+        self._install(rebuild(empty_layout(self._dtype, self._value_dtype, self._device), self._slots, supports))
+        for slot in self._slots.values():
+            slot.restore_forward = swap_forward(slot.module, self._forward_of(slot))
+
+    @staticmethod
+    def _check_spec(name: str, module: nn.Linear, spec: SupportSpec) -> None:
+        shape = tuple(module.weight.shape)
+        if tuple(spec.shape) != shape:
+            raise ConfigError(f"{name}: its support is for shape {list(spec.shape)}, its weight has {list(shape)}")
+        spec.check(f"{name}.weight")
+
+    def _forward_of(self, slot: Slot) -> Any:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if not torch.is_grad_enabled():
+                return nn.functional.linear(x, slot.module.weight, slot.module.bias)
+            return SparseLinear.apply(x, self._layout.values, slot.module.weight, slot.module.bias, slot)
+
+        return forward
+
+    def _install(self, layout: Layout) -> None:
+        """Make ``layout`` current: leaf views with their gradients, and each module's ranges."""
+        self._layout = layout
+        layout.values.requires_grad_(True)
+        self._leaves: list[nn.Parameter] = []
+        for start, stop in layout.generations:
+            leaf = nn.Parameter(layout.values.detach()[start:stop])
+            leaf.grad = layout.grad[start:stop]
+            self._leaves.append(leaf)
+        for name, slot in self._slots.items():
+            slot.parts = layout.parts[name]
+            slot.flat_grad = layout.grad
+
+    def _attach_grads(self) -> None:
+        """A gradient that was set to None (``optimizer.zero_grad()``) becomes zeros in its range again."""
+        for leaf, (start, stop) in zip(self._leaves, self._layout.generations, strict=True):
+            if leaf.grad is None:
+                leaf.grad = self._layout.grad[start:stop].zero_()
+
+    def _scratch(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """On the CPU one reused buffer for a layer's dense gradient: fresh pages would cost as much as its gather."""
+        if weight.device.type != "cpu":
+            return None
+        if self._scratch_buffer is None or self._scratch_buffer.dtype != dtype:
+            size = max(slot.weight.numel() for slot in self._slots.values())
+            self._scratch_buffer = torch.empty(size, dtype=dtype)
+        return self._scratch_buffer[: weight.numel()].view(weight.shape)
+
+    @property
+    def num_values(self) -> int:
+        """Trained values."""
+        return self._layout.values.numel()
+
+    @property
+    def generations(self) -> list[int]:
+        """Number of values in each selection generation, oldest first."""
+        return [stop - start for start, stop in self._layout.generations]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Leaf views of the flat values, one per selection generation; new ones after each :meth:`reselect`."""
+        return list(self._leaves)
+
+    def zero_grad(self) -> None:
+        """Zero the flat gradient in place. ``optimizer.zero_grad()`` has the same effect."""
+        self._layout.grad.zero_()
+        self._attach_grads()
+
+    def write_back(self) -> None:
+        """Write round(base + delta) to the weights. Call after each optimizer step."""
+        self._need_attached()
+        values, base = self._layout.values.detach(), self._layout.base
+        for slot in self._slots.values():
+            for part in slot.parts:
+                span = slice(part.start, part.stop)
+                slot.write(part.units, rounded_sum(base[span], values[span]))
+
+    def values(self) -> Values:
+        """A copy of the values (flat, in the adapter's own order), for :meth:`load_values`."""
+        return Values(self._layout.values.detach().clone(), self._selection)
+
+    def load_values(self, values: Values) -> None:
+        """Set the values and write them back. ``FactoryError`` when positions were re-selected in between."""
+        if values.selection != self._selection or values.tensor.shape != self._layout.values.shape:
+            raise FactoryError("values of another selection of positions; keep delta() instead across a re-selection")
+        with torch.no_grad():
+            self._layout.values.detach().copy_(values.tensor)
+        self.write_back()
+
+    def delta(self) -> dict[str, SparseTensor]:
+        """The trained delta on the CPU: parameter name to sorted positions and fp32 values."""
+        result: dict[str, SparseTensor] = {}
+        flat = self._layout.values.detach().float().cpu()
+        for name, slot in self._slots.items():
+            shape = tuple(slot.weight.shape)
+            units = torch.cat([part.units.cpu().to(torch.int64) for part in slot.parts])
+            values = torch.cat([flat[part.start : part.stop] for part in slot.parts])
+            if slot.block is None:
+                indices, order = torch.sort(units)
+                values = values[order]
+            else:
+                width = slot.block[1]
+                starts, order = block_runs(units, shape, slot.block)
+                indices = (starts[:, None] + torch.arange(width)).reshape(-1)
+                values = values.view(-1, width)[order].reshape(-1)
+            result[f"{name}.weight"] = SparseTensor(shape, indices, values)
+        return result
+
+    def reselect(self, supports: Mapping[str, SupportSpec], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Change the support of the same modules (same granularity).
+
+        Positions in both keep value, moments and step count; deselected ones return to their base value bit for bit and
+        are forgotten; new ones start at zero as a generation with its own step count. ``optimizer``'s parameter groups
+        and state are moved to the new leaf views in place, so schedulers attached to it go on. The gradient is zeroed.
+        """
+        self._need_attached()
+        if set(supports) != set(self._slots):
+            other = sorted(set(supports) ^ set(self._slots))
+            raise ConfigError(f"re-selection must name the adapted modules; differs in {', '.join(other)}")
+        for name, spec in supports.items():
+            self._check_spec(name, self._slots[name].module, spec)
+            block = self._slots[name].block
+            if spec.block != block:
+                raise ConfigError(f"{name}: re-selection with block {spec.block}, the adapter has {block}")
+        old_leaves = self._leaves
+        if optimizer is not None:
+            find_group(optimizer, old_leaves)
+        layout = rebuild(self._layout, self._slots, supports)
+        self._install(layout)
+        if optimizer is not None:
+            transplant(optimizer, old_leaves, self._leaves, layout.sources)
+        layout.sources = []
+        self._selection += 1
+        self.write_back()
+
+    def restore(self) -> None:
+        """Put the base weights (bit for bit), the forward passes and the requires_grad flags back. Idempotent."""
+        if not self._attached:
+            return
+        for slot in self._slots.values():
+            for part in slot.parts:
+                slot.write(part.units, self._layout.base[part.start : part.stop])
+            slot.restore_forward()
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        self._attached = False
+
+    def _need_attached(self) -> None:
+        if not self._attached:
+            raise FactoryError("the adapter was detached by restore()")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+
+class Undo:
+    """The originals that :func:`apply_delta` replaced; a context manager that restores on leaving."""
+
+    def __init__(self) -> None:
+        self._saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def keep(self, weight: torch.Tensor, indices: torch.Tensor, originals: torch.Tensor) -> None:
+        self._saved.append((weight, indices, originals))
+
+    def restore(self) -> None:
+        """Put the originals back, bit for bit, last change first. Idempotent."""
+        with torch.no_grad():
+            while self._saved:
+                weight, indices, originals = self._saved.pop()
+                weight.index_put_((indices,), originals)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+
+def apply_delta(
+    model: nn.Module, tensors: Mapping[str, SparseTensor] | AdapterReader, round_to: torch.dtype | None = None
+) -> Undo:
+    """Swap a delta into the weights for evaluation: W := round(W + delta) on the support, tensor by tensor.
+
+    ``tensors``: parameter name to delta, or an open adapter. With ``round_to``, changed weights take the values that
+    they would have in that dtype, whatever the model's own. Keeps the originals of the support only. ``AdapterError``
+    for unknown, tied or differently shaped parameters and invalid positions; the model is then left as it was.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    reader = tensors if isinstance(tensors, AdapterReader) else None
+    names = reader.names if reader is not None else sorted(tensors)  # type: ignore[arg-type]
+    for name in names:
+        shape = tuple(reader.shape(name) if reader is not None else tensors[name].shape)  # type: ignore[index]
+        if name not in parameters:
+            raise AdapterError(f"the adapter changes {name!r}, which the model does not have")
+        weight = parameters[name]
+        if tuple(weight.shape) != shape:
+            raise AdapterError(f"{name}: the adapter is for shape {list(shape)}, the model has {list(weight.shape)}")
+        if not weight.is_floating_point() or not weight.is_contiguous() or weight.device.type == "meta":
+            raise AdapterError(f"{name}: the model's tensor is not a contiguous floating point tensor in memory")
+    for name, others in tied_names(model, names).items():
+        raise AdapterError(f"{name} shares its memory with {', '.join(others)}: a delta of a tied tensor is refused")
+    undo = Undo()
+    try:
+        for name in names:
+            tensor = reader.load(name) if reader is not None else tensors[name]  # type: ignore[index]
+            tensor.check(name)
+            flat = parameters[name].detach().view(-1)
+            small = torch.int32 if tensor.numel < 2**31 else torch.int64
+            indices = tensor.indices.to(device=flat.device, dtype=small)
+            originals = flat.index_select(0, indices)
+            undo.keep(flat, indices, originals)
+            changed = rounded_sum(originals, tensor.values.to(flat.device))
+            if round_to is not None:
+                changed = rounded_sum(originals.float(), tensor.values.to(flat.device)).to(round_to).to(flat.dtype)
+            flat.index_put_((indices,), changed)
+    except BaseException:
+        undo.restore()
+        raise
+    return undo

@@ -1,0 +1,157 @@
+"""Rows, prompts and batches: from a task's text to token ids.
+
+Covers rendering (template inside a chat wrapper), tokenisation, truncation, length-bucketed batches and padding for
+training. Training and generation share `encode_prompt`, so both see the same prompt ids: prompt and target are
+tokenised apart and their ids joined. Reading data and splitting it is `pipeline.tasks`; scoring is `workers.scoring`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infra.errors import ConfigError
+from workers.rows import Row
+
+#: Chat format of SmolLM2 without the default system prompt (which would add some 20 tokens to every example).
+DEFAULT_WRAPPER = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+
+_FIELD = re.compile(r"\{(input|options)\}")
+_OPTION_SEPARATOR = "; "
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """How a row becomes a prompt. `wrapper` holds `{prompt}`; `template` holds `{input}` and perhaps `{options}`.
+
+    Raises ConfigError when a placeholder is missing. `max_input_tokens` bounds the row's input alone: longer inputs
+    lose their beginning (the question usually stands at the end).
+    """
+
+    template: str = "{input}"
+    wrapper: str = DEFAULT_WRAPPER
+    max_input_tokens: int = 96
+
+    def __post_init__(self) -> None:
+        if "{prompt}" not in self.wrapper:
+            raise ConfigError(
+                f"prompt wrapper {self.wrapper!r}: it must contain {{prompt}}, where the task's text goes"
+            )
+        if "{input}" not in self.template:
+            raise ConfigError(f"template {self.template!r}: it must contain {{input}}, where the row's input goes")
+        if self.max_input_tokens < 1:
+            raise ConfigError(f"max_input_tokens: {self.max_input_tokens} found, at least 1 accepted")
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of prompt + target; `input_ids[target_start:]` are the target's, ending with eos unless truncated."""
+
+    input_ids: tuple[int, ...]
+    target_start: int
+
+
+def render(spec: PromptSpec, text: str, options: Sequence[str] | None = None) -> str:
+    """The prompt as one string. Data is inserted in a single pass, so braces inside it are left alone."""
+    if options is None and "{options}" in spec.template:
+        raise ConfigError(f"template {spec.template!r} uses {{options}}, but the row {text[:60]!r} has none")
+    values = {"input": text, "options": _OPTION_SEPARATOR.join(options or ())}
+    frame = spec.wrapper.replace("{prompt}", spec.template, 1)
+    return _FIELD.sub(lambda match: values[match.group(1)], frame)
+
+
+def tokenize(tokenizer: Any, text: str) -> list[int]:
+    """Ids of `text` without automatic special tokens (those that the wrapper spells out are recognised)."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def truncate_left(tokenizer: Any, text: str, max_tokens: int) -> str:
+    """The longest end of `text`, cut at a token border, that has at most `max_tokens` tokens in this context."""
+    if len(text) <= max_tokens:  # a token is at least one character, except for byte fallbacks, which are checked below
+        return text if len(tokenize(tokenizer, text)) <= max_tokens else text[-max(1, max_tokens // 4) :]
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = encoded["offset_mapping"]
+    if len(offsets) <= max_tokens:
+        return text
+    return text[offsets[-max_tokens][0] :].lstrip()
+
+
+def encode_prompt(tokenizer: Any, spec: PromptSpec, row: Row) -> list[int]:
+    """Ids of the row's prompt, its input left-truncated to `spec.max_input_tokens`."""
+    text = truncate_left(tokenizer, row.input, spec.max_input_tokens)
+    return tokenize(tokenizer, render(spec, text, row.options))
+
+
+def encode_target(tokenizer: Any, target: str, max_tokens: int | None = None) -> list[int]:
+    """Ids of a target followed by eos; cut after `max_tokens` (then without eos: the model is not taught to stop
+    there)."""
+    ids = [*tokenize(tokenizer, target), int(tokenizer.eos_token_id)]
+    return ids if max_tokens is None else ids[:max_tokens]
+
+
+def encode_example(
+    tokenizer: Any, spec: PromptSpec, row: Row, target_index: int = 0, max_target_tokens: int | None = None
+) -> Example:
+    """Prompt and one of the row's targets (`target_index` modulo their number), tokenised apart and joined."""
+    prompt = encode_prompt(tokenizer, spec, row)
+    target = encode_target(tokenizer, row.targets[target_index % len(row.targets)], max_target_tokens)
+    return Example(tuple(prompt + target), len(prompt))
+
+
+def few_shot_prefix(tokenizer: Any, spec: PromptSpec, shots: Sequence[Row]) -> str:
+    """Solved examples as finished turns, to stand before every prompt of a task; empty without shots."""
+    turns = []
+    for row in shots:
+        text = truncate_left(tokenizer, row.input, spec.max_input_tokens)
+        turns.append(render(spec, text, row.options) + row.targets[0] + (tokenizer.eos_token or "") + "\n")
+    return "".join(turns)
+
+
+def target_token_cap(tokenizer: Any, rows: Sequence[Row], quantile: float = 0.95) -> int:
+    """Tokens (eos included) that hold the first target of `quantile` of the rows: the default `max_new_tokens`."""
+    lengths = sorted(len(encode_target(tokenizer, row.targets[0])) for row in rows)
+    return lengths[max(0, math.ceil(quantile * len(lengths)) - 1)] if lengths else 1
+
+
+def length_bucketed_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Indices of one epoch in batches of similar length: every index once, in an order fixed by seed and epoch.
+
+    Rows are shuffled, sorted by length inside pools of eight batches, cut into batches, and the batches shuffled.
+    The last batch may be smaller.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size: {batch_size} found, at least 1 accepted")
+    order = list(range(len(lengths)))
+    shuffler = random.Random(f"batches:{seed}:{epoch}")
+    shuffler.shuffle(order)
+    pool = batch_size * 8
+    ordered = [i for at in range(0, len(order), pool) for i in sorted(order[at : at + pool], key=lambda i: lengths[i])]
+    batches = [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
+    shuffler.shuffle(batches)
+    return batches
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+    """Right-padded int64 tensors [batch, longest]: input_ids, attention_mask, labels.
+
+    `labels` repeats input_ids at target positions and is -100 elsewhere; the logits that predict position t stand
+    at t - 1.
+    """
+    width = max(len(example.input_ids) for example in examples)
+    input_ids = torch.full((len(examples), width), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(examples), width), dtype=torch.int64)
+    labels = torch.full((len(examples), width), IGNORED_LABEL, dtype=torch.int64)
+    for at, example in enumerate(examples):
+        ids = torch.tensor(example.input_ids, dtype=torch.int64)
+        input_ids[at, : len(ids)] = ids
+        attention_mask[at, : len(ids)] = 1
+        labels[at, example.target_start : len(ids)] = ids[example.target_start :]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
