@@ -76,8 +76,8 @@ class AdapterModel(PythonModel):
     def predict(self, context: Any, model_input, params: dict[str, Any] | None = None):  # type: ignore[no-untyped-def]
         """Generated strings for a list of strings or a table with the column ``input``, in order."""
         # The input is left without a type hint: MLflow would derive a stricter schema from it.
+        from workers.decoding import generate
         from workers.prompt import PromptSpec, render, truncate_left
-        from workers.scoring import generate
 
         config = self._config
         template = config["prompt_template"].replace("{options}", "")  # free inputs come without options

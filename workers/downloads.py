@@ -6,6 +6,7 @@ pip refuses anything else than the file that was named by its SHA-256. Nothing i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -112,13 +113,13 @@ def _explain(requirement: str, filename: str, sha256: str, log: str) -> str:
 
 
 def _largest(folder: Path) -> int:
-    sizes = [0]
-    for path in folder.rglob("*"):
-        try:
-            sizes.append(path.stat().st_size if path.is_file() else 0)
-        except OSError:  # pip moves files while we look
-            continue
-    return max(sizes)
+    """Bytes of the largest file below `folder`, which pip fills, moves and empties while we look."""
+    largest = 0
+    for parent, _, names in os.walk(folder):  # unlike rglob, it passes over folders that vanish
+        for name in names:
+            with contextlib.suppress(OSError):
+                largest = max(largest, os.stat(os.path.join(parent, name)).st_size)
+    return largest
 
 
 def _follow(name: str, size: Callable[[], int], ended: Callable[[], bool]) -> None:

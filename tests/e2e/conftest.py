@@ -73,13 +73,15 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Callable[..., dict[str, Any]]:
-    """A function that gives a small configuration; keyword arguments replace top-level sections."""
+    """A function that gives a small configuration, whose keys no other suite shares; keywords replace sections."""
     folder = tmp_path_factory.mktemp("tiny-tasks")
 
     def make(suite: str, held_in: int = 4, **sections: Any) -> dict[str, Any]:
         def task(name: str) -> dict[str, Any]:
-            return {"source": f"jsonl:{write_task(folder / f'{name}.jsonl', name)}", "template": "Say it.\n{input}",
-                    "metric": "exact_match"}  # fmt: skip
+            file = write_task(
+                folder / f"{suite}-{name}.jsonl", f"{suite} {name}"
+            )  # other rows, so other keys, per suite
+            return {"source": f"jsonl:{file}", "template": "Say it.\n{input}", "metric": "exact_match"}
 
         return {
             "suite": suite,

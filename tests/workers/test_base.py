@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,3 +176,25 @@ def test_download_is_cached_and_checked(tmp_path: Path, monkeypatch: pytest.Monk
     assert calls == ["x==1"]
     with pytest.raises(DataError, match="SHA-256"):
         downloads.fetch_pypi("x==1", "0" * 64, "y.tar.gz", tmp_path)
+
+
+def test_the_size_of_a_download_is_read_while_its_folders_vanish(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_bytes(bytes(10))
+    ended = threading.Event()
+
+    def churn() -> None:
+        while not ended.is_set():
+            for name in ("a", "b", "c"):
+                (tmp_path / name / "deep").mkdir(parents=True)
+                (tmp_path / name / "deep" / "file").write_bytes(bytes(3))
+            for name in ("a", "b", "c"):
+                shutil.rmtree(tmp_path / name)
+
+    other = threading.Thread(target=churn)
+    other.start()
+    try:
+        assert {downloads._largest(tmp_path) for _ in range(2000)} == {10}
+    finally:
+        ended.set()
+        other.join()

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from infra.errors import ConfigError, DataError
+from workers.decoding import batches, by_length, generate, generate_ids
 from workers.prompt import tokenize
 from workers.rows import Row
-from workers.scoring import EvaluateSpec, evaluate_rows, generate, generate_ids, option_logprobs
+from workers.scoring import EvaluateSpec, evaluate_rows, option_logprobs
 
 _spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
 tiny = importlib.util.module_from_spec(_spec)
@@ -43,6 +44,12 @@ def test_greedy_equals_transformers_one_row_at_a_time(model, tokenizer, prefix: 
     assert generate_ids(model, tokenizer, ids, 12, batch_size, tokenize(tokenizer, prefix)) == expected
     texts = generate(model, tokenizer, PROMPTS, 12, batch_size, prefix or None)
     assert texts == [tokenizer.decode(made, skip_special_tokens=True) for made in expected]
+
+
+def test_the_prompts_above_run_in_several_passes(tokenizer) -> None:
+    """So that the comparison with transformers covers caches that are joined for decoding."""
+    ids = [tokenize(tokenizer, prompt) for prompt in PROMPTS]
+    assert len(batches(ids, by_length(ids), 8)) > 1
 
 
 def test_rows_that_end_early_leave_the_batch(model, tokenizer) -> None:
