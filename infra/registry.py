@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import threading
 import time
+import urllib.parse
 import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,10 @@ class RegisteredAdapter:
 def tracking_uri() -> str:
     """``$MLFLOW_TRACKING_URI``, which must name a server. Raises RegistryError otherwise."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if urllib.parse.urlsplit(uri).password:  # messages name the address
+        raise RegistryError(
+            "MLFLOW_TRACKING_URI holds a password; put it into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
     if not uri.startswith(("http://", "https://")):
         raise RegistryError(f"MLFLOW_TRACKING_URI is {uri!r}; accepted: the http(s) address of an MLflow server")
     return uri.rstrip("/")

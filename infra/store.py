@@ -9,7 +9,6 @@ All names are relative to the store's prefix. Retries are bounded (botocore's st
 """
 
 import contextlib
-import hashlib
 import ipaddress
 import os
 import threading
@@ -26,6 +25,7 @@ import botocore.exceptions as bexc
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 
+from infra.digests import file_sha256
 from infra.errors import StoreError
 
 _MIB = 1 << 20
@@ -68,15 +68,6 @@ class FileRef:
     name: str
     sha256: str
     size: int
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(_MIB):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def split_uri(uri: str) -> tuple[str, str]:

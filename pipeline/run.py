@@ -364,7 +364,7 @@ class Run:
             max_input_tokens=config.prompt.max_input_tokens,
             max_new_tokens=self.inputs.max_new_tokens[task],
             length_normalised=data.config.length_normalised,
-            few_shot=tuple((row.input, row.targets[0]) for row in data.splits["train"][:few_shot]),
+            few_shot=tuple(data.splits["train"][:few_shot]),
         )
         weights = weights_dtype or config.evaluate.compute_dtype
         digest = manifest.digest if manifest else self.inputs.base.sha256

@@ -23,7 +23,7 @@ from pipeline.sources import (
     hub_rows,
     jsonl_rows,
 )
-from workers.rows import Row, rows_from_jsonl, rows_to_jsonl
+from workers.rows import Row, fingerprint, rows_object, rows_to_jsonl
 
 SPLITS = ("train", "validation", "test")
 DEFAULT_SIZES: Mapping[str, int] = {"train": 512, "validation": 24, "test": 48}
@@ -111,19 +111,10 @@ class TaskData:
 
     def object_name(self, split: str) -> str:
         """Where the split's rows are in the object store; a function of their content."""
-        return f"data/{self.fingerprints[split]}.jsonl"
+        return rows_object(self.fingerprints[split])
 
     def to_jsonl(self, split: str) -> bytes:
         return rows_to_jsonl(self.splits[split])
-
-    @staticmethod
-    def from_jsonl(data: bytes) -> list[Row]:
-        return rows_from_jsonl(data)
-
-
-def fingerprint(rows: Sequence[Row]) -> str:
-    """Hex SHA-256 of the rows' canonical JSON lines."""
-    return hashlib.sha256(rows_to_jsonl(rows)).hexdigest()
 
 
 def normalised(text: str) -> str:

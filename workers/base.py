@@ -23,8 +23,9 @@ from typing import Any, Protocol
 import torch
 from filelock import FileLock
 
+from infra.digests import file_sha256
 from infra.errors import BaseModelError, FactoryError
-from workers.downloads import fetch_pypi, file_sha256
+from workers.downloads import fetch_pypi
 from workers.model import quiet_transformers
 from workers.tensorfile import WEIGHTS, hash_entries, list_entries, write_entries
 

@@ -7,7 +7,6 @@ pip refuses anything else than the file that was named by its SHA-256. Nothing i
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -20,16 +19,11 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from infra.digests import file_sha256
 from infra.errors import DataError
 
 _CHUNK = 1 << 20
 _LINE_EVERY_S = 5.0
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _verified(path: Path, sha256: str) -> bool:

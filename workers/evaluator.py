@@ -21,7 +21,7 @@ from workers.base import fetch_base
 from workers.cache import cache_dir
 from workers.inplace import apply_delta
 from workers.model import load_model, load_tokenizer
-from workers.rows import rows_from_jsonl
+from workers.rows import load_rows
 from workers.scoring import EvaluateSpec, evaluate_rows
 
 
@@ -60,7 +60,7 @@ class Evaluator:
         """Score and publish; the manifest's `meta` holds the scores of every row."""
         self._swap(job.adapter, job.weights_dtype)
         start = time.perf_counter()
-        rows = rows_from_jsonl(self._store.get(job.rows))
+        rows = load_rows(self._store, job.rows)
         result = evaluate_rows(self._model, self._tokenizer, rows, job.spec, batch_size)
         meta = {
             "task": job.task,

@@ -26,7 +26,7 @@ from workers.cache import cache_dir
 from workers.masks import MaskSpec
 from workers.model import load_model, load_tokenizer
 from workers.prompt import PromptSpec, encode_example
-from workers.rows import rows_from_jsonl
+from workers.rows import load_rows
 from workers.train import StepReport, TrainSpec, history_as_rows, train_expert
 
 
@@ -89,7 +89,7 @@ def make_expert(
         encoded = {
             split: [
                 encode_example(tokenizer, job.prompt, row, max_target_tokens=job.max_target_tokens)
-                for row in rows_from_jsonl(store.get(name))
+                for row in load_rows(store, name)
             ]
             for split, name in (("train", job.train_rows), ("validation", job.validation_rows))
         }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from infra.errors import DataError
 
@@ -38,6 +39,34 @@ def rows_to_jsonl(rows: Iterable[Row]) -> bytes:
     """Canonical JSON lines (sorted keys, UTF-8): equal rows give equal bytes."""
     lines = [json.dumps(row.to_dict(), sort_keys=True, ensure_ascii=False, separators=(",", ":")) for row in rows]
     return "".join(line + "\n" for line in lines).encode()
+
+
+class ByteStore(Protocol):
+    """What gives an object's bytes: `infra.store.Store`, without depending on it."""
+
+    def get(self, name: str) -> bytes: ...
+
+
+def rows_object(fingerprint: str) -> str:
+    """Name of the object that holds the rows with this fingerprint."""
+    return f"data/{fingerprint}.jsonl"
+
+
+def fingerprint(rows: Iterable[Row]) -> str:
+    """Hex SHA-256 of the rows' canonical JSON lines."""
+    return hashlib.sha256(rows_to_jsonl(rows)).hexdigest()
+
+
+def load_rows(store: ByteStore, name: str) -> list[Row]:
+    """Rows from the object store. DataError if they are not those that `name` was given for."""
+    data = store.get(name)
+    found = rows_object(hashlib.sha256(data).hexdigest())
+    if found != name:
+        raise DataError(
+            f"stored rows {name} are corrupted: their fingerprint makes them {found}; delete the object "
+            "(the next run writes it again) and check the disk behind the store"
+        )
+    return rows_from_jsonl(data)
 
 
 def rows_from_jsonl(data: bytes) -> list[Row]:

@@ -41,7 +41,8 @@ class EvaluateSpec:
     max_new_tokens: int = 32
     max_input_tokens: int = 96
     length_normalised: bool = False
-    few_shot: tuple[tuple[str, str], ...] = ()
+    few_shot: tuple[Row, ...] = ()
+    """Solved rows that stand before every prompt."""
 
     @property
     def prompt(self) -> PromptSpec:
@@ -185,9 +186,7 @@ def evaluate_rows(
     """
     if spec.metric not in METRICS:
         raise ConfigError(f"metric {spec.metric!r} is unknown; accepted: {', '.join(METRICS)}")
-    shots = [Row(str(at), text, (target,)) for at, (text, target) in enumerate(spec.few_shot)]
-    bare = PromptSpec(spec.template.replace("{options}", ""), spec.wrapper, spec.max_input_tokens)
-    before = tokenize(tokenizer, few_shot_prefix(tokenizer, bare, shots))
+    before = tokenize(tokenizer, few_shot_prefix(tokenizer, spec.prompt, spec.few_shot))
     prompts = [encode_prompt(tokenizer, spec.prompt, row) for row in rows]
     outputs = [""] * len(rows)
     scores = [0.0] * len(rows)

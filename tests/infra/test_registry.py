@@ -64,6 +64,10 @@ def test_check(stack: StackState, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///x.db")
     with pytest.raises(RegistryError, match="sqlite"):
         registry.check()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@example.org")
+    with pytest.raises(RegistryError, match="MLFLOW_TRACKING_PASSWORD") as refused:
+        registry.check()
+    assert "secret" not in str(refused.value)
 
 
 def test_registration_is_idempotent(adapter: registry.RegisteredAdapter) -> None:

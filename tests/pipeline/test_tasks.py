@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from infra.errors import DataError
-from pipeline.tasks import TaskConfig, fingerprint, load_tasks, make_splits, normalised
-from workers.rows import Row, rows_from_jsonl, rows_to_jsonl
+from pipeline.tasks import TaskConfig, load_tasks, make_splits, normalised
+from workers.rows import Row, fingerprint, load_rows, rows_from_jsonl, rows_object, rows_to_jsonl
 
 SIZES = {"train": 16, "validation": 4, "test": 6}
 texts = st.lists(st.text(min_size=1, max_size=12).filter(lambda t: bool(normalised(t))), min_size=18, max_size=60)
@@ -65,6 +65,21 @@ def test_duplicates_become_one_row_with_all_references() -> None:
 def test_rows_round_trip_with_line_separators_inside() -> None:
     rows = [Row("1", "a\u2028b\nc", ("x",), ("x", "y")), Row("2", "é", ("1", "2"))]
     assert rows_from_jsonl(rows_to_jsonl(rows)) == rows
+
+
+def test_stored_rows_that_changed_are_refused(tmp_path: Path) -> None:
+    class Folder:
+        def get(self, name: str) -> bytes:
+            return (tmp_path / name.replace("/", "-")).read_bytes()
+
+    rows = [Row("1", "a", ("x",)), Row("2", "b", ("y",))]
+    name = rows_object(fingerprint(rows))
+    file = tmp_path / name.replace("/", "-")
+    file.write_bytes(rows_to_jsonl(rows))
+    assert load_rows(Folder(), name) == rows
+    file.write_bytes(rows_to_jsonl(rows[:1]))
+    with pytest.raises(DataError, match="corrupted"):
+        load_rows(Folder(), name)
 
 
 def bigbench_archive(path: Path) -> Path:

@@ -9,20 +9,22 @@ import pytest
 import torch
 
 from infra.artifacts import Recipe
+from infra.digests import file_sha256
 from infra.errors import AdapterError, StoreError
-from infra.store import FileRef, file_sha256
+from infra.store import FileRef
 from tests.workers.tiny import WRAPPER, tiny_model, tiny_tokenizer
 from workers.adapter import AdapterMeta, save_adapter
 from workers.base import PreparedBase, prepare_base
 from workers.evaluator import EvaluationJob, Evaluator
 from workers.inplace import apply_delta
-from workers.rows import Row, rows_to_jsonl
+from workers.rows import Row, fingerprint, rows_object, rows_to_jsonl
 from workers.scoring import EvaluateSpec
 from workers.support import SparseTensor
 
 UP = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(2)]
 DOWN = "model.layers.0.mlp.down_proj.weight"
 ROWS = [Row(str(at), f"w{at}w{at + 1}", (f"w{at + 2}",)) for at in range(6)]
+ROWS_OBJECT = rows_object(fingerprint(ROWS))
 
 
 class Files:
@@ -77,7 +79,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> PreparedBase:
 @pytest.fixture
 def files() -> Files:
     files = Files()
-    files.data["rows"] = rows_to_jsonl(ROWS)
+    files.data[ROWS_OBJECT] = rows_to_jsonl(ROWS)
     return files
 
 
@@ -106,7 +108,7 @@ def put(files: Files, folder: Path, name: str, tensors: dict[str, SparseTensor],
 def job(adapter: FileRef | None, weights: str = "float32", key: str = "") -> EvaluationJob:
     spec = EvaluateSpec("exact_match", wrapper=WRAPPER, max_new_tokens=4)
     recipe = Recipe("evaluation", 1, {"adapter": adapter.name if adapter else None, "weights": weights, "key": key})
-    return EvaluationJob(recipe, "task", "test", "rows", spec, "expert" if adapter else "base", adapter, weights)
+    return EvaluationJob(recipe, "task", "test", ROWS_OBJECT, spec, "expert" if adapter else "base", adapter, weights)
 
 
 def weights(evaluator: Evaluator) -> dict[str, torch.Tensor]:

@@ -89,7 +89,7 @@ def test_evaluate_text_choice_and_format_free(model, tokenizer) -> None:
     text = evaluate_rows(model, tokenizer, rows, EvaluateSpec("exact_match", wrapper=tiny.WRAPPER, max_new_tokens=4))
     assert text.format_free == choice.scores
     open_rows = [Row(row.id, row.input, row.targets) for row in rows]
-    shots = (("w8", "w9"),)
+    shots = (Row("shot", "w8", ("w9",)),)
     spec = EvaluateSpec("rouge_l", wrapper=tiny.WRAPPER, max_new_tokens=4, few_shot=shots)
     shown = evaluate_rows(model, tokenizer, open_rows, spec)
     assert shown.format_free == shown.scores
