@@ -18,6 +18,7 @@ from infra.store import Store
 from merge.jobs import NodeJob, RootJob, make_node, make_root
 from workers.evaluator import EvaluationJob, Evaluator
 from workers.expert import ExpertJob, ExpertOutcome, make_expert
+from workers.memory import freed_afterwards
 from workers.train import StepReport
 
 
@@ -49,21 +50,24 @@ def granted_device() -> str:
 @ray.remote(max_calls=0)  # a GPU worker is kept for the next expert instead of importing everything anew
 def expert(store: Store, job: ExpertJob, board: ActorHandle) -> ExpertOutcome:
     """Train one expert."""
-    return make_expert(
-        store, job, granted_device(), granted_threads(), lambda report: board.report.remote(job.task, report)
-    )
+    with freed_afterwards():
+        return make_expert(
+            store, job, granted_device(), granted_threads(), lambda report: board.report.remote(job.task, report)
+        )
 
 
 @ray.remote
 def node(store: Store, job: NodeJob) -> tuple[Manifest, bool]:
     """Reduce one inner node of the merge tree."""
-    return make_node(store, job)
+    with freed_afterwards():
+        return make_node(store, job)
 
 
 @ray.remote
 def root(store: Store, job: RootJob) -> dict[str, tuple[Manifest, bool]]:
     """Reduce the root and lower every candidate."""
-    return make_root(store, job)
+    with freed_afterwards():
+        return make_root(store, job)
 
 
 @ray.remote

@@ -5,7 +5,6 @@ A plain function of a job, a store and a progress callback. It logs its own MLfl
 
 import contextlib
 import dataclasses
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from workers.adapter import AdapterMeta, save_adapter
 from workers.base import fetch_base
 from workers.cache import cache_dir
 from workers.masks import MaskSpec
+from workers.memory import peak_bytes, reset_peak
 from workers.model import load_model, load_tokenizer
 from workers.prompt import PromptSpec, encode_example
 from workers.rows import load_rows
@@ -73,6 +73,7 @@ def make_expert(
         StoreError, BaseModelError: inputs cannot be read.
     """
     started_at = time.time()
+    reset_peak()
     torch.set_num_threads(threads)
     found = find(store, job.recipe.key, {})
     if found is not None:  # a retry after the worker was lost between publishing and answering
@@ -114,7 +115,7 @@ def make_expert(
             "density": trained.density,
             "delta_norm": sum(float(t.values.double().square().sum()) for t in trained.delta.values()) ** 0.5,
             "device": device,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_rss_bytes": peak_bytes(),
             "environment": environment(),
         }
         with tempfile.TemporaryDirectory(prefix="factory-expert-") as folder:
