@@ -23,7 +23,7 @@ from workers.adapter import AdapterMeta, save_adapter
 from workers.base import fetch_base
 from workers.cache import cache_dir
 from workers.masks import MaskSpec
-from workers.memory import peak_bytes, reset_peak
+from workers.memory import map_large_tensors, peak_bytes, reset_peak
 from workers.model import load_model, load_tokenizer
 from workers.prompt import PromptSpec, encode_example
 from workers.rows import load_rows
@@ -73,6 +73,7 @@ def make_expert(
         StoreError, BaseModelError: inputs cannot be read.
     """
     started_at = time.time()
+    map_large_tensors()
     reset_peak()
     torch.set_num_threads(threads)
     found = find(store, job.recipe.key, {})

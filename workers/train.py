@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, get_scheduler
 from infra.errors import ExpertError
 from workers.inplace import InPlaceAdapter
 from workers.masks import MaskSpec, select_supports
+from workers.memory import give_back
 from workers.prompt import IGNORED_LABEL, Example, collate, length_bucketed_batches
 from workers.support import SparseTensor, SupportSpec
 
@@ -105,7 +106,7 @@ def train_expert(
         scheduler = get_scheduler(spec.schedule, optimizer, math.ceil(spec.warmup_ratio * spec.steps), spec.steps)
         history: list[StepReport] = []
         best = (math.inf, 0, adapter.delta())
-        reselections, tokens, start = 0, 0, time.perf_counter()
+        largest, reselections, tokens, start = 0, 0, 0, time.perf_counter()
         for step in range(1, spec.steps + 1):
             rows, ahead = ahead, next(batches)
             if (
@@ -117,6 +118,10 @@ def train_expert(
                 adapter.reselect(select(rows), optimizer)
                 reselections += 1
             adapter.zero_grad()
+            size = len(rows) * max(len(train[i].input_ids) for i in rows)
+            if size > largest:  # the holes that smaller batches left in the heap do not fit its tensors
+                largest = size
+                give_back()
             loss = batch_loss(rows)
             loss.backward()
             norm = float(torch.nn.utils.clip_grad_norm_(adapter.parameters(), spec.clip_norm))
