@@ -35,7 +35,7 @@ def key(*overrides: str, base: str = BASE, task: TaskData | None = None) -> str:
         "train.steps=31", "train.batch_size=4", "train.learning_rate=0.1", "train.weight_decay=0.1",
         "train.warmup_ratio=0.5", "train.schedule=cosine", "train.clip_norm=2", "train.validate_every=3",
         "train.compute_dtype=bfloat16", "train.value_dtype=float32", "seed=1", "mask.density=0.1",
-        "mask.criterion=random", "mask.granularity=element", "mask.block_size=[8, 8]",
+        "mask.criterion=connection_sensitivity", "mask.granularity=element", "mask.block_size=[8, 8]",
         "mask.modules='.*q_proj'", "mask.reselect_every=5", "prompt.max_input_tokens=50", "prompt.max_target_tokens=9",
         "prompt.wrapper='{prompt}:'",
     ],
