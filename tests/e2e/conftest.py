@@ -78,9 +78,8 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Ca
 
     def make(suite: str, held_in: int = 4, **sections: Any) -> dict[str, Any]:
         def task(name: str) -> dict[str, Any]:
-            file = write_task(
-                folder / f"{suite}-{name}.jsonl", f"{suite} {name}"
-            )  # other rows, so other keys, per suite
+            own = f"{suite}-{name}"  # rows, and so keys, of this suite alone
+            file = write_task(folder / f"{own}.jsonl", own)
             return {"source": f"jsonl:{file}", "template": "Say it.\n{input}", "metric": "exact_match"}
 
         return {
