@@ -20,17 +20,17 @@ from torch import nn
 from infra.errors import AdapterError, ConfigError, FactoryError
 from workers.adapter import AdapterReader
 from workers.generations import Layout, empty_layout, find_group, rebuild, transplant
-from workers.sparse_linear import Slot, SparseLinear, check_module, swap_forward
-from workers.support import SparseTensor, SupportSpec, block_runs
+from workers.sparse_linear import Part, Slot, SparseLinear, check_module, swap_forward
+from workers.support import Block, SparseTensor, SupportSpec, block_runs
 from workers.tying import tied_names
 
 
 @dataclass(frozen=True)
-class Values:
-    """A copy of the trained values; ``selection`` says which selection of positions they belong to."""
+class Snapshot:
+    """A copy of the trained ``values`` (flat, in the adapter's own order) and the ``parts`` that they belong to."""
 
-    tensor: torch.Tensor
-    selection: int
+    values: torch.Tensor
+    parts: Mapping[str, list[Part]]
 
 
 def rounded_sum(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,6 @@ class InPlaceAdapter:
         (self._device, self._dtype) = kinds.pop()
         self._value_dtype = torch.promote_types(self._dtype, torch.float32)
         self._scratch_buffer: torch.Tensor | None = None
-        self._selection = 0
         self._attached = True
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         for parameter, _ in self._flags:
@@ -156,36 +155,59 @@ class InPlaceAdapter:
                 span = slice(part.start, part.stop)
                 slot.write(part.units, rounded_sum(base[span], values[span]))
 
-    def values(self) -> Values:
-        """A copy of the values (flat, in the adapter's own order), for :meth:`load_values`."""
-        return Values(self._layout.values.detach().clone(), self._selection)
+    def snapshot(self) -> Snapshot:
+        """A copy of the values, for :meth:`delta` after further steps or another selection."""
+        return Snapshot(self._layout.values.detach().clone(), self._layout.parts)
 
-    def load_values(self, values: Values) -> None:
-        """Set the values and write them back. ``FactoryError`` when positions were re-selected in between."""
-        if values.selection != self._selection or values.tensor.shape != self._layout.values.shape:
-            raise FactoryError("values of another selection of positions; keep delta() instead across a re-selection")
-        with torch.no_grad():
-            self._layout.values.detach().copy_(values.tensor)
-        self.write_back()
+    def delta(self, snapshot: Snapshot | None = None) -> dict[str, SparseTensor]:
+        """The trained delta, or that of a snapshot, on the CPU: parameter name to sorted positions and fp32 values."""
+        chosen = snapshot or Snapshot(self._layout.values.detach(), self._layout.parts)
+        flat = chosen.values.float().cpu()
+        return {
+            f"{name}.weight": _in_flat_order(tuple(slot.weight.shape), slot.block, chosen.parts[name], flat)
+            for name, slot in self._slots.items()
+        }
 
-    def delta(self) -> dict[str, SparseTensor]:
-        """The trained delta on the CPU: parameter name to sorted positions and fp32 values."""
-        result: dict[str, SparseTensor] = {}
-        flat = self._layout.values.detach().float().cpu()
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that :meth:`load_state` needs to go on: values, generations, and each module's units and ranges.
+
+        ``values`` fp32 [n]; ``generations`` int64 [g, 2]; for each module ``units <name>`` (all its parts joined) and
+        ``parts <name>`` int64 [p, 2], the ranges of the parts in ``values``.
+        """
+        tensors = {
+            "values": self._layout.values.detach(),
+            "generations": torch.tensor(self._layout.generations, dtype=torch.int64).view(-1, 2),
+        }
+        for name, parts in self._layout.parts.items():
+            tensors[f"parts {name}"] = torch.tensor([(p.start, p.stop) for p in parts], dtype=torch.int64).view(-1, 2)
+            empty = torch.empty(0, dtype=torch.int32, device=self._device)
+            tensors[f"units {name}"] = torch.cat([empty, *(part.units for part in parts)])
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over the positions, generations and values of a :meth:`state` of the same modules and granularity.
+
+        ``parameters()`` are new afterwards: make the optimizer after this. ``FactoryError`` for another adapter's state.
+        """
+        self._need_attached()
+        expected = {"values", "generations"} | {f"{kind} {name}" for name in self._slots for kind in ("units", "parts")}
+        if set(tensors) != expected:
+            other = sorted(set(tensors) ^ expected)
+            raise FactoryError(f"the saved state is of another adapter: it differs in {', '.join(other[:4])}")
+        self._write_base()
+        values = tensors["values"].to(self._device, self._value_dtype).clone()
+        base = torch.empty(values.numel(), dtype=self._dtype, device=self._device)
+        parts: dict[str, list[Part]] = {}
         for name, slot in self._slots.items():
-            shape = tuple(slot.weight.shape)
-            units = torch.cat([part.units.cpu().to(torch.int64) for part in slot.parts])
-            values = torch.cat([flat[part.start : part.stop] for part in slot.parts])
-            if slot.block is None:
-                indices, order = torch.sort(units)
-                values = values[order]
-            else:
-                width = slot.block[1]
-                starts, order = block_runs(units, shape, slot.block)
-                indices = (starts[:, None] + torch.arange(width)).reshape(-1)
-                values = values.view(-1, width)[order].reshape(-1)
-            result[f"{name}.weight"] = SparseTensor(shape, indices, values)
-        return result
+            ranges: list[list[int]] = tensors[f"parts {name}"].tolist()
+            lengths = [(stop - start) // slot.area for start, stop in ranges]
+            units = tensors[f"units {name}"].to(self._device).split(lengths)
+            parts[name] = [Part(u.contiguous(), start, stop) for u, (start, stop) in zip(units, ranges, strict=True)]
+            for part in parts[name]:
+                base[part.start : part.stop] = slot.gather(slot.weight.detach(), part.units)
+        generations = [(start, stop) for start, stop in tensors["generations"].tolist()]
+        self._install(Layout(values, torch.zeros_like(values), base, generations, parts))
+        self.write_back()
 
     def reselect(self, supports: Mapping[str, SupportSpec], optimizer: torch.optim.Optimizer | None = None) -> None:
         """Change the support of the same modules (same granularity).
@@ -211,20 +233,23 @@ class InPlaceAdapter:
         if optimizer is not None:
             transplant(optimizer, old_leaves, self._leaves, layout.sources)
         layout.sources = []
-        self._selection += 1
         self.write_back()
 
     def restore(self) -> None:
         """Put the base weights (bit for bit), the forward passes and the requires_grad flags back. Idempotent."""
         if not self._attached:
             return
+        self._write_base()
         for slot in self._slots.values():
-            for part in slot.parts:
-                slot.write(part.units, self._layout.base[part.start : part.stop])
             slot.restore_forward()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         self._attached = False
+
+    def _write_base(self) -> None:
+        for slot in self._slots.values():
+            for part in slot.parts:
+                slot.write(part.units, self._layout.base[part.start : part.stop])
 
     def _need_attached(self) -> None:
         if not self._attached:
@@ -239,13 +264,28 @@ class InPlaceAdapter:
         self.restore()
 
 
+def _in_flat_order(
+    shape: tuple[int, ...], block: Block | None, parts: list[Part], flat: torch.Tensor
+) -> SparseTensor:
+    """One module's values, whatever its parts' order, as a sparse tensor on the CPU."""
+    units = torch.cat([torch.empty(0, dtype=torch.int64), *(part.units.cpu().to(torch.int64) for part in parts)])
+    values = torch.cat([flat[:0], *(flat[part.start : part.stop] for part in parts)])
+    if block is None:
+        indices, order = torch.sort(units)
+        return SparseTensor(shape, indices, values[order])
+    starts, order = block_runs(units, shape, block)
+    indices = (starts[:, None] + torch.arange(block[1])).reshape(-1)
+    return SparseTensor(shape, indices, values.view(-1, block[1])[order].reshape(-1))
+
+
 class Undo:
     """The originals that :func:`apply_delta` replaced; a context manager that restores on leaving."""
 
     def __init__(self) -> None:
-        self._saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._saved: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
 
-    def keep(self, weight: torch.Tensor, indices: torch.Tensor, originals: torch.Tensor) -> None:
+    def keep(self, weight: torch.Tensor, indices: torch.Tensor | None, originals: torch.Tensor) -> None:
+        """Remember a flat weight's originals at ``indices``, None for all of them."""
         self._saved.append((weight, indices, originals))
 
     def restore(self) -> None:
@@ -253,7 +293,7 @@ class Undo:
         with torch.no_grad():
             while self._saved:
                 weight, indices, originals = self._saved.pop()
-                weight.index_put_((indices,), originals)
+                _put(weight, indices, originals)
 
     def __enter__(self) -> Self:
         return self
@@ -294,14 +334,22 @@ def apply_delta(
             tensor.check(name)
             flat = parameters[name].detach().view(-1)
             small = torch.int32 if tensor.numel < 2**31 else torch.int64
-            indices = tensor.indices.to(device=flat.device, dtype=small)
-            originals = flat.index_select(0, indices)
+            every = tensor.indices.numel() == tensor.numel
+            indices = None if every else tensor.indices.to(device=flat.device, dtype=small)
+            originals = flat.clone() if indices is None else flat.index_select(0, indices)
             undo.keep(flat, indices, originals)
             changed = rounded_sum(originals, tensor.values.to(flat.device))
             if round_to is not None:
                 changed = rounded_sum(originals.float(), tensor.values.to(flat.device)).to(round_to).to(flat.dtype)
-            flat.index_put_((indices,), changed)
+            _put(flat, indices, changed)
     except BaseException:
         undo.restore()
         raise
     return undo
+
+
+def _put(flat: torch.Tensor, indices: torch.Tensor | None, values: torch.Tensor) -> None:
+    if indices is None:
+        flat.copy_(values)
+    else:
+        flat.index_put_((indices,), values)

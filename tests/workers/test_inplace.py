@@ -1,5 +1,6 @@
 """In-place training: gradients, weights, re-selection and undo against straightforward dense references."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from infra.errors import AdapterError, ConfigError, FactoryError
 from workers.adapter import AdapterMeta, AdapterReader, FileSource, save_adapter
-from workers.inplace import InPlaceAdapter, apply_delta
+from workers.inplace import InPlaceAdapter, Snapshot, apply_delta
 from workers.masks import MaskSpec, random_units, select_supports
 from workers.sparse_linear import block_gradient
 from workers.support import SparseTensor, SupportSpec
@@ -44,13 +45,8 @@ def loss_of(model: nn.Module) -> torch.Tensor:
 
 def gradients(adapter: InPlaceAdapter) -> dict[str, torch.Tensor]:
     """The flat gradient in flat position order, by reading it as if it were the values."""
-    saved = adapter.values()
-    with torch.no_grad():
-        for leaf in adapter.parameters():
-            leaf.copy_(leaf.grad)
-    result = {name: tensor.values for name, tensor in adapter.delta().items()}
-    adapter.load_values(saved)
-    return result
+    read = Snapshot(torch.cat([leaf.grad for leaf in adapter.parameters()]), adapter.snapshot().parts)
+    return {name: tensor.values for name, tensor in adapter.delta(read).items()}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -235,24 +231,73 @@ def test_reselecting_the_same_support_changes_nothing() -> None:
             if again:
                 adapter.reselect(chosen, optimizer)
         assert len(adapter.parameters()) == 1
-        runs.append(adapter.values().tensor)
+        runs.append(adapter.snapshot().values)
     assert torch.equal(*runs)
 
 
-def test_values_are_kept_and_loaded() -> None:
+@pytest.mark.parametrize("block", [None, (4, 4)])
+def test_a_snapshot_outlives_steps_and_selections(block: tuple[int, int] | None) -> None:
     model = tiny()
-    adapter = InPlaceAdapter(model, select_supports(model, spec(None)))
-    best = adapter.values()
+    adapter = InPlaceAdapter(model, select_supports(model, spec(block)))
+    with torch.no_grad():
+        adapter.parameters()[0].normal_()
+    kept, expected = adapter.snapshot(), adapter.delta()
     with torch.no_grad():
         adapter.parameters()[0].add_(1.0)
-    adapter.write_back()
-    adapter.load_values(best)
-    assert torch.equal(
-        model.get_parameter("model.layers.0.mlp.up_proj.weight"), tiny().model.layers[0].mlp.up_proj.weight
+    assert not equal(adapter.delta(), expected)
+    adapter.reselect(select_supports(model, spec(block, seed=5)))
+    assert equal(adapter.delta(kept), expected)
+
+
+@pytest.mark.parametrize("block", [None, (4, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_state_goes_on_as_if_nothing_had_happened(block: tuple[int, int] | None, dtype: torch.dtype) -> None:
+    """Generations, moments of other ages, rounding: all as in the adapter that was saved."""
+    runs = []
+    for interrupted in (False, True):
+        model = tiny().to(dtype)
+        adapter = InPlaceAdapter(model, select_supports(model, spec(block, 0.3)))
+        optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.01, fused=True)
+        for step in range(6):
+            if step == 2:
+                adapter.reselect(select_supports(model, spec(block, 0.3, seed=9)), optimizer)
+            if step == 4 and interrupted:
+                state = {name: tensor.clone() for name, tensor in adapter.state().items()}
+                moments = [copy.deepcopy(optimizer.state[leaf]) for leaf in adapter.parameters()]
+                adapter.restore()
+                untouched = tiny().to(dtype)
+                assert all(map(torch.equal, model.parameters(), untouched.parameters()))
+                model = untouched
+                adapter = InPlaceAdapter(model, select_supports(model, spec(block, 0.1, seed=77)))
+                adapter.load_state(state)
+                optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.01, fused=True)
+                for leaf, moment in zip(adapter.parameters(), moments, strict=True):
+                    optimizer.state[leaf] = moment
+            adapter.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+            adapter.write_back()
+        runs.append((adapter.delta(), [p.detach().clone() for p in model.parameters()], adapter.generations))
+        adapter.restore()
+        assert all(map(torch.equal, model.parameters(), tiny().to(dtype).parameters()))
+    assert equal(runs[0][0], runs[1][0])
+    assert all(map(torch.equal, runs[0][1], runs[1][1]))
+    assert runs[0][2] == runs[1][2]
+    assert len(runs[0][2]) == 2
+
+
+def test_the_state_of_another_adapter_is_refused() -> None:
+    model = tiny()
+    adapter = InPlaceAdapter(model, select_supports(model, spec(None)))
+    state = adapter.state()
+    with pytest.raises(FactoryError, match=r"another adapter: it differs in units model\.layers"):
+        adapter.load_state({name: t for name, t in state.items() if not name.startswith("units")})
+
+
+def equal(one: dict[str, SparseTensor], other: dict[str, SparseTensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(one[n].indices, other[n].indices) and torch.equal(one[n].values, other[n].values) for n in one
     )
-    adapter.reselect(select_supports(model, spec(None, seed=5)))
-    with pytest.raises(FactoryError, match="another selection"):
-        adapter.load_values(best)
 
 
 def test_a_stale_graph_fails_loudly() -> None:
@@ -289,10 +334,10 @@ def test_the_optimizer_must_hold_the_adapter() -> None:
     model = tiny()
     adapter = InPlaceAdapter(model, select_supports(model, spec(None)))
     stranger = torch.optim.AdamW([nn.Parameter(torch.ones(2))])
-    values = adapter.values().tensor
+    values = adapter.snapshot().values
     with pytest.raises(ConfigError, match="one parameter group"):
         adapter.reselect(select_supports(model, spec(None, seed=1)), stranger)
-    assert torch.equal(adapter.values().tensor, values)
+    assert torch.equal(adapter.snapshot().values, values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -301,8 +346,9 @@ def test_apply_delta_and_undo(tmp_path: Path, dtype: torch.dtype, from_file: boo
     model = tiny(dtype)
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     adapter = InPlaceAdapter(model, select_supports(model, spec(None)))
-    values = adapter.values()
-    adapter.load_values(type(values)(torch.randn_like(values.tensor).bfloat16().float(), values.selection))
+    with torch.no_grad():
+        adapter.parameters()[0].copy_(torch.randn(adapter.num_values).bfloat16())
+    adapter.write_back()
     trained = {name: p.detach().clone() for name, p in model.named_parameters()}
     delta = adapter.delta()
     adapter.restore()
