@@ -52,8 +52,9 @@ class RegisteredAdapter:
 
     ``name`` is the registered model's (see ``model_name``); ``adapter_uri`` the ``s3://`` URI of the adapter file, of
     which only a reference is kept; ``digest`` the artifact's; ``adapter_sha256`` (optional) that of the adapter file,
-    verified on loading. ``max_input_tokens`` truncates an input on the left, as in training. ``prompt_wrapper`` holds
-    ``{prompt}``, ``prompt_template`` holds ``{input}``.
+    verified on loading. ``heads`` of a classifier: task to ``adapter`` (URI of the file that holds its head),
+    ``sha256``, ``labels`` and ``prompt_template``. ``max_input_tokens`` truncates an input on the left, as in training.
+    ``prompt_wrapper`` holds ``{prompt}``, ``prompt_template`` holds ``{input}``.
     """
 
     name: str
@@ -72,6 +73,7 @@ class RegisteredAdapter:
     tags: dict[str, str] = field(default_factory=dict)
     adapter_sha256: str = ""
     max_input_tokens: int | None = None
+    heads: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def tracking_uri() -> str:
@@ -342,11 +344,12 @@ def _tags(adapter: RegisteredAdapter) -> dict[str, str]:
 def model_config(adapter: RegisteredAdapter) -> dict[str, Any]:
     """What ``infra.adapter_model`` needs to load the adapter: references and prompting, no bytes."""
     bucket, name = split_uri(adapter.adapter_uri)
-    prefix, found, rest = name.rpartition("objects/")
+    prefix, found, _ = name.rpartition("objects/")
+    heads = {task: {**head, "adapter": _object_name(head["adapter"])} for task, head in adapter.heads.items()}
     return {
         "bucket": bucket,
         "prefix": prefix.strip("/") if found else "",
-        "adapter": f"objects/{rest}" if found else name,
+        "adapter": _object_name(adapter.adapter_uri),
         "adapter_uri": adapter.adapter_uri,
         "adapter_sha256": adapter.adapter_sha256,
         "digest": adapter.digest,
@@ -356,7 +359,15 @@ def model_config(adapter: RegisteredAdapter) -> dict[str, Any]:
         "max_new_tokens": adapter.max_new_tokens,
         "max_input_tokens": adapter.max_input_tokens,
         "dtype": adapter.dtype,
+        "heads": heads,
     }
+
+
+def _object_name(uri: str) -> str:
+    """Name of an object inside its store: from ``objects/`` on, where the URI has that."""
+    _, name = split_uri(uri)
+    _, found, rest = name.rpartition("objects/")
+    return f"objects/{rest}" if found else name
 
 
 def _log_model(mlflow: MlflowClient, adapter: RegisteredAdapter) -> str:
@@ -365,6 +376,8 @@ def _log_model(mlflow: MlflowClient, adapter: RegisteredAdapter) -> str:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
 
+    columns = ["task", "input"] if len(adapter.heads) > 1 else [None]
+    inputs = Schema([ColSpec("string", name) for name in columns])
     folder = tempfile.mkdtemp(prefix="factory-model-")
     target = f"models/{adapter.digest[:16]}-{uuid.uuid4().hex[:8]}"  # never the place of another version of this run
     try:
@@ -375,7 +388,7 @@ def _log_model(mlflow: MlflowClient, adapter: RegisteredAdapter) -> str:
                 python_model=adapter_model.__file__,
                 code_paths=[str(_ROOT / package) for package in _PACKAGES],
                 model_config=model_config(adapter),
-                signature=ModelSignature(Schema([ColSpec("string")]), Schema([ColSpec("string")])),
+                signature=ModelSignature(inputs, Schema([ColSpec("string")])),
                 pip_requirements=requirements(),
                 metadata={"key": adapter.key, "digest": adapter.digest, "task": adapter.task},
             )

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infra.errors import MergeError
+from infra.errors import AdapterError, MergeError
 from merge.stream_file import SafetensorsWriter, header_room
-from workers.adapter import AdapterMeta
-from workers.support import SparseTensor, encode_support
+from workers.adapter_format import AdapterMeta, metadata_text, sparse_pieces
+from workers.support import SparseTensor
 
 
 class AdapterWriter:
@@ -28,35 +27,26 @@ class AdapterWriter:
         self, path: Path, base_sha256: str, info: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
     ) -> None:
         """`shapes` holds every tensor that will be written: it bounds the header. `info` must be JSON."""
-        self._meta = AdapterMeta(base_sha256=base_sha256, info=dict(info))
+        self._meta = AdapterMeta(base_sha256=base_sha256, kind="sparse", info=dict(info))
         self._table: dict[str, dict[str, Any]] = {}
         worst = {n: {"shape": list(s), "count": math.prod(s), "encoding": "x" * 16} for n, s in shapes.items()}
         pieces = [f"{name}.{part}" for name in shapes for part in ("values", "support")]
         self._out = SafetensorsWriter(path, header_room(pieces, self._metadata(worst)))
 
     def _metadata(self, table: Mapping[str, Any]) -> dict[str, str]:
-        head = {
-            "format_version": self._meta.format_version,
-            "base_sha256": self._meta.base_sha256,
-            "kind": self._meta.kind,
-            "info": self._meta.info,
-            "tensors": table,
-        }
         try:
-            return {"adapter": json.dumps(head, sort_keys=True, separators=(",", ":"), allow_nan=False)}
-        except (TypeError, ValueError) as error:
-            raise MergeError(f"information about a merge cannot be written as JSON: {error}") from None
+            return {"adapter": metadata_text(self._meta, table, {})}
+        except AdapterError as error:
+            raise MergeError(f"information about a merge: {error}") from None
 
     def add(self, name: str, tensor: SparseTensor, support: tuple[str, Tensor] | None = None) -> None:
         """Append one tensor. `support` is its `encode_support`, where the caller has it already."""
         values = tensor.values.float()
         if not bool(torch.isfinite(values).all()):
             raise MergeError(f"{name}: the merged δ overflows fp32; lower λ or look for a diverged expert")
-        encoding, data = support or encode_support(tensor.indices, tensor.numel)
-        self._out.write(f"{name}.values", values)
-        if encoding != "dense":
-            self._out.write(f"{name}.support", data)
-        self._table[name] = {"shape": list(tensor.shape), "count": tensor.indices.numel(), "encoding": encoding}
+        pieces, self._table[name] = sparse_pieces(name, tensor, values, support)
+        for piece, data in pieces.items():
+            self._out.write(piece, data)
 
     def close(self) -> None:
         """Finish the file and give it its name."""

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from infra.errors import ConfigError
 from pipeline.tasks import TaskConfig
+from workers.masks import MaskSpec
+from workers.metrics import CLASSIFICATION_METRICS, METRICS
 
 DType = Literal["float32", "bfloat16"]
 Positive = Annotated[int, Field(gt=0)]
@@ -59,33 +61,76 @@ class SplitsConfig(Section):
 
 
 class MaskConfig(Section):
-    """Which weights an expert may change."""
+    """Which modules are adapted and, for sparse experts, which of their weights may change."""
 
-    criterion: Literal["random", "connection_sensitivity"] = "random"
-    """`random` (SpaRTA, arXiv 2502.15975) or `connection_sensitivity` |W * dL/dW| (arXiv 2507.07140)."""
-    granularity: Literal["element", "block"] = "element"
-    """Single weights, or aligned blocks of `block_size`."""
+    modules: str = "attention"
+    """A preset (attention, value_output, mlp, value_output_mlp, all_linear) or a regular expression that must match the
+    whole name of each adapted linear module. For every kind of expert."""
+    criterion: Literal["random", "magnitude", "gradient", "connection_sensitivity", "fisher"] = "random"
+    """`random` (SpaRTA, arXiv 2502.15975), `magnitude` |W|, `gradient` |dL/dW|, `connection_sensitivity` |W * dL/dW|
+    (arXiv 2507.07140) or `fisher`, the mean squared gradient of single rows."""
+    keep: Literal["largest", "smallest"] = "largest"
+    """`smallest` keeps the least: of the magnitudes, or of the sensitivities (TaLoS, arXiv 2504.02620)."""
+    granularity: Literal["element", "block", "row", "column", "n_m"] = "block"
+    """Single weights, aligned blocks of `block_size`, whole rows or columns, or N of every `group` weights of a row."""
     block_size: tuple[Positive, Positive] = (16, 16)
     """Rows x columns of a block; both must divide every adapted weight."""
+    group: Annotated[int, Field(ge=2)] = 16
+    """`n_m`: length of a group; N is `density` of it, at least 1. Must divide the width of every adapted weight."""
     density: Fraction = 0.05
-    """Kept share of each adapted weight (the keep ratio)."""
-    modules: str = r".*\.(q_proj|k_proj|v_proj|o_proj)"
-    """Regular expression that must match the whole name of each adapted linear module."""
+    """Kept share of the adapted weights (the keep ratio)."""
+    budget: Literal["tensor", "global"] = "tensor"
+    """`tensor`: every weight keeps this share; `global`: the share of all together goes where the scores are best."""
+    score_batches: Positive = 1
+    """Training batches (of `train.micro_batch_size` rows, if that is set) that scores are taken over. With several, a
+    worker holds an fp32 copy of the adapted weights while it selects."""
     reselect_every: Positive | None = None
     """Steps between selections of a new mask; null keeps the first one."""
+    reselect_rounds: Positive | None = None
+    """Selections after the first one before the mask is frozen; null: no limit."""
+    shared: bool = False
+    """One support for all experts, scored on the rows of all tasks together: it does not fill up in the merge, but a
+    change of any task's data remakes every expert (unless the criterion is random or magnitude)."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        try:
+            self.spec(seed=0)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def spec(self, seed: int) -> MaskSpec:
+        """The mask of one expert."""
+        return MaskSpec(**self.model_dump(exclude={"shared"}), seed=seed)
+
+
+class LoraConfig(Section):
+    """Low-rank experts (`expert: lora`), in the modules of `mask.modules`, through PEFT."""
+
+    rank: Positive = 16
+    """Rank of the factors."""
+    alpha: Positive = 32
+    """The change is alpha / rank * B A."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a layer's inputs that is dropped in training."""
 
 
 class TrainConfig(Section):
     """How an expert is trained. Give either `steps` or `epochs`."""
 
     steps: Positive | None = None
-    """Optimizer steps."""
+    """Optimizer steps, at most."""
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over the training rows."""
+    """Passes over the training rows, at most."""
     batch_size: Positive = 16
     """Rows per optimizer step."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Peak learning rate of AdamW."""
+    micro_batch_size: Positive | None = None
+    """Rows per forward pass; gradients accumulate to those of the batch. Null: the whole batch at once."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them: less memory, more time, the same numbers."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of AdamW; null: the kind's default (`pipeline/recipes.py`)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay, applied to the change and not to the weight."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.06
@@ -96,6 +141,10 @@ class TrainConfig(Section):
     """Largest L2 norm of the gradient of the trained values."""
     validate_every: Positive | None = None
     """Steps between validation losses; null: only after the last step. The best values seen are kept."""
+    patience: Positive | None = None
+    """Validations without a better loss after which training ends early; null: never."""
+    checkpoint_every: Positive | None = None
+    """Steps between two states saved to the object store, from which a lost worker's expert goes on; null: none."""
     compute_dtype: DType = "bfloat16"
     """Type of the weights and activations in training. Trained values are always float32."""
     value_dtype: DType = "bfloat16"
@@ -105,6 +154,8 @@ class TrainConfig(Section):
     def _one_length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
+        if self.patience and not self.validate_every:
+            raise ValueError("patience counts validations: give validate_every as well")
         return self
 
 
@@ -136,7 +187,7 @@ class EvaluateConfig(Section):
     batch_size: Positive = 24
     """Rows per forward pass."""
     few_shot: Annotated[int, Field(ge=0, le=32)] = 4
-    """Training examples shown to the few-shot base, which is reported beside; 0 skips it."""
+    """Training examples shown to the few-shot base, which is reported beside; 0 skips it. Language modelling only."""
 
 
 class WorkerResources(Section):
@@ -175,7 +226,14 @@ class PipelineConfig(Section):
     base: str
     """`pypi:SmolLM2-135M-Instruct`, `path:<folder>` or `hub:<repository>[@revision]`."""
     seed: int = 0
-    """Seed of splits, masks and batch order."""
+    """Seed of splits, masks, batch order, factors and heads."""
+    seeds: Annotated[list[int], Field(min_length=1)] | None = None
+    """Train, merge and score once for each of these instead of `seed`, on the same splits; results give mean and
+    standard deviation. The first one's models are registered."""
+    objective: Literal["language_modelling", "classification"] = "language_modelling"
+    """`classification` puts a head on the base, trained in full and kept by each expert; targets are labels."""
+    expert: Literal["sparse", "lora", "full"] = "sparse"
+    """What an expert changes: a share of the adapted weights, low-rank factors beside them, or all of them."""
     prompt: PromptConfig = PromptConfig()
     """Prompt and length limits."""
     splits: SplitsConfig = SplitsConfig()
@@ -186,6 +244,8 @@ class PipelineConfig(Section):
     """Tasks that are only scored."""
     mask: MaskConfig = MaskConfig()
     """Which weights experts change."""
+    lora: LoraConfig = LoraConfig()
+    """Low-rank experts."""
     train: TrainConfig
     """How experts are trained."""
     merge: MergeConfig
@@ -199,6 +259,31 @@ class PipelineConfig(Section):
     def _tasks_are_apart(self) -> Self:
         if both := sorted(set(self.held_in) & set(self.held_out)):
             raise ValueError(f"tasks named both in held_in and in held_out: {', '.join(both)}")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_suit_the_objective(self) -> Self:
+        accepted = CLASSIFICATION_METRICS if self.objective == "classification" else METRICS
+        for name, task in {**self.held_in, **self.held_out}.items():
+            if task.metric not in accepted:
+                raise ValueError(f"task {name} has metric {task.metric}; {self.objective} takes {', '.join(accepted)}")
+        if self.objective == "classification" and self.held_out:
+            raise ValueError(
+                "held-out tasks have no trained head, so a classification run cannot score them; remove held_out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _masks_fit(self) -> Self:
+        mask = self.mask
+        if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: every seed once")
+        if mask.shared and self.expert != "sparse":
+            raise ValueError(f"mask.shared is for sparse experts, not for expert={self.expert}")
+        if mask.shared and mask.reselect_every:
+            raise ValueError("mask.shared keeps one support for all: remove mask.reselect_every")
+        if mask.shared and self.objective == "classification" and mask.criterion not in ("random", "magnitude"):
+            raise ValueError("tasks with heads of their own share a support only by random or magnitude")
         return self
 
 

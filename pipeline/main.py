@@ -28,8 +28,8 @@ from infra.store import Store
 from pipeline.cluster import connect_to_ray
 from pipeline.config import dump_config, load_config
 from pipeline.display import Display
-from pipeline.outcome import Inputs, Outcome
 from pipeline.preflight import Prepared, check_services, prepare_inputs
+from pipeline.replicates import combine
 from pipeline.results import (
     build_results,
     report_markdown,
@@ -74,9 +74,13 @@ def run(prepared: Prepared, run_id: str, slots: int, seats: int, report: Path | 
     console.print(f"run {run_id} in MLflow experiment {config.suite!r}", highlight=False)
     status = "FAILED"
     try:
-        inputs = prepared.inputs(run_id)
-        outcome = Run(inputs, Display(list(config.held_in), console), slots, seats, stop).execute()
-        publish_report(inputs, outcome, report, console)
+        seeds, found = config.seeds or [config.seed], []
+        for at, inputs in enumerate(prepared.replicates(run_id)):
+            if len(seeds) > 1:
+                console.print(f"seed {seeds[at]}, {at + 1} of {len(seeds)}", highlight=False)
+            display = Display(list(config.held_in), console)
+            found.append(build_results(inputs, Run(inputs, display, slots, seats, stop).execute()))
+        publish_report(prepared, run_id, combine(seeds, found), report, console)
         status = "FINISHED"
         return 0
     except FactoryError as error:
@@ -98,28 +102,29 @@ def start_run(prepared: Prepared) -> str:
     return registry.start_run(suite, time.strftime(f"{suite}-%Y%m%d-%H%M%S"), tags, prepared.parameters())
 
 
-def publish_report(inputs: Inputs, outcome: Outcome, folder: Path | None, console: Console) -> None:
+def publish_report(
+    prepared: Prepared, run_id: str, results: dict[str, Any], folder: Path | None, console: Console
+) -> None:
     """Write results.json, report.md and config.yaml to the store, to MLflow and to `folder`; print the table."""
-    results = build_results(inputs, outcome)
     files = {
         "results.json": results_json(results),
         "report.md": report_markdown(results),
-        "config.yaml": dump_config(inputs.config),
+        "config.yaml": dump_config(prepared.config),
     }
     for name, text in files.items():
-        inputs.store.put(f"runs/{inputs.run_id}/{name}", text.encode())
+        prepared.store.put(f"runs/{run_id}/{name}", text.encode())
     with tempfile.TemporaryDirectory(prefix="factory-report-") as scratch:
         for target in [Path(scratch), *([folder] if folder else [])]:
             target.mkdir(parents=True, exist_ok=True)
             for name, text in files.items():
                 (target / name).write_text(text)
-        registry.log_folder(inputs.run_id, Path(scratch), "report")
-    registry.log_history(inputs.run_id, [{"step": 0, **_summary_metrics(results)}])
+        registry.log_folder(run_id, Path(scratch), "report")
+    registry.log_history(run_id, [{"step": 0, **_summary_metrics(results)}])
     console.print(summary_table(results))
     for line in summary_lines(results):
         console.print(line, highlight=False, markup=False)
     console.print(
-        f"report: {inputs.store.uri(f'runs/{inputs.run_id}/')}" + (f" and {folder}/" if folder else ""), markup=False
+        f"report: {prepared.store.uri(f'runs/{run_id}/')}" + (f" and {folder}/" if folder else ""), markup=False
     )
 
 

@@ -25,6 +25,8 @@ class Inputs:
     candidates: tuple[Candidate, ...]
     run_id: str
     """MLflow's id of the parent run, also the name of the run's folder in the store."""
+    registers: bool = True
+    """Whether experts and merge become registered models: not those of further seeds."""
 
 
 @dataclass

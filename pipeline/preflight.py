@@ -4,17 +4,15 @@ Order: what fails fastest first. Services (S3 with conditional writes, MLflow), 
 splits, base, modules and blocks, then disk, memory and cluster.
 """
 
-import math
 import shutil
 import time
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from infra import registry
 from infra.errors import ConfigError, FactoryError
@@ -23,20 +21,22 @@ from merge.methods import Candidate
 from pipeline.cluster import GIB, slots_of
 from pipeline.config import PipelineConfig
 from pipeline.outcome import Inputs
-from pipeline.recipes import mask_spec, train_spec
+from pipeline.recipes import expert_spec, prompt_spec, shares_scored_support, train_spec
 from pipeline.tasks import TaskData, load_tasks
 from workers.base import PreparedBase, prepare_base, upload_base
 from workers.cache import cache_dir
-from workers.masks import match_modules
-from workers.model import load_tokenizer
-from workers.prompt import PromptSpec, encode_example, target_token_cap
-from workers.support import unit_grid
+from workers.classification import encode_labelled
+from workers.kinds import LoraSpec
+from workers.losses import CHUNK_LOGITS
+from workers.masks import MaskSpec, accumulator_bytes, match_modules, trainable_elements, unit_of
+from workers.model import load_classifier_tokenizer, load_tokenizer
+from workers.prompt import encode_example, target_token_cap
 from workers.tensorfile import WEIGHTS
 
 PROCESS_GIB = 0.9
 """Resident size of a worker with torch and transformers imported, measured, before it loads a base."""
-BYTES_PER_VALUE = {"element": 24, "block": 20}
-"""Training state per trained value: value, gradient, two moments, original, index (DESIGN's figure)."""
+BYTES_PER_VALUE = {"element": 24, "block": 20, "lora": 16}
+"""Training state per trained value: value, gradient, two moments; in place the original too; for elements the index."""
 
 
 def check_services(config: PipelineConfig, store: Store) -> None:
@@ -103,6 +103,14 @@ class Prepared:
             run_id=run_id,
         )
 
+    def replicates(self, run_id: str) -> list[Inputs]:
+        """Inputs for each seed: the same rows, other masks, batches and heads. Only the first one's models register."""
+        first = self.inputs(run_id)
+        return [
+            replace(first, config=self.config.model_copy(update={"seed": seed}), registers=number == 0)
+            for number, seed in enumerate(self.config.seeds or [self.config.seed])
+        ]
+
     def parameters(self) -> dict[str, Any]:
         """Parameters of the parent run in MLflow."""
         config = self.config
@@ -112,8 +120,16 @@ class Prepared:
             "held_in": len(config.held_in),
             "held_out": len(config.held_out),
             "seed": config.seed,
+            "seeds": config.seeds,
+            "objective": config.objective,
+            "expert": config.expert,
             "fan_in": config.merge.fan_in,
             **{f"mask.{name}": value for name, value in config.mask.model_dump().items()},
+            **(
+                {f"lora.{name}": value for name, value in config.lora.model_dump().items()}
+                if config.expert == "lora"
+                else {}
+            ),
             **{f"train.{name}": value for name, value in config.train.model_dump().items()},
         }
 
@@ -159,58 +175,87 @@ def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Pr
     for data in tasks.values():
         for split in data.splits:
             store.put_if_absent(data.object_name(split), data.to_jsonl(split))
-    tokenizer = load_tokenizer(base.path)
-    limit = config.prompt.max_target_tokens
-    caps = {
-        name: min(limit, data.config.max_new_tokens or target_token_cap(tokenizer, data.splits["train"]))
-        for name, data in tasks.items()
-    }
+    caps = dict.fromkeys(tasks, 1)
+    if config.objective == "language_modelling":
+        tokenizer, limit = load_tokenizer(base.path), config.prompt.max_target_tokens
+        caps = {
+            name: min(limit, data.config.max_new_tokens or target_token_cap(tokenizer, data.splits["train"]))
+            for name, data in tasks.items()
+        }
     return Prepared(config, store, base, tasks, caps, cost)
 
 
 def expected_cost(config: PipelineConfig, base: PreparedBase, tasks: dict[str, TaskData]) -> Cost:
-    """Sizes and tokens of a run. Raises ConfigError if modules or blocks do not fit the base."""
-    with init_empty_weights():
-        structure = AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
-        model = AutoModelForCausalLM.from_config(structure, trust_remote_code=False)
-    model.tie_weights()  # out here: inside, tied parameters would become two
-    trainable = adapted = 0
-    mask = mask_spec(config, tasks[next(iter(config.held_in))])
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for name, module in match_modules(model, config.mask.modules).items():
-        if uses[id(module.weight)] > 1:
-            raise ConfigError(
-                f"mask.modules {config.mask.modules!r} matches {name}, whose weight is tied to another module's "
-                "in this base and cannot be changed alone; make the expression narrower"
-            )
-        rows, columns = unit_grid(tuple(module.weight.shape), mask.block, name)
-        unit = math.prod(mask.block or (1, 1))
-        adapted += module.weight.numel()
-        trainable += max(1, round(mask.density * rows * columns)) * unit
+    """Sizes and tokens of a run. Raises ConfigError if modules, blocks or labels do not fit the base."""
+    classifies = config.objective == "classification"
+    structure = AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
+    model = _empty_model(structure, classifies)
+    trainable, adapted, state_bytes = _trained(config, model, tasks[next(iter(config.held_in))])
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    tokenizer = load_tokenizer(base.path)
+    tokenizer = load_classifier_tokenizer(base.path) if classifies else load_tokenizer(base.path)
     tokens, longest = {}, 0
     for name in config.held_in:
-        data = tasks[name]
-        spec = PromptSpec(data.config.template, config.prompt.wrapper, config.prompt.max_input_tokens)
-        lengths = [
-            len(encode_example(tokenizer, spec, row, max_target_tokens=config.prompt.max_target_tokens).input_ids)
-            for row in data.splits["train"]
-        ]
+        data, prompt, limit = tasks[name], prompt_spec(config, tasks[name]), config.prompt.max_target_tokens
+        if classifies:
+            lengths = [
+                len(encode_labelled(tokenizer, prompt, row, data.labels).input_ids) for row in data.splits["train"]
+            ]
+        else:
+            examples = (encode_example(tokenizer, prompt, row, max_target_tokens=limit) for row in data.splits["train"])
+            lengths = [len(example.input_ids) for example in examples]
         train = train_spec(config, data)
         tokens[name] = round(train.steps * train.batch_size * sum(lengths) / len(lengths))
         longest = max(longest, *lengths)
     width = torch.finfo(getattr(torch, config.train.compute_dtype)).bits // 8
     hidden, inner = structure.hidden_size, getattr(structure, "intermediate_size", 4 * structure.hidden_size)
-    saved = structure.num_hidden_layers * (8 * hidden + 4 * inner) + 3 * structure.vocab_size // 4
-    activations = config.train.batch_size * longest * saved * width
-    worker = PROCESS_GIB * GIB + parameters * width + trainable * BYTES_PER_VALUE[config.mask.granularity] + activations
-    union = adapted * (1 - (1 - config.mask.density) ** len(config.held_in))
+    layers = structure.num_hidden_layers
+    one_layer = 8 * hidden + 4 * inner
+    saved = layers * hidden + one_layer if config.train.gradient_checkpointing else layers * one_layer
+    rows = min(config.train.micro_batch_size or config.train.batch_size, config.train.batch_size)
+    activations = rows * longest * saved * width + (0 if classifies else 2 * 4 * CHUNK_LOGITS)
+    worker = PROCESS_GIB * GIB + parameters * width + state_bytes + activations
+    dense = config.expert != "sparse"
+    union = adapted * (1 if dense else 1 - (1 - config.mask.density) ** len(config.held_in))
     store_bytes = (
         parameters * 2 + len(config.held_in) * trainable * 3.2 + union * (4.2 * len(candidates(config)) + 2 * 11)
     )
     cache_bytes = parameters * (2 + width) + union * 4.2 * len(candidates(config))
     return Cost(trainable, adapted, parameters, tokens, int(worker), int(store_bytes), int(cache_bytes))
+
+
+def _empty_model(structure: Any, classifies: bool) -> Any:
+    """The base's modules without weights."""
+    kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    try:
+        with init_empty_weights():
+            model = kind.from_config(structure, trust_remote_code=False)
+    except ValueError as error:
+        what = "classifier" if classifies else "causal language model"
+        raise ConfigError(f"base: transformers has no {what} of its kind ({error})") from error
+    model.tie_weights()  # out here: inside, tied parameters would become two
+    return model
+
+
+def _trained(config: PipelineConfig, model: Any, data: TaskData) -> tuple[int, int, int]:
+    """Trained values of an expert, weights in its modules, and bytes of its training state."""
+    spec = expert_spec(config, data)
+    matched = match_modules(model, spec.modules)
+    heads = [name for name in matched if not name.startswith(f"{model.base_model_prefix}.")]
+    if config.objective == "classification" and heads:
+        raise ConfigError(f"mask.modules {spec.modules!r} matches {heads[0]}: the head is trained in full; narrow it")
+    if isinstance(spec, MaskSpec):
+        trainable, adapted = trainable_elements(model, spec)
+        per_value = BYTES_PER_VALUE["element" if unit_of(spec, (1, 1)) is None else "block"]
+        selecting = accumulator_bytes(model, spec)
+        if shares_scored_support(config):
+            selecting = 4 * adapted
+        return trainable, adapted, trainable * per_value + selecting
+    shapes = [module.weight.shape for module in matched.values()]
+    adapted = sum(rows * columns for rows, columns in shapes)
+    if isinstance(spec, LoraSpec):
+        trainable = sum(spec.rank * (rows + columns) for rows, columns in shapes)
+        return trainable, adapted, trainable * BYTES_PER_VALUE["lora"]
+    return adapted, adapted, adapted * BYTES_PER_VALUE["block"]
 
 
 def check_room(config: PipelineConfig, cost: Cost) -> None:

@@ -9,13 +9,16 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from infra.artifacts import Recipe
+from infra.artifacts import Recipe, canonical_json
 from merge.methods import Candidate, LiftSpec
 from merge.reduce import NODE_VERSIONS, ROOT_VERSIONS
 from pipeline.config import PipelineConfig
 from pipeline.tasks import TaskData
+from workers.classification import CLASSIFICATION_VERSION, ClassifySpec
+from workers.kinds import ExpertSpec, FullSpec, LoraSpec
 from workers.masks import MaskSpec
 from workers.metrics import METRIC_VERSION
+from workers.prompt import PromptSpec
 from workers.scoring import SCORING_VERSION, EvaluateSpec
 from workers.train import TRAIN_VERSION, TrainSpec
 
@@ -26,18 +29,25 @@ def derived_seed(seed: int, *parts: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def mask_spec(config: PipelineConfig, data: TaskData) -> MaskSpec:
-    """The mask of one expert. Experts differ in their random supports because their training rows differ."""
-    mask = config.mask
-    return MaskSpec(
-        criterion=mask.criterion,
-        granularity=mask.granularity,
-        density=mask.density,
-        block_size=mask.block_size,
-        modules=mask.modules,
-        reselect_every=mask.reselect_every,
-        seed=derived_seed(config.seed, "mask", data.fingerprints["train"]),
-    )
+DEFAULT_LEARNING_RATES: Mapping[str, float] = {"sparse": 2e-3, "lora": 2e-3, "full": 2e-4}
+"""Peak learning rates by kind of expert, the best on validation splits (docs/performance.md says of what)."""
+
+
+def expert_spec(config: PipelineConfig, data: TaskData) -> ExpertSpec:
+    """The change of one expert. Random supports and factors differ between experts because their training rows do."""
+    own = data.fingerprints["train"]
+    if config.expert == "lora":
+        lora = config.lora
+        seed = derived_seed(config.seed, "lora", own)
+        return LoraSpec(config.mask.modules, lora.rank, lora.alpha, lora.dropout, seed)
+    if config.expert == "full":
+        return FullSpec(config.mask.modules)
+    return mask_spec(config, "shared" if config.mask.shared else own)
+
+
+def mask_spec(config: PipelineConfig, seeded_by: str) -> MaskSpec:
+    """The mask of a sparse expert."""
+    return config.mask.spec(derived_seed(config.seed, "mask", seeded_by))
 
 
 def train_spec(config: PipelineConfig, data: TaskData) -> TrainSpec:
@@ -48,31 +58,63 @@ def train_spec(config: PipelineConfig, data: TaskData) -> TrainSpec:
     return TrainSpec(
         steps=steps,
         batch_size=train.batch_size,
-        learning_rate=train.learning_rate,
+        learning_rate=train.learning_rate or DEFAULT_LEARNING_RATES[config.expert],
         weight_decay=train.weight_decay,
         warmup_ratio=train.warmup_ratio,
         schedule=train.schedule,
         clip_norm=train.clip_norm,
         validate_every=train.validate_every,
         seed=derived_seed(config.seed, "batches", data.fingerprints["train"]),
+        micro_batch_size=train.micro_batch_size,
+        patience=train.patience,
     )
 
 
-def expert_recipe(config: PipelineConfig, base_sha256: str, data: TaskData) -> Recipe:
-    """An expert is a function of the base, its training and validation rows, prompt, mask and optimisation."""
+def prompt_spec(config: PipelineConfig, data: TaskData) -> PromptSpec:
+    """How a task's rows become inputs."""
+    return PromptSpec(data.config.template, config.prompt.wrapper, config.prompt.max_input_tokens)
+
+
+def shares_scored_support(config: PipelineConfig) -> bool:
+    """Whether a support has to be made before the experts: a common seed is enough for criteria that need no data."""
+    return config.mask.shared and config.mask.spec(0).needs_data
+
+
+def support_recipe(config: PipelineConfig, base_sha256: str, tasks: Mapping[str, TaskData]) -> Recipe:
+    """The shared support is a function of the base, the training rows and prompts of all held-in tasks and the mask."""
+    pooled = sorted(
+        (tasks[name].fingerprints["train"], canonical_json(_plain(prompt_spec(config, tasks[name]))).decode())
+        for name in config.held_in
+    )
     return Recipe(
-        kind="expert",
+        kind="support",
         version=TRAIN_VERSION,
         config={
             "base": base_sha256,
-            "data": {split: data.fingerprints[split] for split in ("train", "validation")},
-            "prompt": {**config.prompt.model_dump(), "template": data.config.template},
-            "mask": _plain(mask_spec(config, data)),
-            "train": _plain(train_spec(config, data)),
+            "tasks": pooled,
+            "max_target_tokens": config.prompt.max_target_tokens,
+            "mask": _plain(mask_spec(config, "shared")),
+            "batch_size": config.train.micro_batch_size or config.train.batch_size,
             "compute_dtype": config.train.compute_dtype,
-            "value_dtype": config.train.value_dtype,
         },
     )
+
+
+def expert_recipe(config: PipelineConfig, base_sha256: str, data: TaskData, support: str | None = None) -> Recipe:
+    """An expert is a function of base, training and validation rows, prompt, kind, optimisation, a shared support."""
+    body: dict[str, Any] = {
+        "base": base_sha256,
+        "data": {split: data.fingerprints[split] for split in ("train", "validation")},
+        "prompt": {**config.prompt.model_dump(), "template": data.config.template},
+        "kind": config.expert,
+        config.expert: _plain(expert_spec(config, data)),
+        "train": _plain(train_spec(config, data)),
+        "compute_dtype": config.train.compute_dtype,
+        "value_dtype": config.train.value_dtype,
+    }
+    if config.objective == "classification":
+        body["labels"] = list(data.labels)
+    return Recipe("expert", TRAIN_VERSION, body, (support,) if support else ())
 
 
 def node_recipe(lift: LiftSpec, children: Sequence[str]) -> Recipe:
@@ -86,22 +128,30 @@ def merged_recipe(candidate: Candidate, root: str) -> Recipe:
 
 
 def evaluation_recipe(
-    model_digest: str, data: TaskData, split: str, spec: EvaluateSpec, dtype: str, weights_dtype: str
+    model_digest: str,
+    data: TaskData,
+    split: str,
+    spec: EvaluateSpec | ClassifySpec,
+    dtype: str,
+    weights_dtype: str,
+    head: str | int | None = None,
 ) -> Recipe:
-    """A score is a function of the model's bytes, the rows, the prompt and decoding, the metric and the dtypes."""
-    return Recipe(
-        "evaluation",
-        SCORING_VERSION,
-        {
-            "model": model_digest,
-            "rows": data.fingerprints[split],
-            "split": split,
-            "spec": _plain(spec),
-            "metric_version": METRIC_VERSION,
-            "compute_dtype": dtype,
-            "weights_dtype": weights_dtype,
-        },
-    )
+    """A score is a function of the model's bytes, the rows, the prompt and decoding, the metric and the dtypes.
+
+    `head` of a classification: the digest of the expert that has it, or the seed of an untrained one.
+    """
+    classifies = isinstance(spec, ClassifySpec)
+    body = {
+        "model": model_digest,
+        "rows": data.fingerprints[split],
+        "split": split,
+        "spec": _plain(spec),
+        "metric_version": METRIC_VERSION,
+        "compute_dtype": dtype,
+        "weights_dtype": weights_dtype,
+    }
+    version = CLASSIFICATION_VERSION if classifies else SCORING_VERSION
+    return Recipe("evaluation", version, {**body, "head": head} if classifies else body)
 
 
 def _plain(spec: Any) -> Mapping[str, Any]:

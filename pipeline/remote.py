@@ -19,6 +19,7 @@ from merge.jobs import NodeJob, RootJob, make_node, make_root
 from workers.evaluator import EvaluationJob, Evaluator
 from workers.expert import ExpertJob, ExpertOutcome, make_expert
 from workers.memory import freed_afterwards
+from workers.shared_support import SupportJob, make_support
 from workers.train import StepReport
 
 
@@ -42,9 +43,9 @@ def granted_threads() -> int:
     return max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 0)))
 
 
-def granted_device() -> str:
-    """`cuda` if Ray granted a GPU, else `cpu`."""
-    return "cuda" if ray.get_gpu_ids() else "cpu"
+def granted_devices() -> list[str]:
+    """The GPUs that Ray granted, which a worker sees counted from 0, else the CPU."""
+    return [f"cuda:{number}" for number in range(len(ray.get_gpu_ids()))] or ["cpu"]
 
 
 @ray.remote(max_calls=0)  # a GPU worker is kept for the next expert instead of importing everything anew
@@ -52,8 +53,15 @@ def expert(store: Store, job: ExpertJob, board: ActorHandle) -> ExpertOutcome:
     """Train one expert."""
     with freed_afterwards():
         return make_expert(
-            store, job, granted_device(), granted_threads(), lambda report: board.report.remote(job.task, report)
+            store, job, granted_devices(), granted_threads(), lambda report: board.report.remote(job.task, report)
         )
+
+
+@ray.remote(max_calls=0)
+def support(store: Store, job: SupportJob) -> Manifest:
+    """Select the support that all experts share."""
+    with freed_afterwards():
+        return make_support(store, job, granted_devices(), granted_threads())
 
 
 @ray.remote
@@ -74,8 +82,9 @@ def root(store: Store, job: RootJob) -> dict[str, tuple[Manifest, bool]]:
 class EvaluationActor:
     """An evaluator that stays alive between calls, so that the base is loaded once."""
 
-    def __init__(self, store: Store, base_sha256: str, compute_dtype: str) -> None:
-        self._evaluator = Evaluator(store, base_sha256, compute_dtype, granted_device(), granted_threads())
+    def __init__(self, store: Store, base_sha256: str, compute_dtype: str, classifies: bool) -> None:
+        threads = granted_threads()
+        self._evaluator = Evaluator(store, base_sha256, compute_dtype, classifies, granted_devices(), threads)
 
     def evaluate(self, job: EvaluationJob, batch_size: int) -> tuple[Manifest, bool]:
         """Score one model on one split of one task."""

@@ -1,7 +1,7 @@
 """What a run reports: results.json, report.md and the table in the terminal, all from one outcome.
 
-Scores lie in 0-1. Summaries are unweighted means over tasks with a 95 % bootstrap interval (rows resampled within
-tasks). The names in results.json are an interface: add, never rename.
+Scores lie in 0-1, Matthews' correlation in -1 to 1. Summaries are unweighted means over tasks with a 95 % bootstrap
+interval (rows resampled within tasks). The names in results.json are an interface: add, never rename.
 """
 
 import json
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from merge.methods import Candidate
 from pipeline.outcome import Inputs, Outcome, utilisation
-from workers.metrics import bootstrap_interval
+from workers.metrics import LabelScores, bootstrap_interval
 
 
 def build_results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
@@ -56,6 +56,8 @@ def build_results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
     return {
         "run_id": inputs.run_id,
         "suite": config.suite,
+        "objective": config.objective,
+        "expert": config.expert,
         "base": {"name": inputs.base.name, "sha256": inputs.base.sha256},
         "held_in": held_in,
         "held_out": held_out,
@@ -129,7 +131,15 @@ def _mean(rows: dict[str, dict[str, Any]] | Sequence[dict[str, float]], name: st
 
 
 def _interval(outcome: Outcome, model: str, tasks: list[str], seed: int) -> list[float]:
-    return list(bootstrap_interval([outcome.scores[model, "test", task]["scores"] for task in tasks], seed=seed))
+    return list(bootstrap_interval([_rows_of(outcome.scores[model, "test", task]) for task in tasks], seed=seed))
+
+
+def _rows_of(score: dict[str, Any]) -> Sequence[float] | LabelScores:
+    """What an interval resamples: scores of rows, or labels whose metric is no mean of rows."""
+    if "predicted" in score:
+        return LabelScores(tuple(score["predicted"]), tuple(score["target"]), score["metric"])
+    rows: list[float] = score["scores"]
+    return rows
 
 
 # -- for people -------------------------------------------------------------------------------------------------
@@ -140,10 +150,12 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     rows = []
     for group, title in (("held_in", "mean of held-in"), ("held_out", "mean of held-out")):
         tasks, summary = results[group], results["summary"][group]
+        seeds = results.get("seeds", {"tasks": {group: {}}, "summary": {group: {}}})
         for task, row in tasks.items():
-            rows.append((task, row["metric"], *(_score(row.get(c)) for c in _COLUMNS)))
+            spread = seeds["tasks"][group].get(task, {})
+            rows.append((task, row["metric"], *(_score(row.get(c), spread.get(c)) for c in _COLUMNS)))
         if tasks:
-            rows.append((title, "", *(_score(summary.get(c)) for c in _COLUMNS)))
+            rows.append((title, "", *(_score(summary.get(c), seeds["summary"][group].get(c)) for c in _COLUMNS)))
     return rows
 
 
@@ -151,8 +163,11 @@ _COLUMNS = ("base", "base_few_shot", "expert", "merged")
 _TITLES = ("task", "metric", "base", "base few-shot", "expert", "merged")
 
 
-def _score(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def _score(value: float | None, spread: dict[str, Any] | None = None) -> str:
+    """A score, or its mean and standard deviation over seeds; the base has none."""
+    if value is None:
+        return ""
+    return f"{spread['mean']:.2f} ± {spread['sd']:.2f}" if spread and spread["sd"] else f"{value:.2f}"
 
 
 def summary_table(results: dict[str, Any]) -> Table:
@@ -183,6 +198,12 @@ def summary_lines(results: dict[str, Any]) -> list[str]:
         lines.append(
             f"merged weights rounded to {chosen['serving_dtype']}: score {held_in['merged_serving']:.3f}; "
             f"rounding to bfloat16 loses {chosen['rounding_loss_bfloat16']:.0%} of the merged change's norm"
+        )
+    if "seeds" in results:
+        spread = results["seeds"]["summary"]["held_in"]
+        lines.append(
+            f"over seeds {', '.join(map(str, results['seeds']['values']))} (mean ± sd; lines above: the first): "
+            + ", ".join(f"{name} {of['mean']:.3f} ± {of['sd']:.3f}" for name, of in spread.items() if of["sd"])
         )
     made, reused, seconds = results["made"], results["reused"], results["seconds"]
     lines.append("made:   " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in made.items()))

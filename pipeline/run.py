@@ -14,20 +14,17 @@ import ray
 
 from infra.artifacts import Manifest, Recipe, find
 from infra.errors import ExpertError, FactoryError
-from infra.store import FileRef
 from merge.jobs import ChildRef, NodeJob, RootJob
 from merge.methods import Candidate, LiftSpec, group_candidates
 from merge.tree import Node, build_tree, leaf_names, post_order
-from pipeline import recipes, remote
+from pipeline import jobs, recipes, remote
 from pipeline.cluster import ray_options
 from pipeline.display import Display
 from pipeline.outcome import Inputs, Outcome, span
 from pipeline.registration import register_expert, register_merge
 from pipeline.work import ActorItem, ActorPool, Item, Lane, settle
-from workers.evaluator import EvaluationJob
-from workers.expert import ExpertJob, ExpertOutcome
-from workers.prompt import PromptSpec
-from workers.scoring import EvaluateSpec
+from workers.expert import ExpertOutcome
+from workers.shared_support import SupportRef
 
 POLL_S = 0.5
 
@@ -68,7 +65,7 @@ class Run:
         """Make what is missing. Raises ExpertError after everything else is done if an expert failed."""
         start = time.time()
         with self.display:
-            self._start_experts()
+            self._start_support()
             self._start_base_evaluations()
             self._settle_until_idle()
             self.outcome.seconds["experts"] = span(list(self.outcome.spans.values()))
@@ -124,12 +121,33 @@ class Run:
 
     # -- experts ------------------------------------------------------------------------------------------------
 
-    def _start_experts(self) -> None:
+    def _start_support(self) -> None:
+        """The support that experts share, if they share a scored one, then the experts."""
+        if not recipes.shares_scored_support(self.config):
+            self._start_experts(None)
+            return
+        recipe = recipes.support_recipe(self.config, self.inputs.base.sha256, self.inputs.tasks)
+
+        def ready(manifest: Manifest) -> None:
+            self._start_experts(jobs.support_ref(self.config, manifest))
+
+        found = find(self.store, recipe.key, {})
+        if found is not None:
+            ready(found)
+            return
+        job = jobs.support_job(self.inputs, recipe)
+        options = ray_options(self.config.resources.expert, self.config.resources.retries)
+        start = remote.support.options(name="shared support", **options).remote
+        failed = self._problem("selecting the shared support")
+        self._experts.add(Item("support", lambda: start(self.store, job), ready, failed))
+
+    def _start_experts(self, support: SupportRef | None) -> None:
         missing: list[tuple[float, str, Recipe]] = []
+        consumed = {support.key: support.digest} if support else {}
         for task in self.config.held_in:
             data = self.inputs.tasks[task]
-            recipe = recipes.expert_recipe(self.config, self.inputs.base.sha256, data)
-            found = find(self.store, recipe.key, {})
+            recipe = recipes.expert_recipe(self.config, self.inputs.base.sha256, data, support.key if support else None)
+            found = find(self.store, recipe.key, consumed)
             if found is not None:
                 self.outcome.reused.experts += 1
                 self.display.state(task, "reused", recipe.key[:12])
@@ -138,29 +156,12 @@ class Run:
                 steps = recipes.train_spec(self.config, data).steps
                 missing.append((steps * data.mean_tokens, task, recipe))
         for _, task, recipe in sorted(missing, key=lambda item: -item[0]):  # longest expected first
-            self._experts.add(
-                Item(task, self._expert_starter(task, recipe), self._expert_done(task), self._expert_failed(task))
-            )
+            start = self._expert_starter(task, recipe, support)
+            self._experts.add(Item(task, start, self._expert_done(task), self._expert_failed(task)))
 
-    def _expert_starter(self, task: str, recipe: Recipe) -> Callable[[], Any]:
-        config, data = self.config, self.inputs.tasks[task]
-        job = ExpertJob(
-            task=task,
-            recipe=recipe,
-            base_sha256=self.inputs.base.sha256,
-            train_rows=data.object_name("train"),
-            validation_rows=data.object_name("validation"),
-            prompt=PromptSpec(data.config.template, config.prompt.wrapper, config.prompt.max_input_tokens),
-            max_target_tokens=config.prompt.max_target_tokens,
-            mask=recipes.mask_spec(config, data),
-            train=recipes.train_spec(config, data),
-            compute_dtype=config.train.compute_dtype,
-            value_dtype=config.train.value_dtype,
-            experiment=config.suite,
-            parent_run_id=self.inputs.run_id,
-            tags={"suite": config.suite, "base": self.inputs.base.name, "source": data.config.source},
-        )
-        options = ray_options(config.resources.expert, config.resources.retries)
+    def _expert_starter(self, task: str, recipe: Recipe, support: SupportRef | None) -> Callable[[], Any]:
+        job = jobs.expert_job(self.inputs, task, recipe, support)
+        options = ray_options(self.config.resources.expert, self.config.resources.retries)
         return lambda: remote.expert.options(name=f"expert {task}", **options).remote(self.store, job, self._board)
 
     def _expert_done(self, task: str) -> Callable[[ExpertOutcome], None]:
@@ -192,6 +193,8 @@ class Run:
 
     def _register_expert(self, task: str, manifest: Manifest) -> None:
         score = self.outcome.scores["expert", "test", task]
+        if not self.inputs.registers:
+            return
         self._register(task, lambda: register_expert(self.inputs, task, manifest, score))
 
     def _register(self, name: str, make: Callable[[], Any]) -> None:
@@ -329,7 +332,7 @@ class Run:
     def _start_base_evaluations(self) -> None:
         for task in [*self.config.held_in, *self.config.held_out]:
             self._evaluate("base", "test", task, None)
-            if self.config.evaluate.few_shot:
+            if self.config.evaluate.few_shot and self.config.objective == "language_modelling":
                 self._evaluate("few_shot", "test", task, None, few_shot=self.config.evaluate.few_shot)
 
     def _start_test_of_chosen(self) -> None:
@@ -342,7 +345,8 @@ class Run:
             for task in self.config.held_in:
                 self._evaluate("serving", "test", task, manifest, weights_dtype=serving)
         self._settle_until_idle()
-        self._register("merge", lambda: register_merge(self.inputs, self.outcome))
+        if self.inputs.registers:
+            self._register("merge", lambda: register_merge(self.inputs, self.outcome))
 
     def _evaluate(
         self,
@@ -356,31 +360,18 @@ class Run:
         then: Callable[[], None] = lambda: None,
     ) -> None:
         """Find the score of one model on one split of one task, or have it made; `then` runs when it is known."""
-        config, data = self.config, self.inputs.tasks[task]
-        spec = EvaluateSpec(
-            metric=data.config.metric,
-            template=data.config.template,
-            wrapper=config.prompt.wrapper,
-            max_input_tokens=config.prompt.max_input_tokens,
-            max_new_tokens=self.inputs.max_new_tokens[task],
-            length_normalised=data.config.length_normalised,
-            few_shot=tuple(data.splits["train"][:few_shot]),
-        )
-        weights = weights_dtype or config.evaluate.compute_dtype
-        digest = manifest.digest if manifest else self.inputs.base.sha256
-        recipe = recipes.evaluation_recipe(digest, data, split, spec, config.evaluate.compute_dtype, weights)
+        expert = self.outcome.experts[task] if manifest else None
+        job = jobs.evaluation_job(self.inputs, model, split, task, manifest, expert, few_shot, weights_dtype)
 
         def known(found: Manifest, made: bool) -> None:
             (self.outcome.made if made else self.outcome.reused).evaluations += 1
             self.outcome.scores[model, split, task] = found.meta
             then()
 
-        found = find(self.store, recipe.key, {})
+        found = find(self.store, job.recipe.key, {})
         if found is not None:
             known(found, made=False)
             return
-        adapter: FileRef | None = manifest.files["adapter"] if manifest else None
-        job = EvaluationJob(recipe, task, split, data.object_name(split), spec, model, adapter, weights)
 
         def done(result: tuple[Manifest, bool]) -> None:
             self._evaluate_time.append(result[0].meta["seconds"])
@@ -389,8 +380,8 @@ class Run:
         self._actors.waiting.append(
             ActorItem(
                 name=f"{model} on {task}",
-                affinity=f"{adapter.name if adapter else ''} {weights}",
-                call=lambda actor: actor.evaluate.remote(job, config.evaluate.batch_size),
+                affinity=f"{job.adapter.name if job.adapter else ''} {job.weights_dtype}",
+                call=lambda actor: actor.evaluate.remote(job, self.config.evaluate.batch_size),
                 done=done,
                 failed=self._problem(f"scoring {model} on {task!r}"),
             )
@@ -400,7 +391,8 @@ class Run:
         resources = self.config.resources.evaluator
         options = ray_options(resources)
         actor = remote.EvaluationActor.options(max_restarts=3, max_task_retries=-1, **options)  # type: ignore[attr-defined]
-        return actor.remote(self.store, self.inputs.base.sha256, self.config.evaluate.compute_dtype)
+        classifies = self.config.objective == "classification"
+        return actor.remote(self.store, self.inputs.base.sha256, self.config.evaluate.compute_dtype, classifies)
 
 
 def _child(manifest: Manifest, kind: Literal["expert", "node"], name: str) -> ChildRef:

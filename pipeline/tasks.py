@@ -23,12 +23,16 @@ from pipeline.sources import (
     hub_rows,
     jsonl_rows,
 )
+from workers.classification import distinct_labels
+from workers.metrics import CLASSIFICATION_METRICS
 from workers.rows import Row, fingerprint, rows_object, rows_to_jsonl
 
 SPLITS = ("train", "validation", "test")
 DEFAULT_SIZES: Mapping[str, int] = {"train": 512, "validation": 24, "test": 48}
 _KINDS = ("bigbench", "jsonl", "hub")
 _MIN_TRAIN = 8
+_CLOSED = ("choice_accuracy", *CLASSIFICATION_METRICS)
+"""Metrics whose answers are among given ones."""
 
 
 class TaskSizes(BaseModel):
@@ -54,8 +58,11 @@ class TaskConfig(BaseModel):
     `hub:<name>[/config]`."""
     template: str = "{input}"
     """Text of the prompt; `{input}` stands for the row's input, `{options}` for its options."""
-    metric: Literal["exact_match", "rouge_l", "choice_accuracy"]
-    """Exact match and Rouge-L score a generated answer, choice accuracy the log-likelihood of the row's options."""
+    metric: Literal["exact_match", "rouge_l", "choice_accuracy", "accuracy", "f1", "matthews"]
+    """Exact match and Rouge-L score a generated answer, choice accuracy the log-likelihood of the row's options;
+    accuracy, macro F1 and Matthews' correlation score the labels of a classification run."""
+    labels: Annotated[list[str], Field(min_length=2)] | None = None
+    """Classification: the labels, in the head's order; null: the targets that occur, sorted."""
     length_normalised: bool = False
     """Choice accuracy: divide an option's log-likelihood by its tokens."""
     max_new_tokens: Annotated[int, Field(gt=0)] | None = None
@@ -108,6 +115,20 @@ class TaskData:
         rows = self.splits["train"]
         characters = sum(len(row.input) + len(row.targets[0]) for row in rows) / max(1, len(rows))
         return (characters + len(self.config.template)) / 4 + 10
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Labels of a classification task. DataError if there are fewer than two."""
+        found = set(distinct_labels(row for rows in self.splits.values() for row in rows))
+        if self.config.labels is not None:
+            if unknown := sorted(found - set(self.config.labels)):
+                raise DataError(f"task {self.name}: target {unknown[0]!r} is none of labels {self.config.labels}")
+            return tuple(self.config.labels)
+        if len(found) < 2:
+            raise DataError(
+                f"task {self.name}: its rows have one target only ({sorted(found)}); classification needs two"
+            )
+        return tuple(sorted(found))
 
     def object_name(self, split: str) -> str:
         """Where the split's rows are in the object store; a function of their content."""
@@ -195,7 +216,7 @@ def load_tasks(
         kind, _, rest = config.source.partition(":")
         try:
             if kind == "bigbench":
-                rows = bigbench_rows(paths[rest], config.source, config.metric == "choice_accuracy")
+                rows = bigbench_rows(paths[rest], config.source, config.metric in _CLOSED)
             elif kind == "jsonl":
                 rows = jsonl_rows(rest, read_bytes)
             else:

@@ -33,7 +33,7 @@ class Prefix:
         """A cache of `rows` copies; this one is left as it is."""
         chosen = copy.copy(self.cache)
         chosen.layers = [copy.copy(layer) for layer in self.cache.layers]
-        chosen.batch_select_indices(torch.zeros(rows, dtype=torch.int64, device=device))
+        _select_rows(chosen, torch.zeros(rows, dtype=torch.int64, device=device))
         return chosen
 
 
@@ -48,6 +48,13 @@ class _Prompted:
     """int64 [rows, slots of the cache]"""
     positions: Tensor
     """int64 [rows], of the next token."""
+
+
+def _select_rows(cache: Any, rows: Tensor) -> None:
+    """Keep these rows of a cache, each layer of which may be on another device."""
+    for layer in cache.layers:
+        if layer.keys is not None:
+            layer.batch_select_indices(rows.to(layer.keys.device))
 
 
 def device_of(model: Any) -> torch.device:
@@ -166,7 +173,7 @@ def _greedy(model: Any, start: _Prompted, steps: int, eos: list[int]) -> list[li
             break
         if not going.all():
             keep = going.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
+            _select_rows(cache, keep)
             alive = [alive[i] for i in keep.tolist()]
             tokens, mask, positions = tokens[keep], mask[keep], positions[keep]
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)

@@ -4,10 +4,12 @@ The base is loaded once per evaluator; adapters are swapped in and out in place 
 wraps this class in a Ray actor.
 """
 
+import contextlib
+import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +21,10 @@ from infra.store import FileRef, Store
 from workers.adapter import AdapterReader, FileSource, check_base
 from workers.base import fetch_base
 from workers.cache import cache_dir
+from workers.classification import ClassifySpec, evaluate_labels, head_state, set_head
+from workers.devices import spread
 from workers.inplace import apply_delta
-from workers.model import load_model, load_tokenizer
+from workers.model import load_classifier, load_classifier_tokenizer, load_model, load_tokenizer
 from workers.rows import load_rows
 from workers.scoring import EvaluateSpec, evaluate_rows
 
@@ -34,25 +38,33 @@ class EvaluationJob:
     split: str
     rows: str
     """Object name of the rows."""
-    spec: EvaluateSpec
+    spec: EvaluateSpec | ClassifySpec
     model: str
     """Name for people: base, expert or a merge method."""
     adapter: FileRef | None
     """The adapter's file; None scores the base."""
     weights_dtype: str
     """Adapted weights are rounded to this type before scoring."""
+    head: FileRef | None = None
+    """Classification: the adapter file whose head is used; None takes the untrained head that an expert starts from."""
+    head_seed: int = 0
+    """Classification: seed of the untrained head."""
 
 
 class Evaluator:
-    """A base in memory and at most one adapter applied to it."""
+    """A base in memory and at most one adapter applied to it. `classifies`: with a head for labels."""
 
-    def __init__(self, store: Store, base_sha256: str, compute_dtype: str, device: str, threads: int) -> None:
+    def __init__(
+        self, store: Store, base_sha256: str, compute_dtype: str, classifies: bool, devices: Sequence[str], threads: int
+    ) -> None:
         torch.set_num_threads(threads)
         self._store = store
         self._base_sha256 = base_sha256
-        path = fetch_base(store, base_sha256, cache_dir())
-        self._tokenizer = load_tokenizer(path)
-        self._model = load_model(path, getattr(torch, compute_dtype)).to(device)
+        self._dtype = getattr(torch, compute_dtype)
+        self._path = fetch_base(store, base_sha256, cache_dir())
+        self._tokenizer = load_classifier_tokenizer(self._path) if classifies else load_tokenizer(self._path)
+        model = load_classifier(self._path, 2, self._dtype) if classifies else load_model(self._path, self._dtype)
+        self._model = spread(model, devices)
         self._applied: tuple[str, str] | None = None
         self._undo: Callable[[], None] = lambda: None
 
@@ -61,28 +73,51 @@ class Evaluator:
         self._swap(job.adapter, job.weights_dtype)
         start = time.perf_counter()
         rows = load_rows(self._store, job.rows)
-        result = evaluate_rows(self._model, self._tokenizer, rows, job.spec, batch_size)
+        if isinstance(job.spec, ClassifySpec):
+            set_head(self._model, self._head(job, len(job.spec.labels)))
+            labelled = evaluate_labels(self._model, self._tokenizer, rows, job.spec, batch_size)
+            scores, outputs, free = labelled.scores, labelled.outputs, labelled.scores
+            found = {"score": labelled.score, **dataclasses.asdict(labelled.label_scores)}
+        else:
+            result = evaluate_rows(self._model, self._tokenizer, rows, job.spec, batch_size)
+            scores, outputs, free = result.scores, result.outputs, result.format_free
+            found = {"score": sum(scores) / len(scores)}
         meta = {
             "task": job.task,
             "split": job.split,
             "model": job.model,
+            **found,
             "metric": job.spec.metric,
-            "n": len(result.scores),
-            "score": sum(result.scores) / len(result.scores),
-            "format_free": sum(result.format_free) / len(result.format_free),
-            "scores": list(result.scores),
+            "n": len(scores),
+            "format_free": sum(free) / len(free),
+            "scores": list(scores),
             "seconds": time.perf_counter() - start,
             "environment": environment(),
         }
         with tempfile.TemporaryDirectory(prefix="factory-evaluation-") as folder:
             file = Path(folder) / "rows.jsonl"
             with file.open("w") as out:
-                for row, output, score, free in zip(
-                    rows, result.outputs, result.scores, result.format_free, strict=True
-                ):
-                    line = {"id": row.id, "output": output, "targets": row.targets, "score": score, "format_free": free}
-                    out.write(json.dumps(line, ensure_ascii=False) + "\n")
+                for row, output, score, plain in zip(rows, outputs, scores, free, strict=True):
+                    line = {"id": row.id, "output": output, "targets": row.targets, "score": score}
+                    out.write(json.dumps({**line, "format_free": plain}, ensure_ascii=False) + "\n")
             return publish(self._store, job.recipe, {"rows": file}, {}, meta)
+
+    def _head(self, job: EvaluationJob, labels: int) -> dict[str, torch.Tensor]:
+        """The tensors of the head that the job names."""
+        if job.head is None:
+            return head_state(load_classifier(self._path, labels, self._dtype, job.head_seed))
+        with self._opened(job.head) as reader:
+            return {name: reader.load_head(name) for name in reader.head_names}
+
+    @contextlib.contextmanager
+    def _opened(self, adapter: FileRef) -> Iterator[AdapterReader]:
+        """A verified local copy of an adapter of this base."""
+        with tempfile.TemporaryDirectory(prefix="factory-adapter-") as folder:
+            local = Path(folder) / "adapter.safetensors"
+            self._store.download_file(adapter, local)
+            reader = AdapterReader(FileSource(local))
+            check_base(reader, self._base_sha256)
+            yield reader
 
     def _swap(self, adapter: FileRef | None, weights_dtype: str) -> None:
         """Make the model base + adapter, touching nothing if it already is."""
@@ -93,10 +128,6 @@ class Evaluator:
         self._undo, self._applied = (lambda: None), None
         if adapter is None:
             return
-        with tempfile.TemporaryDirectory(prefix="factory-adapter-") as folder:
-            local = Path(folder) / "adapter.safetensors"
-            self._store.download_file(adapter, local)
-            reader = AdapterReader(FileSource(local))
-            check_base(reader, self._base_sha256)
+        with self._opened(adapter) as reader:
             self._undo = apply_delta(self._model, reader, getattr(torch, weights_dtype)).restore
         self._applied = wanted

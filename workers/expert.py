@@ -1,33 +1,50 @@
 """Making one expert, from data in the object store to a published adapter: what runs inside one Ray task.
 
-A plain function of a job, a store and a progress callback. It logs its own MLflow run through the server.
+A plain function of a job, a store and a progress callback. It logs its own MLflow run through the server. If its recipe
+has a saved state (`workers.resume`), training goes on from there.
 """
 
 import contextlib
 import dataclasses
+import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from infra import registry
 from infra.artifacts import Manifest, Recipe, find, publish
 from infra.environment import environment
 from infra.errors import ExpertError, RegistryError
 from infra.store import Store
-from workers.adapter import AdapterMeta, save_adapter
+from workers.adapter import AdapterMeta, LowRank, save_adapter
 from workers.base import fetch_base
 from workers.cache import cache_dir
-from workers.masks import MaskSpec
+from workers.checkpoint import as_rows
+from workers.classification import Classification, encode_labelled
+from workers.devices import spread
+from workers.kinds import ExpertSpec, kind_name
+from workers.losses import LanguageModelling, Objective
+from workers.masks import MaskSpec, unit_of
 from workers.memory import map_large_tensors, peak_bytes, reset_peak
-from workers.model import load_model, load_tokenizer
+from workers.model import (
+    head_parameters,
+    load_classifier,
+    load_classifier_tokenizer,
+    load_model,
+    load_tokenizer,
+)
 from workers.prompt import PromptSpec, encode_example
-from workers.rows import load_rows
-from workers.train import StepReport, TrainSpec, history_as_rows, train_expert
+from workers.resume import drop_checkpoint, find_checkpoint, save_checkpoint
+from workers.rows import Row, load_rows
+from workers.shared_support import SupportRef, load_support
+from workers.support import SparseTensor
+from workers.train import StepReport, TrainedExpert, TrainSpec, train_expert
 
 
 @dataclass(frozen=True)
@@ -43,10 +60,18 @@ class ExpertJob:
     """Object name of the validation rows."""
     prompt: PromptSpec
     max_target_tokens: int
-    mask: MaskSpec
+    labels: tuple[str, ...] | None
+    """Labels of a classification task; None for language modelling."""
+    expert: ExpertSpec
     train: TrainSpec
+    support: SupportRef | None
+    """Positions shared by all experts, made before; None if the expert selects its own."""
     compute_dtype: str
     value_dtype: str
+    recompute: bool
+    """Recompute activations in the backward pass. Changes no number."""
+    save_every: int | None
+    """Steps between two saved states."""
     experiment: str
     parent_run_id: str
     tags: Mapping[str, str]
@@ -64,9 +89,9 @@ class ExpertOutcome:
 
 
 def make_expert(
-    store: Store, job: ExpertJob, device: str, threads: int, on_step: Callable[[StepReport], None]
+    store: Store, job: ExpertJob, devices: Sequence[str], threads: int, on_step: Callable[[StepReport], None]
 ) -> ExpertOutcome:
-    """Train, save and publish one expert.
+    """Train, save and publish one expert. A base is spread over all of `devices`.
 
     Raises:
         ExpertError: training failed; the message names the task.
@@ -76,7 +101,8 @@ def make_expert(
     map_large_tensors()
     reset_peak()
     torch.set_num_threads(threads)
-    found = find(store, job.recipe.key, {})
+    consumed = {job.support.key: job.support.digest} if job.support else {}
+    found = find(store, job.recipe.key, consumed)
     if found is not None:  # a retry after the worker was lost between publishing and answering
         return ExpertOutcome(found, False, started_at, time.time())
     run_id = registry.start_run(
@@ -85,58 +111,15 @@ def make_expert(
     )  # fmt: skip
     status = "FAILED"
     try:
-        path = fetch_base(store, job.base_sha256, cache_dir())
-        tokenizer = load_tokenizer(path)
-        model = load_model(path, getattr(torch, job.compute_dtype)).to(device)
-        encoded = {
-            split: [
-                encode_example(tokenizer, job.prompt, row, max_target_tokens=job.max_target_tokens)
-                for row in load_rows(store, name)
-            ]
-            for split, name in (("train", job.train_rows), ("validation", job.validation_rows))
-        }
-        trained = train_expert(
-            model, encoded["train"], encoded["validation"], job.mask, job.train, tokenizer.pad_token_id, on_step
-        )
-        history = history_as_rows(trained.history)
-        registry.log_history(run_id, history)
-        meta = {
-            "task": job.task,
-            "run_id": run_id,
-            "base_sha256": job.base_sha256,
-            "steps": len(history),
-            "tokens": trained.history[-1].tokens,
-            "train_seconds": trained.history[-1].seconds,
-            "first_loss": trained.history[0].loss,
-            "last_loss": trained.history[-1].loss,
-            "best_step": trained.best_step,
-            "validation_loss": trained.best_validation_loss,
-            "reselections": trained.reselections,
-            "trainable": trained.trainable,
-            "density": trained.density,
-            "delta_norm": sum(float(t.values.double().square().sum()) for t in trained.delta.values()) ** 0.5,
-            "device": device,
-            "peak_rss_bytes": peak_bytes(),
-            "environment": environment(),
-        }
+        trained = _train(store, job, devices, on_step)
+        registry.log_history(run_id, as_rows(trained.history))
+        meta = _meta(job, trained, run_id, devices)
         with tempfile.TemporaryDirectory(prefix="factory-expert-") as folder:
             file = Path(folder) / "adapter.safetensors"
-            block = job.mask.block_size if job.mask.granularity == "block" else None
-            info = {
-                "recipe": job.recipe.key,
-                "criterion": job.mask.criterion,
-                "granularity": job.mask.granularity,
-                "density": job.mask.density,
-            }
-            save_adapter(
-                file,
-                trained.delta,
-                AdapterMeta(base_sha256=job.base_sha256, kind="sparse", info=info),
-                value_dtype=getattr(torch, job.value_dtype),
-                block=block,
-            )
+            _save(file, job, trained)
             meta["adapter_bytes"] = file.stat().st_size
-            manifest, made = publish(store, job.recipe, {"adapter": file}, {}, meta)
+            manifest, made = publish(store, job.recipe, {"adapter": file}, consumed, meta)
+        drop_checkpoint(store, job.recipe.key)
         final = (
             "best_step", "trainable", "density", "delta_norm", "adapter_bytes", "train_seconds", "reselections",
             "peak_rss_bytes",
@@ -160,8 +143,106 @@ def make_expert(
             RegistryError
         ):  # the driver sweeps runs that are left open; the cause must not be hidden
             registry.finish_run(run_id, status)
-        if device == "cuda":
+        if devices[0].startswith("cuda"):
             torch.cuda.empty_cache()
+
+
+def _train(
+    store: Store, job: ExpertJob, devices: Sequence[str], on_step: Callable[[StepReport], None]
+) -> TrainedExpert:
+    path = fetch_base(store, job.base_sha256, cache_dir())
+    dtype = getattr(torch, job.compute_dtype)
+    tokenizer = load_tokenizer(path) if job.labels is None else load_classifier_tokenizer(path)
+    objective: Objective
+    head: dict[str, nn.Parameter] = {}
+    if job.labels is None:
+        model = load_model(path, dtype)
+        objective = LanguageModelling(tokenizer.pad_token_id)
+    else:
+        model = load_classifier(path, len(job.labels), dtype, job.train.seed)
+        objective = Classification(tokenizer.pad_token_id)
+        head = head_parameters(model)
+    model = spread(model, devices)
+    labels = job.labels
+
+    def encode(row: Row) -> Any:
+        if labels is not None:
+            return encode_labelled(tokenizer, job.prompt, row, labels)
+        return encode_example(tokenizer, job.prompt, row, max_target_tokens=job.max_target_tokens)
+
+    train, validation = (
+        [encode(row) for row in load_rows(store, name)] for name in (job.train_rows, job.validation_rows)
+    )
+    return train_expert(
+        model,
+        objective,
+        train,
+        validation,
+        job.expert,
+        job.train,
+        supports=load_support(store, job.support) if job.support else None,
+        head=head,
+        recompute=job.recompute,
+        resume=find_checkpoint(store, job.recipe.key),
+        save_every=job.save_every,
+        on_save=lambda state: save_checkpoint(store, job.recipe.key, state),
+        on_step=on_step,
+    )
+
+
+def _save(file: Path, job: ExpertJob, trained: TrainedExpert) -> None:
+    """Write the adapter file."""
+    info: dict[str, Any] = {"recipe": job.recipe.key, "task": job.task, "expert": dataclasses.asdict(job.expert)}
+    blocks = {}
+    if isinstance(job.expert, MaskSpec):
+        for name, change in trained.delta.items():
+            unit = unit_of(job.expert, change.shape)
+            if unit is not None:
+                blocks[name] = unit
+    if job.labels is not None:
+        info["labels"] = list(job.labels)
+    save_adapter(
+        file,
+        trained.delta,
+        AdapterMeta(base_sha256=job.base_sha256, kind=kind_name(job.expert), info=info),
+        value_dtype=getattr(torch, job.value_dtype),
+        head=trained.head,
+        blocks=blocks,
+    )
+
+
+def _norm(change: SparseTensor | LowRank) -> float:
+    """L2 norm of a change."""
+    if isinstance(change, LowRank):  # without the product: |BA|^2 = trace of (B^T B)(A A^T)
+        a, b = change.a.double(), change.b.double()
+        return abs(change.scale) * math.sqrt(max(0.0, float(((b.t() @ b) * (a @ a.t())).sum())))
+    return float(change.values.double().norm())
+
+
+def _meta(job: ExpertJob, trained: TrainedExpert, run_id: str, devices: Sequence[str]) -> dict[str, Any]:
+    """Notes for the manifest."""
+    history = trained.history
+    return {
+        "task": job.task,
+        "run_id": run_id,
+        "base_sha256": job.base_sha256,
+        "expert": kind_name(job.expert),
+        "steps": len(history),
+        "tokens": history[-1].tokens,
+        "train_seconds": history[-1].seconds,
+        "first_loss": history[0].loss,
+        "last_loss": history[-1].loss,
+        "best_step": trained.best_step,
+        "validation_loss": trained.best_validation_loss,
+        "reselections": trained.reselections,
+        "resumed_after": trained.resumed_after,
+        "trainable": trained.trainable,
+        "density": trained.density,
+        "delta_norm": math.sqrt(sum(_norm(change) ** 2 for change in trained.delta.values())),
+        "device": ", ".join(devices),
+        "peak_rss_bytes": peak_bytes(),
+        "environment": environment(),
+    }
 
 
 def _parameters(job: ExpertJob) -> dict[str, Any]:
@@ -170,8 +251,9 @@ def _parameters(job: ExpertJob) -> dict[str, Any]:
         "task": job.task,
         "base_sha256": job.base_sha256,
         "template": job.prompt.template,
+        "expert": kind_name(job.expert),
         "compute_dtype": job.compute_dtype,
         "value_dtype": job.value_dtype,
-        **{f"mask.{name}": value for name, value in dataclasses.asdict(job.mask).items()},
+        **{f"{kind_name(job.expert)}.{name}": value for name, value in dataclasses.asdict(job.expert).items()},
         **{f"train.{name}": value for name, value in dataclasses.asdict(job.train).items()},
     }

@@ -20,7 +20,8 @@ from torch import nn
 from infra.errors import AdapterError, ConfigError, FactoryError
 from workers.adapter import AdapterReader
 from workers.generations import Layout, empty_layout, find_group, rebuild, transplant
-from workers.sparse_linear import Part, Slot, SparseLinear, check_module, swap_forward
+from workers.hooks import check_module, swap_forward
+from workers.sparse_linear import Part, Slot, SparseLinear
 from workers.support import Block, SparseTensor, SupportSpec, block_runs
 from workers.tying import tied_names
 
@@ -187,7 +188,7 @@ class InPlaceAdapter:
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over the positions, generations and values of a :meth:`state` of the same modules and granularity.
 
-        ``parameters()`` are new afterwards: make the optimizer after this. ``FactoryError`` for another adapter's state.
+        ``parameters()`` are new afterwards: make the optimizer later. ``FactoryError`` for another adapter's state.
         """
         self._need_attached()
         expected = {"values", "generations"} | {f"{kind} {name}" for name in self._slots for kind in ("units", "parts")}
@@ -264,9 +265,7 @@ class InPlaceAdapter:
         self.restore()
 
 
-def _in_flat_order(
-    shape: tuple[int, ...], block: Block | None, parts: list[Part], flat: torch.Tensor
-) -> SparseTensor:
+def _in_flat_order(shape: tuple[int, ...], block: Block | None, parts: list[Part], flat: torch.Tensor) -> SparseTensor:
     """One module's values, whatever its parts' order, as a sparse tensor on the CPU."""
     units = torch.cat([torch.empty(0, dtype=torch.int64), *(part.units.cpu().to(torch.int64) for part in parts)])
     values = torch.cat([flat[:0], *(flat[part.start : part.stop] for part in parts)])

@@ -1,252 +1,278 @@
-"""Masks: which linear modules are adapted and which positions of each are selected.
+"""Masks: which positions of the adapted modules a sparse expert may change.
 
-Criteria: ``random`` (a uniform draw, seeded per tensor from the tensor's name, the same on every device) and
-``connection_sensitivity`` (largest |(W + delta) * dLoss/dW|). Granularity: single elements or whole aligned blocks
-(block score = sum over the block). The budget is per tensor: k = max(1, round(density * units)), exactly k units, ties
-to the lower index. Scores are streamed: each layer's dense gradient is reduced to its top units inside that layer's
-backward, so one dense score is alive at a time.
-Does not cover training on the support (``workers.inplace``). Sources: arXiv 2507.07140 (criteria, blocks), 2502.15975
-(random).
+A mask is a criterion (random, or the best scores of ``workers.scores``), a granularity (element, aligned block, whole
+row or column, N of every M consecutive weights of a row), a density and how the budget is spread: the same share of
+every tensor, or one ranking across the model. Budgets are exact and ties go to the lower index.
+Does not cover training on the support (``workers.inplace``), nor when a mask is selected again (``workers.train``).
+Sources: arXiv 2507.07140 (connection sensitivity, blocks), 2502.15975 (random), 2504.02620 (least sensitive weights).
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
-from infra.errors import ConfigError, FactoryError
-from workers.sparse_linear import swap_forward, weight_gradient
+from infra.errors import ConfigError
+from workers.global_budget import global_units
+from workers.modules import Target, find_targets, match_modules
+from workers.scores import score_scan
+from workers.selection import (
+    Keep,
+    budget,
+    draw_units,
+    groups_of,
+    random_counts,
+    random_groups,
+    random_indices,
+    random_units,
+    tensor_seed,
+    top_groups,
+    top_indices,
+    top_units,
+)
 from workers.support import Block, SupportSpec, unit_grid
-from workers.tying import tied_names
 
 __all__ = [
     "MaskSpec",
     "SupportSpec",
+    "accumulator_bytes",
     "match_modules",
     "random_indices",
     "random_units",
-    "score_modules",
     "select_supports",
     "tensor_seed",
     "top_indices",
     "top_units",
+    "trainable_elements",
+    "unit_of",
 ]
+
+Criterion = Literal["random", "magnitude", "gradient", "connection_sensitivity", "fisher"]
+Granularity = Literal["element", "block", "row", "column", "n_m"]
+Budget = Literal["tensor", "global"]
 
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """How a support is chosen.
+    """How a support is chosen. Raises ``ConfigError`` for values and combinations outside what is accepted.
 
-    ``density`` in (0, 1]; ``modules`` a regular expression that must match a whole module name; ``reselect_every``
-    optimizer steps between selections (None: once). Raises ``ConfigError`` for values outside what is accepted.
+    ``density``: kept share, in (0, 1]. ``block_size``: rows x columns of a block, for granularity ``block``.
+    ``modules``: a preset of ``workers.modules`` or a regular expression that must match a whole module name.
+    ``reselect_every``: optimizer steps between selections (None: once), ``reselect_rounds``: re-selections before the
+    mask is frozen (None: no limit). ``keep``: the units with the largest or the smallest scores. ``budget``: the share
+    of every tensor, or of all adapted weights together. ``score_batches``: batches that a score is taken over.
+    ``group``: M of N:M, consecutive weights of a row of which N = max(1, round(density * group)) are kept.
     """
 
-    criterion: Literal["random", "connection_sensitivity"]
-    granularity: Literal["element", "block"]
+    criterion: Criterion
+    granularity: Granularity
     density: float
     block_size: Block = (16, 16)
     modules: str = r".*(q_proj|k_proj|v_proj|o_proj)"
     reselect_every: int | None = None
     seed: int = 0
+    keep: Keep = "largest"
+    budget: Budget = "tensor"
+    score_batches: int = 1
+    group: int = 16
+    reselect_rounds: int | None = None
 
     def __post_init__(self) -> None:
-        if self.criterion not in ("random", "connection_sensitivity"):
-            raise ConfigError(f"mask criterion {self.criterion!r}: accepted are random, connection_sensitivity")
-        if self.granularity not in ("element", "block"):
-            raise ConfigError(f"mask granularity {self.granularity!r}: accepted are element, block")
+        for field, accepted in (
+            ("criterion", get_args(Criterion)),
+            ("granularity", get_args(Granularity)),
+            ("keep", get_args(Keep)),
+            ("budget", get_args(Budget)),
+        ):
+            if getattr(self, field) not in accepted:
+                raise ConfigError(f"mask {field} {getattr(self, field)!r}: accepted are {', '.join(accepted)}")
         if not 0.0 < self.density <= 1.0:
             raise ConfigError(f"mask density {self.density}: accepted is more than 0 and at most 1")
         if len(self.block_size) != 2 or min(self.block_size) < 1:
             raise ConfigError(f"mask block_size {self.block_size}: accepted are two positive sides, as [16, 16]")
-        if self.reselect_every is not None and self.reselect_every < 1:
-            raise ConfigError(f"mask reselect_every {self.reselect_every}: accepted is 1 or more, or null")
+        if self.group < 2:
+            raise ConfigError(f"mask group {self.group}: accepted is 2 or more consecutive weights")
+        if self.score_batches < 1:
+            raise ConfigError(f"mask score_batches {self.score_batches}: accepted is 1 or more")
+        for field in ("reselect_every", "reselect_rounds"):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise ConfigError(f"mask {field} {getattr(self, field)}: accepted is 1 or more, or null")
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        if self.keep == "smallest" and self.criterion not in ("magnitude", "connection_sensitivity"):
+            raise ConfigError(
+                f"mask keep: smallest is not accepted with criterion {self.criterion}, only with magnitude and "
+                "connection_sensitivity"
+            )
+        if self.score_batches > 1 and not self.needs_data:
+            raise ConfigError(
+                f"mask score_batches {self.score_batches}: criterion {self.criterion} takes no data, leave it at 1"
+            )
+        if self.reselect_every is not None and not self.needs_data:
+            raise ConfigError(
+                f"mask reselect_every {self.reselect_every}: criterion {self.criterion} takes no data, so a later "
+                "selection has nothing new to go by; leave it null, or choose a criterion that scores gradients"
+            )
+        if self.reselect_rounds is not None and self.reselect_every is None:
+            raise ConfigError(f"mask reselect_rounds {self.reselect_rounds} needs reselect_every")
+        if self.budget == "global" and self.granularity == "n_m":
+            raise ConfigError(
+                "mask budget: global is not accepted with granularity n_m, whose budget is fixed in every group; "
+                "choose budget: tensor or granularity: element"
+            )
 
     @property
-    def block(self) -> Block | None:
-        """The block size, None for elements."""
-        return self.block_size if self.granularity == "block" else None
+    def needs_data(self) -> bool:
+        """Whether the scores are gradients, so that a selection needs losses."""
+        return self.criterion in ("gradient", "connection_sensitivity", "fisher")
 
 
-def match_modules(model: nn.Module, pattern: str) -> dict[str, nn.Linear]:
-    """Linear modules whose whole name matches ``pattern``, in model order.
+def unit_of(spec: MaskSpec, shape: tuple[int, ...]) -> Block | None:
+    """The selection unit of a weight [out, in] as a block, None for elements (granularities element and n_m)."""
+    if spec.granularity == "block":
+        return spec.block_size
+    if spec.granularity == "row":
+        return 1, shape[1]
+    return (shape[0], 1) if spec.granularity == "column" else None
 
-    ``ConfigError`` for an invalid expression, for no match (lists some names), and for a weight shared with another
-    module.
+
+@dataclass(frozen=True)
+class _Region:
+    """The part of one weight in which units may be chosen: ``target.shape`` from row ``target.first`` on."""
+
+    name: str
+    target: Target
+    block: Block | None
+
+    @property
+    def elements(self) -> int:
+        return self.target.shape[0] * self.target.shape[1]
+
+    @property
+    def area(self) -> int:
+        """Elements of a unit."""
+        return 1 if self.block is None else self.block[0] * self.block[1]
+
+    @property
+    def units(self) -> int:
+        return self.elements // self.area
+
+    def support(self, ids: torch.Tensor) -> SupportSpec:
+        """The support of sorted unit ids of the region, int64 [k] on the CPU."""
+        out, width = self.target.module.weight.shape
+        return SupportSpec((out, width), ids + self.target.first * width // self.area, self.block)
+
+
+def _regions(model: nn.Module, spec: MaskSpec) -> dict[str, _Region]:
+    """The regions of the adapted modules, in model order; ``ConfigError`` where units do not fit. Works on meta."""
+    regions = {}
+    for name, target in find_targets(model, spec.modules).items():
+        shape, weight = tuple(target.module.weight.shape), f"{name}.weight"
+        block = unit_of(spec, shape)
+        unit_grid(shape, block, weight)
+        if spec.granularity == "n_m":
+            groups_of(shape, spec.group, weight)
+        if target.rows is not None and spec.granularity == "column":
+            raise ConfigError(
+                f"{weight}: only its rows {target.rows.start} to {target.rows.stop} may be chosen, whole columns reach "
+                "beyond them; choose another granularity, or modules by a regular expression"
+            )
+        if target.rows is not None and block is not None and (target.first % block[0] or target.shape[0] % block[0]):
+            raise ConfigError(
+                f"{weight}: blocks of {block[0]}x{block[1]} do not align with the rows {target.rows.start} to "
+                f"{target.rows.stop} that may be chosen; choose a block_size whose rows divide both"
+            )
+        regions[name] = _Region(weight, target, block)
+    return regions
+
+
+def trainable_elements(model: nn.Module, spec: MaskSpec) -> tuple[int, int]:
+    """Elements that a mask selects, and elements among which it selects; works on meta tensors.
+
+    The first is exact, but an upper bound for a global budget over rows or columns of several lengths, whose number
+    depends on the scores. Raises the ``ConfigError`` of :func:`select_supports` for modules and units that do not fit.
     """
-    try:
-        regex = re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"modules {pattern!r} is not a regular expression: {error}") from None
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    found = {name: module for name, module in linear.items() if regex.fullmatch(name)}
-    if not found:
-        some = sorted(linear, key=lambda name: (name.count("."), name))[:4] + list(linear)[:8]
-        names = ", ".join(dict.fromkeys(some)) or "none"
-        raise ConfigError(f"modules {pattern!r} matches no whole name of a linear module; some of them: {names}")
-    for name, others in tied_names(model, [f"{name}.weight" for name in found]).items():
-        raise ConfigError(
-            f"modules {pattern!r} selects {name}, which shares its memory with {', '.join(others)}: "
-            "a tied weight cannot be adapted; narrow the expression"
-        )
-    return found
+    regions = _regions(model, spec).values()
+    adapted = sum(region.elements for region in regions)
+    if spec.granularity == "n_m":
+        return adapted // spec.group * budget(spec.group, spec.density), adapted
+    if spec.budget == "tensor":
+        return sum(budget(region.units, spec.density) * region.area for region in regions), adapted
+    elements, areas = budget(adapted, spec.density), {region.area for region in regions}
+    if len(areas) > 1:
+        return max(elements, *areas), adapted
+    area = areas.pop()
+    return max(1, elements // area) * area, adapted
 
 
-def tensor_seed(seed: int, tensor_name: str) -> int:
-    """63-bit seed of one tensor: the head of SHA-256 of ``"<seed>:<tensor name>"``."""
-    digest = hashlib.sha256(f"{seed}:{tensor_name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+def accumulator_bytes(model: nn.Module, spec: MaskSpec) -> int:
+    """Bytes that a selection holds to add up scores over several batches (0 for one batch); works on meta tensors.
 
-
-def budget(units: int, density: float) -> int:
-    """Selected units of one tensor: max(1, round(density * units))."""
-    return min(units, max(1, round(density * units)))
-
-
-def random_units(
-    shape: tuple[int, ...], density: float, seed: int, tensor_name: str, block: Block | None = None
-) -> torch.Tensor:
-    """A uniform draw of exactly the budgeted units: int64 [k] on the CPU, sorted, the same on every device."""
-    rows, cols = unit_grid(shape, block, tensor_name)
-    total = rows * cols
-    count = budget(total, density)
-    generator = torch.Generator().manual_seed(tensor_seed(seed, tensor_name))
-    drawn = min(count, total - count)
-    ids = torch.empty(0, dtype=torch.int64)
-    while ids.numel() < drawn:
-        more = (drawn - ids.numel()) * 11 // 10 + 16
-        ids = torch.unique(torch.cat([ids, torch.randint(total, (more,), generator=generator)]))
-    ids = ids[torch.randperm(ids.numel(), generator=generator)[:drawn]]
-    if drawn == count:
-        return ids.sort().values
-    kept = torch.ones(total, dtype=torch.bool)
-    kept[ids] = False
-    return kept.nonzero().view(-1)
-
-
-def top_units(score: torch.Tensor, density: float, block: Block | None = None, name: str = "score") -> torch.Tensor:
-    """The budgeted units with the largest score, ties to the lower index: int64 [k], sorted, on the score's device.
-
-    ``score``: [out, in], not negative. ``FactoryError`` when a score is not finite (the loss or its gradient is not).
+    They come on top of the memory of a training step, until the selection ends: fp32 for each element among which the
+    mask selects.
     """
-    rows, cols = unit_grid(tuple(score.shape), block, name)
-    if block is not None:
-        score = score.view(rows, block[0], cols, block[1]).sum((1, 3))
-    flat = score.reshape(-1)
-    count = budget(flat.numel(), density)
-    top = torch.topk(flat, count, sorted=False).values
-    if not bool(torch.isfinite(top).all()):
-        raise FactoryError(f"{name}: the mask scores are not finite; lower the learning rate or check the data")
-    threshold = top.min()
-    above = (flat > threshold).nonzero().view(-1)
-    level = (flat == threshold).nonzero().view(-1)[: count - above.numel()]
-    return torch.cat([above, level]).sort().values
-
-
-def random_indices(
-    shape: tuple[int, ...], density: float, seed: int, tensor_name: str, block: Block | None = None
-) -> torch.Tensor:
-    """:func:`random_units` as sorted flat element positions."""
-    return _elements(shape, random_units(shape, density, seed, tensor_name, block), block)
-
-
-def top_indices(score: torch.Tensor, density: float, block: Block | None = None) -> torch.Tensor:
-    """:func:`top_units` as sorted flat element positions, on the CPU."""
-    return _elements(tuple(score.shape), top_units(score, density, block).cpu(), block)
-
-
-def _elements(shape: tuple[int, ...], units: torch.Tensor, block: Block | None) -> torch.Tensor:
-    return SupportSpec((shape[0], shape[1]), units, block).indices()
-
-
-class _ScoreLinear(torch.autograd.Function):
-    """The linear map of a frozen weight; its backward selects the units of this layer and keeps only them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        anchor: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        take: Callable[[torch.Tensor], None],
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.take = take
-        return nn.functional.linear(x, weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
-        x, weight = ctx.saved_tensors
-        ctx.take(weight_gradient(grad, x).float().mul_(weight).abs_())
-        return grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None, None, None, None, None
-
-
-def score_modules(
-    model: nn.Module, modules: Mapping[str, nn.Linear], loss_fn: Callable[[], torch.Tensor], spec: MaskSpec
-) -> dict[str, SupportSpec]:
-    """Supports by connection sensitivity at the current weights (W + delta while an adapter is attached).
-
-    Runs ``loss_fn`` and one backward through frozen weights. No gradient is left on the model, and an attached
-    adapter's gradient is unchanged when it adapts no module outside ``modules``. ``ConfigError`` for blocks that do
-    not divide a shape, or a module that the loss does not reach or reaches twice.
-    """
-    for name, module in modules.items():
-        unit_grid(tuple(module.weight.shape), spec.block, f"{name}.weight")
-    chosen: dict[str, SupportSpec] = {}
-    anchor = torch.zeros((), requires_grad=True)
-
-    def taker(name: str) -> Callable[[torch.Tensor], None]:
-        def take(score: torch.Tensor) -> None:
-            if name in chosen:
-                raise ConfigError(f"{name} is used more than once in a forward pass: it cannot be scored")
-            units = top_units(score, spec.density, spec.block, f"{name}.weight").cpu()
-            chosen[name] = SupportSpec((score.shape[0], score.shape[1]), units, spec.block)
-
-        return take
-
-    def scored(module: nn.Linear, take: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x: _ScoreLinear.apply(x, anchor, module.weight, module.bias, take)
-
-    undo: list[Callable[[], None]] = []
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        for name, module in modules.items():
-            undo.append(swap_forward(module, scored(module, taker(name))))
-        with torch.enable_grad():
-            loss_fn().backward()
-    finally:
-        for step in reversed(undo):
-            step()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-    if missing := [name for name in modules if name not in chosen]:
-        raise ConfigError(f"the loss does not depend on {missing[0]}: it cannot be scored")
-    return {name: chosen[name] for name in modules}
+    if spec.score_batches == 1:
+        return 0
+    return 4 * sum(region.elements for region in _regions(model, spec).values())
 
 
 def select_supports(
-    model: nn.Module, spec: MaskSpec, loss_fn: Callable[[], torch.Tensor] | None = None
+    model: nn.Module, spec: MaskSpec, losses: Sequence[Callable[[], torch.Tensor]] = ()
 ) -> dict[str, SupportSpec]:
-    """Match modules and choose their supports as ``spec`` says; ``loss_fn`` is needed by connection sensitivity."""
-    modules = match_modules(model, spec.modules)
+    """The support of every adapted module, by module name in model order, at the current weights.
+
+    ``losses``: one callable for each of ``spec.score_batches`` batches, which runs the model and returns the batch's
+    mean loss; used by the criteria that need data, with dropout and the like as the model's mode says. A global budget
+    over one batch calls it twice (three or four times if gradients are not reproducible), and may leave modules with
+    an empty support. ``ConfigError`` for modules or units that do not fit, a wrong number of losses, or a module that
+    cannot be scored; ``FactoryError`` for scores that are not finite.
+    """
+    regions = _regions(model, spec)
     if spec.criterion == "random":
-        return {
-            name: SupportSpec(
-                (module.weight.shape[0], module.weight.shape[1]),
-                random_units(tuple(module.weight.shape), spec.density, spec.seed, f"{name}.weight", spec.block),
-                spec.block,
-            )
-            for name, module in modules.items()
-        }
-    if loss_fn is None:
-        raise ConfigError("criterion connection_sensitivity needs a loss to score the weights with")
-    return score_modules(model, modules, loss_fn, spec)
+        drawn = zip(regions.items(), _drawn(regions, spec), strict=True)
+        return {name: region.support(ids) for (name, region), ids in drawn}
+    if spec.needs_data and len(losses) != spec.score_batches:
+        raise ConfigError(
+            f"criterion {spec.criterion} needs a loss for each of its {spec.score_batches} batches, got {len(losses)}"
+        )
+    targets = {name: region.target for name, region in regions.items()}
+    scan = score_scan(model, targets, spec.criterion, losses)
+    if spec.budget == "global":
+        elements = budget(sum(region.elements for region in regions.values()), spec.density)
+        blocks = {name: region.block for name, region in regions.items()}
+        chosen = global_units(scan, blocks, elements, spec.keep)
+    else:
+        chosen = {}
+
+        def take(name: str, score: torch.Tensor) -> None:
+            chosen[name] = _best(regions[name], score, spec).cpu()
+
+        scan(take)
+    return {name: region.support(chosen[name]) for name, region in regions.items()}
+
+
+def _best(region: _Region, score: torch.Tensor, spec: MaskSpec) -> torch.Tensor:
+    """The budgeted units of one region, by its fp32 score [rows, in]."""
+    if spec.granularity == "n_m":
+        return top_groups(score, budget(spec.group, spec.density), spec.group, region.name, spec.keep)
+    return top_units(score, spec.density, region.block, region.name, spec.keep)
+
+
+def _drawn(regions: dict[str, _Region], spec: MaskSpec) -> list[torch.Tensor]:
+    """Random units of each region, in their order."""
+    each = list(regions.values())
+    if spec.granularity == "n_m":
+        kept = budget(spec.group, spec.density)
+        return [random_groups(r.target.shape, kept, spec.group, tensor_seed(spec.seed, r.name)) for r in each]
+    if spec.budget == "tensor":
+        counts = [budget(region.units, spec.density) for region in each]
+    else:
+        elements = budget(sum(region.elements for region in each), spec.density)
+        seed = tensor_seed(spec.seed, "counts")
+        counts = random_counts([r.units for r in each], [r.area for r in each], elements, seed)
+    return [draw_units(r.units, k, tensor_seed(spec.seed, r.name)) for r, k in zip(each, counts, strict=True)]

@@ -1,33 +1,52 @@
-"""Training of one sparse expert, read top to bottom: mask, in-place adapter, AdamW, steps, best values.
+"""Training of one expert, read top to bottom: positions, adapter, AdamW, steps, best values.
 
-The model's own forward runs on W + delta in place (`workers/inplace.py`); the loss and the logits exist only at target
-positions. Runs on plain tensors and reports through a callback: no Ray, no MLflow, no object store.
-Not covered: gradient accumulation, checkpoints in the middle of training, LoRA and full fine-tuning.
+One loop for every kind of expert (`workers/kinds.py`) and objective (`workers/losses.py`, `workers/classification.py`).
+Runs on plain tensors and reports through callbacks: no Ray, no MLflow, no object store. On the CPU a run that was saved
+and resumed ends with the same bits; a step waits for the device only where its numbers are read.
+Not covered: data-parallel training of one expert.
 """
 
-import dataclasses
+import contextlib
+import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel, get_scheduler
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import get_scheduler
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from infra.errors import ExpertError
-from workers.inplace import InPlaceAdapter
+from infra.errors import ConfigError, ExpertError
+from workers.adapter import LowRank
+from workers.checkpoint import (
+    TrainState,
+    as_rows,
+    load_optimizer_state,
+    load_random_state,
+    optimizer_state,
+    random_state,
+)
+from workers.kinds import ExpertSpec, make_adapter, stored_values
+from workers.losses import Objective, mean_loss
 from workers.masks import MaskSpec, select_supports
 from workers.memory import give_back
-from workers.prompt import IGNORED_LABEL, Example, collate, length_bucketed_batches
+from workers.prompt import length_bucketed_batches
 from workers.support import SparseTensor, SupportSpec
 
-TRAIN_VERSION = 1
+TRAIN_VERSION = 2
 """Part of every expert's key: raise it whenever the same inputs would give other numbers."""
+STEPS_BETWEEN_READS = 10
+"""Steps on an accelerator between two looks at losses and norms, each of which waits for the device."""
 
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """Everything the optimisation is a function of, beside data and mask. Units: optimizer steps."""
+    """Everything the optimisation is a function of, beside data and adapter. Units: optimizer steps."""
 
     steps: int
     batch_size: int
@@ -38,6 +57,10 @@ class TrainSpec:
     clip_norm: float
     validate_every: int | None
     seed: int
+    micro_batch_size: int | None = None
+    """Rows of one forward pass; the gradients of a batch's micro-batches add up to that of the batch."""
+    patience: int | None = None
+    """Validations without a better loss after which training ends."""
 
 
 @dataclass(frozen=True)
@@ -55,154 +78,297 @@ class StepReport:
 
 @dataclass(frozen=True)
 class TrainedExpert:
-    """The best values seen: delta per parameter name, and how they came about."""
+    """The best values seen: change per parameter name, the head's own tensors, and how they came about."""
 
-    delta: dict[str, SparseTensor]
+    delta: Mapping[str, SparseTensor | LowRank]
+    head: dict[str, torch.Tensor]
     history: list[StepReport]
     best_step: int
     best_validation_loss: float
     reselections: int
     trainable: int
     density: float
+    resumed_after: int
+    """Steps that were taken over from a saved state."""
 
 
 def train_expert(
-    model: PreTrainedModel,
-    train: Sequence[Example],
-    validation: Sequence[Example],
-    mask: MaskSpec,
+    model: Any,
+    objective: Objective,
+    train: Sequence[Any],
+    validation: Sequence[Any],
+    kind: ExpertSpec,
     spec: TrainSpec,
-    pad_id: int,
+    *,
+    supports: Mapping[str, SupportSpec] | None = None,
+    head: Mapping[str, nn.Parameter] | None = None,
+    recompute: bool = False,
+    resume: TrainState | None = None,
+    save_every: int | None = None,
+    on_save: Callable[[TrainState], None] = lambda state: None,
     on_step: Callable[[StepReport], None] = lambda report: None,
 ) -> TrainedExpert:
     """Train one expert and leave `model` bit-exactly as it was.
 
     Args:
-        model: frozen causal language model on the device to train on; its weights' dtype is the compute dtype.
-        train, validation: tokenised rows (`workers/prompt.py`).
-        mask: which positions may change.
+        model: frozen model on the device to train on; its weights' dtype is the compute dtype.
+        objective: what is predicted; knows the type of the examples.
+        train, validation: tokenised rows.
+        kind: which change is trained.
         spec: the optimisation.
-        pad_id: token id that fills short rows.
-        on_step: called after every optimizer step.
+        supports: positions of a sparse expert; None selects them.
+        head: parameters trained in full beside the change.
+        recompute: activations are recomputed in the backward pass instead of kept. The same numbers.
+        resume: state to go on from, of the same arguments.
+        save_every, on_save: steps between two states that are handed over to be saved.
+        on_step: called for every optimizer step, on an accelerator a few steps later.
 
     Raises:
         ExpertError: a loss or gradient is not finite; the message names step and rows.
+        ConfigError: modules, blocks or layers that the model does not have.
     """
-    batches = _endless_batches(train, spec)
-    device = next(model.parameters()).device
+    scored = kind.score_batches if isinstance(kind, MaskSpec) else 0
+    batches = list(itertools.islice(_endless_batches(objective, train, spec), spec.steps + scored))
+    heads = dict(head or {})
+    size = spec.micro_batch_size or spec.batch_size
 
-    def batch_loss(rows: list[int]) -> torch.Tensor:
-        return target_loss(model, _batch([train[i] for i in rows], pad_id, device))
+    def select(step: int) -> dict[str, SupportSpec]:
+        """Positions, scored on the batches that come next and at the current weights."""
+        assert isinstance(kind, MaskSpec)
+        ahead = [[train[i] for i in rows[:size]] for rows in batches[step - 1 : step - 1 + scored]]
+        return select_supports(model, kind, [_mean_of(model, objective, rows) for rows in ahead])
 
-    def select(rows: list[int]) -> dict[str, SupportSpec]:
-        return select_supports(model, mask, lambda: batch_loss(rows))
+    if isinstance(kind, MaskSpec) and supports is None:
+        supports = select(1)
+    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(torch.random.fork_rng(devices=cuda))
+        torch.manual_seed(spec.seed)
+        if recompute:
+            undo.callback(recompute_layers(model))
+        adapter = make_adapter(model, kind, supports or {})
+        undo.callback(adapter.restore)
+        undo.callback(_train_in_full(heads))
 
-    ahead = next(batches)
-    supports = select(ahead)
-    with InPlaceAdapter(model, supports) as adapter:
+        done = reselections = unimproved = largest = 0
+        best = _Best(math.inf, 0, lambda: {}, {})
+        log = _Log(on_step)
+        if resume is not None:
+            done, reselections, unimproved = resume.step, resume.reselections, resume.unimproved
+            adapter.load_state(resume.adapter)
+            _copy_into(heads, resume.head)
+            if resume.best_delta is not None and resume.best_loss is not None:
+                best = _Best(resume.best_loss, resume.best_step, _constant(resume.best_delta), resume.best_head)
+            log.continue_after([StepReport(**row) for row in resume.history])
         optimizer = torch.optim.AdamW(
-            adapter.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True
-        )
-        scheduler = get_scheduler(spec.schedule, optimizer, math.ceil(spec.warmup_ratio * spec.steps), spec.steps)
-        history: list[StepReport] = []
-        best = (math.inf, 0, adapter.delta())
-        largest, reselections, tokens, start = 0, 0, 0, time.perf_counter()
-        for step in range(1, spec.steps + 1):
-            rows, ahead = ahead, next(batches)
-            if (
-                mask.criterion != "random"
-                and mask.reselect_every
-                and step > 1
-                and (step - 1) % mask.reselect_every == 0
-            ):
-                adapter.reselect(select(rows), optimizer)
+            [{"params": adapter.parameters()}, *([{"params": list(heads.values())}] if heads else [])],
+            lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True,
+        )  # fmt: skip
+        rate_at = _schedule(spec, optimizer)
+        if resume is not None:
+            load_optimizer_state(optimizer, resume.optimizer)
+            load_random_state(resume.random)
+
+        for step in range(done + 1, spec.steps + 1):
+            rows = batches[step - 1]
+            if isinstance(kind, MaskSpec) and _selects_again(kind, step, reselections):
+                cast(Any, adapter).reselect(select(step), optimizer)
                 reselections += 1
             adapter.zero_grad()
-            size = len(rows) * max(len(train[i].input_ids) for i in rows)
-            if size > largest:  # the holes that smaller batches left in the heap do not fit its tensors
-                largest = size
-                give_back()
-            loss = batch_loss(rows)
-            loss.backward()
-            norm = float(torch.nn.utils.clip_grad_norm_(adapter.parameters(), spec.clip_norm))
-            if not (math.isfinite(norm) and math.isfinite(loss.item())):
-                raise ExpertError(
-                    f"step {step}: loss {loss.item()}, gradient norm {norm} on training rows {rows}; "
-                    "lower train.learning_rate or inspect these rows"
-                )
-            rate = scheduler.get_last_lr()[0]
+            for parameter in heads.values():
+                parameter.grad = None
+            count = sum(objective.count(train[i]) for i in rows)
+            losses = []
+            for part in (rows[at : at + size] for at in range(0, len(rows), size)):
+                padded = len(part) * max(objective.length(train[i]) for i in part)
+                if padded > largest:  # the holes that smaller batches left in the heap do not fit its tensors
+                    largest = padded
+                    give_back()
+                loss = objective.loss_sum(model, [train[i] for i in part]) / count
+                loss.backward()
+                losses.append(loss.detach())
+            norm = nn.utils.clip_grad_norm_([*adapter.parameters(), *heads.values()], spec.clip_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(step)
             optimizer.step()
-            scheduler.step()
             adapter.write_back()
-            tokens += sum(len(train[i].input_ids) for i in rows)
-            validation_loss = None
-            if step == spec.steps or (spec.validate_every and step % spec.validate_every == 0):
-                validation_loss = mean_target_loss(model, validation, spec.batch_size, pad_id)
-                if validation_loss < best[0]:
-                    best = (validation_loss, step, adapter.delta())
-            report = StepReport(step, loss.item(), rate, norm, tokens, time.perf_counter() - start, validation_loss)
-            history.append(report)
-            on_step(report)
-    if not math.isfinite(best[0]):
-        raise ExpertError(f"no finite validation loss in {spec.steps} steps; lower train.learning_rate")
-    trainable = sum(tensor.values.numel() for tensor in best[2].values())
-    adapted = sum(math.prod(tensor.shape) for tensor in best[2].values())
+            tokens = sum(objective.length(train[i]) for i in rows)
+            log.unread.append(_Step(step, rows, torch.stack(losses).sum(), norm, rate_at(step), tokens))
+            last = step == spec.steps
+            validates = last or bool(spec.validate_every and step % spec.validate_every == 0)
+            saves = not last and bool(save_every and step % save_every == 0)
+            with without_dropout(model):
+                found = mean_loss(model, objective, validation, size) if validates else None
+            if validates or saves or len(log.unread) >= (STEPS_BETWEEN_READS if cuda else 1):
+                log.read(found)
+            if found is not None:
+                unimproved += 1
+                if found < best.loss:
+                    at_best = functools.partial(adapter.delta, adapter.snapshot())
+                    best, unimproved = _Best(found, step, at_best, _copies(heads)), 0
+                if spec.patience and unimproved >= spec.patience:
+                    break
+            if saves:
+                on_save(
+                    TrainState(
+                        step=step, reselections=reselections, unimproved=unimproved,
+                        best_loss=best.loss if best.step else None, best_step=best.step, history=as_rows(log.history),
+                        adapter=adapter.state(), head=_copies(heads), optimizer=optimizer_state(optimizer),
+                        random=random_state(cuda), best_delta=best.delta() if best.step else None, best_head=best.head,
+                    )
+                )  # fmt: skip
+        if not best.step:
+            raise ExpertError(f"no finite validation loss in {log.history[-1].step} steps; lower train.learning_rate")
+        delta = best.delta()
+    trainable = sum(stored_values(change) for change in delta.values())
     return TrainedExpert(
-        delta=best[2],
-        history=history,
-        best_step=best[1],
-        best_validation_loss=best[0],
+        delta=delta,
+        head=best.head,
+        history=log.history,
+        best_step=best.step,
+        best_validation_loss=best.loss,
         reselections=reselections,
-        trainable=trainable,
-        density=trainable / adapted,
+        trainable=trainable + sum(tensor.numel() for tensor in best.head.values()),
+        density=trainable / sum(math.prod(change.shape) for change in delta.values()),
+        resumed_after=done,
     )
 
 
-def target_loss(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], reduction: str = "mean") -> torch.Tensor:
-    """Cross-entropy at the target positions only; logits [targets, vocabulary] are never made for prompt or padding.
+@dataclass(frozen=True)
+class _Best:
+    """The best validation loss so far; `delta()` gives the change that had it."""
 
-    Models that change logits after the output layer (soft-capping, scaling) are not covered.
+    loss: float
+    step: int
+    delta: Callable[[], Mapping[str, SparseTensor | LowRank]]
+    head: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step whose numbers may still be on the device."""
+
+    step: int
+    rows: list[int]
+    loss: torch.Tensor
+    norm: torch.Tensor
+    rate: float
+    tokens: int
+
+
+class _Log:
+    """Reads the numbers of several steps at once, checks that they are finite, and reports them."""
+
+    def __init__(self, on_step: Callable[[StepReport], None]) -> None:
+        self.history: list[StepReport] = []
+        self.unread: list[_Step] = []
+        self._on_step = on_step
+        self._tokens, self._before, self._start = 0, 0.0, time.perf_counter()
+
+    def continue_after(self, history: list[StepReport]) -> None:
+        """Steps, tokens and seconds count on from these."""
+        self.history = history
+        self._tokens, self._before = history[-1].tokens, history[-1].seconds
+
+    def read(self, validation_loss: float | None) -> None:
+        """Report what is unread; `validation_loss` belongs to its last step. `ExpertError` for a number not finite."""
+        numbers = [torch.stack([s.loss, s.norm.to(s.loss.device, s.loss.dtype)]) for s in self.unread]
+        seconds = self._before + time.perf_counter() - self._start
+        for step, (loss, norm) in zip(self.unread, torch.stack(numbers).tolist(), strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise ExpertError(
+                    f"step {step.step}: loss {loss}, gradient norm {norm} on training rows {step.rows}; "
+                    "lower train.learning_rate or inspect these rows"
+                )
+            self._tokens += step.tokens
+            validated = validation_loss if step is self.unread[-1] else None
+            self.history.append(StepReport(step.step, loss, step.rate, norm, self._tokens, seconds, validated))
+            self._on_step(self.history[-1])
+        self.unread = []
+
+
+def _mean_of(model: Any, objective: Objective, rows: list[Any]) -> Callable[[], torch.Tensor]:
+    return lambda: objective.loss_sum(model, rows) / sum(objective.count(row) for row in rows)
+
+
+def _selects_again(kind: MaskSpec, step: int, done: int) -> bool:
+    if not kind.reselect_every or (kind.reselect_rounds is not None and done >= kind.reselect_rounds):
+        return False
+    return step > 1 and (step - 1) % kind.reselect_every == 0
+
+
+def _schedule(spec: TrainSpec, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
+    """Learning rate of each step, counted from 1: the first is already above 0, the last not yet 0."""
+    warm = math.ceil(spec.warmup_ratio * spec.steps)
+    shape = get_scheduler(spec.schedule, optimizer, warm, spec.steps + 1).lr_lambdas[0]
+    return lambda step: float(spec.learning_rate * shape(step))
+
+
+def recompute_layers(model: nn.Module) -> Callable[[], None]:
+    """Let every decoder or encoder layer recompute its activations in the backward pass; returns what undoes it.
+
+    Only the layers themselves are put into training mode, not their parts, so that no dropout becomes active.
     """
-    hidden = model.get_decoder()(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).last_hidden_state  # [rows, length, hidden]
-    targets = batch["labels"][:, 1:]
-    predicts = targets != IGNORED_LABEL  # position t predicts token t + 1
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ExpertError(f"{type(model).__name__} has no output embeddings; a causal language model is needed")
-    logits = head(hidden[:, :-1][predicts])  # [targets, vocabulary]
-    return torch.nn.functional.cross_entropy(logits.float(), targets[predicts], reduction=reduction)
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"{type(model).__name__} has no layers that can recompute; set train.gradient_checkpointing=false"
+        )
+    for layer in layers:  # what transformers sets for the whole model, which would also make embeddings need gradients
+        layer.training = layer.gradient_checkpointing = True
+        object.__setattr__(layer, "_gradient_checkpointing_func", functools.partial(checkpoint, use_reentrant=False))
+
+    def undo() -> None:
+        for layer in layers:
+            layer.training = layer.gradient_checkpointing = False
+
+    return undo
 
 
-@torch.no_grad()
-def mean_target_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: int, pad_id: int) -> float:
-    """Mean cross-entropy per target token over all examples, in batches of similar length."""
-    device = next(model.parameters()).device
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
-    total, count = 0.0, 0
-    for first in range(0, len(order), batch_size):
-        batch = _batch([examples[i] for i in order[first : first + batch_size]], pad_id, device)
-        total += float(target_loss(model, batch, reduction="sum"))
-        count += int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
-    return total / count
+@contextlib.contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode inside."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
-def _batch(examples: Sequence[Example], pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(device) for name, tensor in collate(examples, pad_id).items()}
+def _train_in_full(head: Mapping[str, nn.Parameter]) -> Callable[[], None]:
+    """Unfreeze the head's parameters; returns what freezes them again and puts their values back."""
+    before = {name: parameter.detach().clone() for name, parameter in head.items()}
+    for parameter in head.values():
+        parameter.requires_grad_(True)
+
+    def undo() -> None:
+        for parameter in head.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        _copy_into(head, before)
+
+    return undo
 
 
-def _endless_batches(examples: Sequence[Example], spec: TrainSpec) -> Iterator[list[int]]:
+def _copies(head: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().cpu().clone() for name, parameter in head.items()}
+
+
+def _copy_into(head: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in head.items():
+            parameter.copy_(tensors[name])
+
+
+def _constant(delta: Mapping[str, SparseTensor | LowRank]) -> Callable[[], Mapping[str, SparseTensor | LowRank]]:
+    return lambda: delta
+
+
+def _endless_batches(objective: Objective, examples: Sequence[Any], spec: TrainSpec) -> Iterator[list[int]]:
     """Row numbers of one batch after the other, epoch after epoch, each epoch in an order of its own."""
-    lengths = [len(example.input_ids) for example in examples]
-    epoch = 0
-    while True:
+    lengths = [objective.length(example) for example in examples]
+    for epoch in itertools.count():
         yield from length_bucketed_batches(lengths, min(spec.batch_size, len(lengths)), spec.seed, epoch)
-        epoch += 1
-
-
-def history_as_rows(history: Sequence[StepReport]) -> list[dict[str, float]]:
-    """The history as flat rows of numbers, fields that were not measured left out."""
-    return [
-        {name: value for name, value in dataclasses.asdict(report).items() if value is not None} for report in history
-    ]

@@ -16,7 +16,7 @@ from pipeline import preflight
 from pipeline.cluster import GIB, ray_options, slots_of
 from pipeline.config import PipelineConfig, WorkerResources
 from pipeline.preflight import Cost, Prepared, candidates, check_room, check_services, expected_cost, measured_flops
-from pipeline.recipes import mask_spec
+from pipeline.recipes import expert_spec
 from pipeline.tasks import TaskConfig, TaskData, fingerprint
 from tests.workers.tiny import WRAPPER, tiny_model, tiny_tokenizer
 from workers.base import PreparedBase, prepare_base
@@ -129,6 +129,8 @@ def test_names_and_candidates_are_checked_before_any_service() -> None:
         ({"density": 0.33, "granularity": "block", "block_size": [16, 8], "modules": r".*_proj"}, None),
         ({"density": 1e-6, "granularity": "block", "block_size": [4, 4], "modules": r".*\.down_proj"}, 2 * 48 * 32),
         ({"density": 1.0, "modules": r"model\.layers\.1\.mlp\.gate_proj"}, 48 * 32),
+        ({"density": 0.25, "granularity": "n_m", "group": 8, "modules": "mlp"}, 2 * 3 * 48 * 32),
+        ({"density": 0.1, "granularity": "row", "modules": "value_output"}, 2 * (16 * 32 + 32 * 32)),
     ],
 )
 def test_trained_values_are_counted_as_they_will_be_selected(
@@ -136,7 +138,7 @@ def test_trained_values_are_counted_as_they_will_be_selected(
 ) -> None:
     chosen = config(mask=mask)
     cost = expected_cost(chosen, base, tasks)
-    supports = select_supports(load_model(base.path, torch.float32), mask_spec(chosen, tasks["one"]))
+    supports = select_supports(load_model(base.path, torch.float32), expert_spec(chosen, tasks["one"]))
     assert cost.trainable == sum(support.count for support in supports.values())
     assert cost.adapted == sum(support.shape[0] * support.shape[1] for support in supports.values())
     assert weights is None or cost.adapted == weights
@@ -200,7 +202,7 @@ def test_a_mask_that_does_not_fit_the_base_is_refused(
 def test_a_tied_weight_is_refused_before_training(base: PreparedBase, tasks: dict[str, TaskData]) -> None:
     chosen = config(mask={"modules": "lm_head"})
     with pytest.raises(ConfigError, match="tied"):
-        select_supports(load_model(base.path, torch.float32), mask_spec(chosen, tasks["one"]))
+        select_supports(load_model(base.path, torch.float32), expert_spec(chosen, tasks["one"]))
     with pytest.raises(ConfigError, match="tied"):
         expected_cost(chosen, base, tasks)
 

@@ -6,7 +6,15 @@ import pytest
 
 from merge.methods import Candidate, group_candidates
 from pipeline.config import load_config
-from pipeline.recipes import evaluation_recipe, expert_recipe, mask_spec, merged_recipe, node_recipe
+from pipeline.recipes import (
+    evaluation_recipe,
+    expert_recipe,
+    expert_spec,
+    merged_recipe,
+    node_recipe,
+    shares_scored_support,
+    support_recipe,
+)
 from pipeline.tasks import TaskConfig, TaskData, fingerprint
 from workers.rows import Row
 from workers.scoring import EvaluateSpec
@@ -36,7 +44,7 @@ def key(*overrides: str, base: str = BASE, task: TaskData | None = None) -> str:
         "train.warmup_ratio=0.5", "train.schedule=cosine", "train.clip_norm=2", "train.validate_every=3",
         "train.compute_dtype=bfloat16", "train.value_dtype=float32", "seed=1", "mask.density=0.1",
         "mask.criterion=connection_sensitivity", "mask.granularity=element", "mask.block_size=[8, 8]",
-        "mask.modules='.*q_proj'", "mask.reselect_every=5", "prompt.max_input_tokens=50", "prompt.max_target_tokens=9",
+        "mask.modules='.*q_proj'", "mask.budget=global", "train.micro_batch_size=2", "train.patience=3", "prompt.max_input_tokens=50", "prompt.max_target_tokens=9",
         "prompt.wrapper='{prompt}:'",
     ],
 )  # fmt: skip
@@ -48,7 +56,7 @@ def test_what_training_depends_on_changes_the_key(override: str) -> None:
     "override",
     [
         "suite=other", "resources.expert.cpus=2", "resources.expert.memory_gib=9", "resources.retries=0",
-        "resources.concurrent_nodes=5", "evaluate.batch_size=3", "evaluate.few_shot=0", "merge.fan_in=2",
+        "resources.concurrent_nodes=5", "train.gradient_checkpointing=true", "train.checkpoint_every=5", "evaluate.batch_size=3", "evaluate.few_shot=0", "merge.fan_in=2",
         "merge.candidates=[{method: mean}]", "held_in.vitaminc.metric=exact_match",
     ],
 )  # fmt: skip
@@ -66,8 +74,34 @@ def test_data_template_and_base_are_in_the_key_names_and_test_rows_are_not() -> 
 
 def test_experts_with_different_rows_get_different_random_masks() -> None:
     config = load_config(CONFIG)
-    assert mask_spec(config, data()).seed != mask_spec(config, data("z")).seed
-    assert mask_spec(config, data()).seed == mask_spec(config, data(name="another")).seed
+    assert expert_spec(config, data()).seed != expert_spec(config, data("z")).seed
+    assert expert_spec(config, data()).seed == expert_spec(config, data(name="another")).seed
+    shared = load_config(CONFIG, ["mask.shared=true"])
+    assert expert_spec(shared, data()) == expert_spec(shared, data("z"))
+    assert not shares_scored_support(shared)
+
+
+def test_kinds_of_experts_have_keys_of_their_own() -> None:
+    keys = [key(), key("expert=lora"), key("expert=full"), key("expert=lora", "lora.rank=8"), key("mask.shared=true")]
+    assert len(set(keys)) == len(keys)
+    assert key("lora.rank=8") == key()
+    assert key("expert=lora", "mask.density=0.5") == key("expert=lora")
+    assert key("expert=full", "mask.criterion=magnitude") == key("expert=full")
+
+
+def test_a_shared_support_is_a_function_of_all_tasks_and_an_input_of_every_expert() -> None:
+    overrides = ["mask.shared=true", "mask.criterion=fisher", "mask.score_batches=2"]
+    config = load_config(CONFIG, overrides)
+    assert shares_scored_support(config)
+    tasks = {name: data(name) for name in config.held_in}
+    one = support_recipe(config, BASE, tasks)
+    first = next(iter(config.held_in))
+    assert support_recipe(config, BASE, {**tasks, first: data("changed")}).key != one.key
+    assert support_recipe(config, BASE, {**tasks, first: data(first, test="other")}).key == one.key
+    assert support_recipe(load_config(CONFIG, [*overrides, "train.steps=7"]), BASE, tasks).key == one.key
+    expert = expert_recipe(config, BASE, data(), one.key)
+    assert expert.inputs == (one.key,)
+    assert expert.key != expert_recipe(config, BASE, data(), "0" * 64).key
 
 
 def test_nodes_and_merges_follow_their_inputs() -> None:

@@ -86,7 +86,7 @@ def files() -> Files:
 @pytest.fixture
 def evaluator(files: Files, base: PreparedBase, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluator:
     monkeypatch.setenv("FACTORY_CACHE", str(cache))
-    return Evaluator(files, base.sha256, "float32", "cpu", threads=1)  # type: ignore[arg-type]
+    return Evaluator(files, base.sha256, "float32", False, ["cpu"], threads=1)  # type: ignore[arg-type]
 
 
 def delta(seed: int, names: list[str]) -> dict[str, SparseTensor]:

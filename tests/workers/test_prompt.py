@@ -77,10 +77,12 @@ def test_batches_cover_every_row_once_with_little_padding() -> None:
     assert padded < 1.25 * sum(lengths)
 
 
-def test_collate_pads_right_and_labels_targets(tokenizer) -> None:
+def test_collate_pads_right_and_reads_one_position_before_each_target(tokenizer) -> None:
     rows = [Row("1", "w1", ("w4",)), Row("2", "w1w2w3", ("w5w6",))]
-    batch = collate([encode_example(tokenizer, SPEC, row) for row in rows], 0)
-    assert batch["input_ids"].shape == batch["labels"].shape == (2, 11)
+    examples = [encode_example(tokenizer, SPEC, row) for row in rows]
+    batch = collate(examples, 0)
+    assert batch["input_ids"].shape == (2, 11)
     assert batch["attention_mask"].sum(1).tolist() == [8, 11]
-    assert (batch["labels"] != -100).sum(1).tolist() == [2, 3]
-    assert (batch["labels"][0] == -100).sum() == 9
+    assert batch["targets"].tolist() == [i for e in examples for i in e.input_ids[e.target_start :]]
+    assert batch["input_ids"].view(-1)[batch["reads"] + 1].tolist() == batch["targets"].tolist()
+    assert (batch["reads"] // 11).tolist() == [0, 0, 1, 1, 1]

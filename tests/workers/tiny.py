@@ -1,18 +1,23 @@
-"""A tiny random Llama and a tiny word-level tokenizer, made in memory."""
+"""A tiny random Llama and a tiny random BERT, with tiny word-level tokenizers, made in memory."""
 
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = [f"w{at}" for at in range(50)] + list("abcdefghijklmnopqrstuvwxyz?.:;{}") + ["\n", " "]
 WRAPPER = "<s>{prompt}</s>"
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: at for at, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+def _word_tokenizer(special: list[str], unknown: str) -> Tokenizer:
+    vocabulary = {token: at for at, token in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"w\d+|.|\n"), "isolated")
     tokenizer.decoder = None
+    return tokenizer
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = _word_tokenizer(["<pad>", "<s>", "</s>", "<unk>"], "<unk>")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         padding_side="left", clean_up_tokenization_spaces=False,
@@ -27,3 +32,22 @@ def tiny_model(tied: bool = True, seed: int = 0) -> LlamaForCausalLM:
         pad_token_id=0, initializer_range=0.3,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+def tiny_encoder_tokenizer() -> PreTrainedTokenizerFast:
+    """Adds CLS and SEP by itself, and has no eos."""
+    tokenizer = _word_tokenizer(["[PAD]", "[CLS]", "[SEP]", "[UNK]"], "[UNK]")
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 1), ("[SEP]", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]",
+        model_max_length=64, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def tiny_encoder(seed: int = 0) -> BertForMaskedLM:
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=4 + len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    return BertForMaskedLM(config).eval()

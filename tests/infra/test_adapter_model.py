@@ -1,0 +1,117 @@
+"""The registered model as a classifier, loaded from a real object store; generation is tested in test_registry."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from infra.adapter_model import AdapterModel, as_tasks, as_texts
+from infra.digests import file_sha256
+from infra.store import Store
+from tests.workers.tiny import tiny_encoder, tiny_encoder_tokenizer
+from workers.adapter import AdapterMeta, AdapterReader, FileSource, save_adapter
+from workers.base import prepare_base, upload_base
+from workers.classification import head_state, predict_labels, set_head
+from workers.inplace import apply_delta
+from workers.model import load_classifier, load_classifier_tokenizer
+from workers.prompt import PromptSpec
+from workers.rows import Row
+from workers.support import SparseTensor
+
+TEXTS = ["w1 w2 w3", "w9", "w4 w4 w11 w12 w30", "w21 w2", "w8 w7 w6 w5"]
+LABELS = {"sentiment": ["bad", "fine", "good"], "topic": ["art", "music"]}
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+
+
+def test_tasks_of_inputs() -> None:
+    known = ["a", "b"]
+    table = pd.DataFrame({"input": ["x", "y"], "task": ["b", "a"]})
+    assert as_texts(table) == ["x", "y"]
+    assert as_tasks(table, known, 2) == ["b", "a"]
+    assert as_tasks([{"input": "x", "task": "b"}], known, 1) == ["b"]
+    assert as_tasks(["x", "y"], ["a"], 2) == ["a", "a"]
+    with pytest.raises(ValueError, match="'input' and 'task'; tasks: a, b"):
+        as_tasks(["x"], known, 1)
+    with pytest.raises(ValueError, match="no head for the task 'c'"):
+        as_tasks(pd.DataFrame({"input": ["x"], "task": ["c"]}), known, 1)
+    with pytest.raises(ValueError, match="no head for the task None"):
+        as_tasks([{"input": "x", "task": "b"}, {"input": "x"}], known, 2)
+
+
+class _Published:
+    """A base, one expert per task with a head of its own, and a merge without a head; what each predicts."""
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        checkpoint = folder / "encoder"
+        tiny_encoder().save_pretrained(checkpoint)
+        tiny_encoder_tokenizer().save_pretrained(checkpoint)
+        base = prepare_base(f"path:{checkpoint}", folder / "made")
+        upload_base(store, base)
+        self._store, self._folder, self.base = store, folder, base
+        self.heads: dict[str, dict[str, Any]] = {}
+        self._states: dict[str, dict[str, torch.Tensor]] = {}
+        torch.manual_seed(0)
+        for task, labels in LABELS.items():
+            state = head_state(load_classifier(base.path, len(labels), torch.float32))
+            state = {name: torch.randn_like(tensor) for name, tensor in state.items()}
+            self._states[task] = state
+            name, sha256 = self._save(task, state)
+            self.heads[task] = {
+                "adapter": name,
+                "sha256": sha256,
+                "labels": labels,
+                "prompt_template": f"{task[0]} {{input}}",
+            }
+        self.merged, self.merged_sha256 = self._save("merged", {})
+
+    def _save(self, name: str, head: dict[str, torch.Tensor]) -> tuple[str, str]:
+        file = self._folder / f"{name}.safetensors"
+        values = torch.randn(1024, generator=torch.Generator().manual_seed(len(name)))
+        delta = {QUERY: SparseTensor((32, 32), torch.arange(1024), values)}
+        save_adapter(file, delta, AdapterMeta(base_sha256=self.base.sha256), head=head)
+        self._store.upload_file(f"objects/{name}", file)
+        return f"objects/{name}", file_sha256(file)
+
+    def load(self, adapter: str, sha256: str, heads: dict[str, Any]) -> AdapterModel:
+        model = AdapterModel()
+        config = {
+            "bucket": self._store.bucket, "prefix": self._store.prefix, "adapter": adapter, "adapter_sha256": sha256,
+            "adapter_uri": self._store.uri(adapter), "base_sha256": self.base.sha256, "dtype": "float32",
+            "prompt_wrapper": "{prompt}?", "prompt_template": "{input}", "max_new_tokens": 4, "max_input_tokens": None,
+            "heads": heads,
+        }  # fmt: skip
+        model.load_context(SimpleNamespace(model_config=config))
+        return model
+
+    def expected(self, adapter: str, task: str) -> list[str]:
+        model = load_classifier(self.base.path, len(LABELS[task]), torch.float32)
+        apply_delta(model, AdapterReader(FileSource(self._folder / f"{adapter}.safetensors")))
+        set_head(model, self._states[task])
+        rows = [Row("", text, ()) for text in TEXTS]
+        spec = PromptSpec(f"{task[0]} {{input}}", "{prompt}?")
+        found = predict_labels(model, load_classifier_tokenizer(self.base.path), spec, rows, LABELS[task])
+        return [LABELS[task][label] for label in found]
+
+
+def test_a_registered_classifier_predicts(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FACTORY_CACHE", str(tmp_path / "cache"))
+    made = _Published(store, tmp_path)
+    head = made.heads["sentiment"]
+    expert = made.load(head["adapter"], head["sha256"], {"sentiment": head})
+    assert expert.predict(None, TEXTS) == made.expected("sentiment", "sentiment")
+    assert expert.predict(None, []) == []
+    merge = made.load(made.merged, made.merged_sha256, made.heads)
+    tasks = ["topic", "sentiment", "topic", "sentiment", "sentiment"]
+    answers = {task: made.expected("merged", task) for task in LABELS}
+    assert len({*answers["topic"], *answers["sentiment"]}) > 2  # not one answer for all
+    expected = [answers[task][at] for at, task in enumerate(tasks)]
+    assert merge.predict(None, pd.DataFrame({"input": TEXTS, "task": tasks})) == expected
+    assert merge.predict(None, pd.DataFrame({"input": TEXTS, "task": tasks})) == expected
+    with pytest.raises(ValueError, match="tasks: sentiment, topic"):
+        merge.predict(None, TEXTS)
+    damaged = {**made.heads, "topic": {**made.heads["topic"], "sha256": "0" * 64}}
+    with pytest.raises(Exception, match="objects/topic is corrupted"):
+        made.load(made.merged, made.merged_sha256, damaged)

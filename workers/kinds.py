@@ -1,0 +1,109 @@
+"""The kinds of experts, and the one interface through which the training loop sees each of them.
+
+`sparse` changes a share of the adapted modules' weights (`workers.masks`), `full` all of them (the same in-place
+training on every position), `lora` adds low-rank factors (`workers.lora`). Embeddings, norms and the output layer stay
+frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from infra.errors import ConfigError
+from workers.adapter import LowRank
+from workers.devices import attach
+from workers.masks import MaskSpec
+from workers.modules import find_targets
+from workers.support import SparseTensor, SupportSpec
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Low-rank adaptation (arXiv 2106.09685): delta = alpha / rank * B @ A in every module that `modules` names."""
+
+    modules: str
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"lora rank {self.rank}: accepted is 1 or more")
+        if self.alpha < 1:
+            raise ConfigError(f"lora alpha {self.alpha}: accepted is 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora dropout {self.dropout}: accepted is from 0 to less than 1")
+
+
+@dataclass(frozen=True)
+class FullSpec:
+    """Every weight of the modules that `modules` names is trained."""
+
+    modules: str
+
+
+ExpertSpec = MaskSpec | LoraSpec | FullSpec
+
+
+class Trainable(Protocol):
+    """What the training loop needs of an adapter that is attached to a model."""
+
+    def parameters(self) -> list[nn.Parameter]: ...
+    def zero_grad(self) -> None: ...
+    def write_back(self) -> None:
+        """Make the last optimizer step take effect in the model."""
+        ...
+
+    def snapshot(self) -> Any:
+        """A copy of the trained values that later steps do not change."""
+        ...
+
+    def delta(self, snapshot: Any = None) -> Mapping[str, SparseTensor | LowRank]:
+        """The change of each parameter, now or at a snapshot, on the CPU."""
+        ...
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that `load_state` needs to go on."""
+        ...
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None: ...
+    def restore(self) -> None:
+        """Detach, and put the model back bit for bit."""
+        ...
+
+
+def kind_name(spec: ExpertSpec) -> str:
+    """The word for this kind of expert: sparse, lora or full."""
+    return {MaskSpec: "sparse", LoraSpec: "lora", FullSpec: "full"}[type(spec)]
+
+
+def stored_values(change: SparseTensor | LowRank) -> int:
+    """Numbers that a change is made of."""
+    return change.a.numel() + change.b.numel() if isinstance(change, LowRank) else change.values.numel()
+
+
+def every_row(model: nn.Module, spec: FullSpec) -> dict[str, SupportSpec]:
+    """Supports that hold every position that may be changed, as rows."""
+    supports = {}
+    for name, target in find_targets(model, spec.modules).items():
+        rows, columns = target.module.weight.shape
+        chosen = torch.arange(target.first, target.first + target.shape[0])
+        supports[name] = SupportSpec((rows, columns), chosen, (1, columns))
+    return supports
+
+
+def make_adapter(model: nn.Module, spec: ExpertSpec, supports: Mapping[str, SupportSpec]) -> Trainable:
+    """Attach an adapter of the spec's kind; `supports` are those of a sparse one."""
+    if isinstance(spec, LoraSpec):
+        from workers.lora import LoraAdapter  # PEFT takes a second to import
+
+        return LoraAdapter(model, spec)
+    if isinstance(spec, FullSpec):
+        return attach(model, every_row(model, spec))
+    return attach(model, supports)
