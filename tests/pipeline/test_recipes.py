@@ -44,7 +44,8 @@ def key(*overrides: str, base: str = BASE, task: TaskData | None = None) -> str:
         "train.warmup_ratio=0.5", "train.schedule=cosine", "train.clip_norm=2", "train.validate_every=3",
         "train.compute_dtype=bfloat16", "train.value_dtype=float32", "seed=1", "mask.density=0.1",
         "mask.criterion=connection_sensitivity", "mask.granularity=element", "mask.block_size=[8, 8]",
-        "mask.modules='.*q_proj'", "mask.budget=global", "train.micro_batch_size=2", "train.patience=3", "prompt.max_input_tokens=50", "prompt.max_target_tokens=9",
+        "mask.modules='.*q_proj'", "mask.budget=global", "train.micro_batch_size=2",
+        "train.patience=3", "prompt.max_input_tokens=50", "prompt.max_target_tokens=9",
         "prompt.wrapper='{prompt}:'",
     ],
 )  # fmt: skip
@@ -56,7 +57,8 @@ def test_what_training_depends_on_changes_the_key(override: str) -> None:
     "override",
     [
         "suite=other", "resources.expert.cpus=2", "resources.expert.memory_gib=9", "resources.retries=0",
-        "resources.concurrent_nodes=5", "train.gradient_checkpointing=true", "train.checkpoint_every=5", "evaluate.batch_size=3", "evaluate.few_shot=0", "merge.fan_in=2",
+        "resources.concurrent_nodes=5", "train.gradient_checkpointing=true",
+        "train.checkpoint_every=5", "evaluate.batch_size=3", "evaluate.few_shot=0", "merge.fan_in=2",
         "merge.candidates=[{method: mean}]", "held_in.vitaminc.metric=exact_match",
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Training of one expert on a tiny model: every kind, best values, re-selection, resumption, failures, pinned numbers."""
+"""Training of one expert on a tiny model: every kind, best values, re-selection, resumption, failures, pins."""
 
 import math
 from pathlib import Path
