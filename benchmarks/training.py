@@ -26,13 +26,15 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.training_cases import CASES, SHAPES, Setup, build_batch, build_model
+from benchmarks.training_cases import CASES, REFERENCE, SHAPES, Setup, build_batch, build_model
 from benchmarks.training_memory import Footprint, measure_footprints
 from infra.environment import environment
 from workers.masks import match_modules
 
-BYTES_PER_VALUE = {"element": 24, "n_m": 24, "block": 20, "row": 20, "column": 20}
-"""Value, gradient, two moments and the original, 4 bytes each; 4 more for an element's position."""
+METHODS = [name for name in CASES if name not in ("floor", REFERENCE)]
+STATE_BYTES = {"element": 20, "n_m": 20, "block": 16, "row": 16, "column": 16}
+"""Of one trained value: itself, gradient and two moments, 4 bytes each; 4 more for an element's position. The original
+adds what one weight takes."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,17 @@ class Timing:
 @click.option("--rank", default=16, show_default=True, help="Of LoRA.")
 @click.option("--block", default=16, show_default=True, help="Side of a block.")
 @click.option("--group", default=16, show_default=True, help="M of N:M.")
-@click.option("--only", multiple=True, type=click.Choice(list(CASES)), help="Cases beside the floor; default: all.")
+@click.option("--only", multiple=True, type=click.Choice(METHODS), help="Beside the floor; default: all.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the rows here.")
 def main(rounds: int, threads: int, only: tuple[str, ...], json_path: Path | None, **options: Any) -> None:
     """Measure every case and print a Markdown table."""
     warnings.filterwarnings("ignore")  # PEFT's SHiRA warns about sparse tensors in every layer
     torch.set_num_threads(threads)
+    options["layers"] = options["layers"] or SHAPES[options["shape"]]["num_hidden_layers"]
     setup = Setup(**options)
     if setup.tokens % setup.sequences:
         raise click.BadParameter(f"--tokens {setup.tokens} must be a multiple of --sequences {setup.sequences}")
-    names = [name for name in CASES if name == "floor" or not only or name in only]
+    names = ["floor", REFERENCE, *(name for name in METHODS if not only or name in only)]
     footprints = measure_footprints(names, setup, threads)
     timings = measure_times(names, setup, rounds)
     rows = [to_row(name, timings, footprints) for name in names]
@@ -78,7 +81,8 @@ def main(rounds: int, threads: int, only: tuple[str, ...], json_path: Path | Non
     }
     click.echo(as_text(report, footprints, setup))
     if json_path is not None:
-        json_path.write_text(json.dumps(report, indent=1) + "\n")
+        found = [row for row in rows if row["name"] != REFERENCE]  # no method: it is what elements are held against
+        json_path.write_text(json.dumps({**report, "rows": found}, indent=1) + "\n")
 
 
 def machine(setup: Setup) -> str:
@@ -115,13 +119,12 @@ def to_row(name: str, timings: dict[str, Timing], footprints: dict[str, Footprin
     """One row of the report; what has no meaning for a case is None."""
     timing, size, base = timings[name], footprints[name], footprints["floor"]
     wall = statistics.median(timing.wall)
-    trained = name != "floor"
     return {
         "name": name,
         "ms_per_step": wall * 1e3,
         "cpu_s_per_step": statistics.median(timing.cpu),
         "ratio_to_floor": wall / statistics.median(timings["floor"].wall),
-        "peak_bytes_over_base": size.peak - base.peak if trained else 0,
+        "peak_bytes_over_base": size.peak - base.peak,
         "trainable": size.trainable,
         "file_bytes": size.file_bytes,
         "bytes_per_nonzero": size.file_bytes / size.trainable if size.file_bytes else None,
@@ -130,13 +133,14 @@ def to_row(name: str, timings: dict[str, Timing], footprints: dict[str, Footprin
 
 def as_text(report: dict[str, Any], footprints: dict[str, Footprint], setup: Setup) -> str:
     """Machine, versions and settings, the Markdown table, and how to read its columns."""
-    settings = ", ".join(f"{key} {value}" for key, value in report["settings"].items() if value is not None)
+    settings = ", ".join(f"{key} {value}" for key, value in report["settings"].items())
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     with torch.device("meta"):
         model = build_model(_on(setup, "meta"))
         shapes = [module.weight for module in match_modules(model, setup.modules).values()]
     total, adapted = sum(p.numel() for p in model.parameters()), sum(weight.numel() for weight in shapes)
-    layer = max(weight.numel() for weight in shapes) * getattr(torch, setup.dtype).itemsize
+    itemsize = getattr(torch, setup.dtype).itemsize
+    layer = max(weight.numel() for weight in shapes) * itemsize
     floor_cpu = report["rows"][0]["cpu_s_per_step"]
     heads = (
         "case", "ms/step", "CPU s", "wall ÷ floor", "CPU ÷ floor", "tokens/s", "trained", "peak over floor MiB",
@@ -152,7 +156,7 @@ def as_text(report: dict[str, Any], footprints: dict[str, Footprint], setup: Set
     for row in report["rows"]:
         name = row["name"]
         kept = footprints[name].kept - footprints["floor"].kept
-        state = BYTES_PER_VALUE[name] * row["trainable"] + layer if name in BYTES_PER_VALUE else None
+        state = (STATE_BYTES[name] + itemsize) * row["trainable"] + layer if name in STATE_BYTES else None
         cells: list[str] = [
             name,
             f"{row['ms_per_step']:.0f}",
@@ -170,8 +174,9 @@ def as_text(report: dict[str, Any], footprints: dict[str, Footprint], setup: Set
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "Kept inputs are activations that the weight gradients need and the floor does not. The model is the trained",
-        "state (24 B a value for elements and N:M, 20 B for blocks, rows and columns) plus one layer's weight.",
+        "`floor + dW`: the floor and one dense weight gradient per adapted module, dropped at once. Inputs kept:",
+        "activations that weight gradients need and the floor does not. Model: value, gradient, two moments, original",
+        "and, for elements and N:M, position of every trained value, plus one layer's weight.",
     ]
     return "\n".join(lines)
 

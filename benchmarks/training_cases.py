@@ -8,7 +8,7 @@ output asks for a gradient in every case, so all of them compute all input gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -39,10 +39,10 @@ RATE = 1e-4
 
 @dataclass(frozen=True)
 class Setup:
-    """What all cases of one table share. ``layers``: None for the shape's own number."""
+    """What all cases of one table share."""
 
     shape: str
-    layers: int | None
+    layers: int
     device: str
     dtype: str
     modules: str
@@ -72,10 +72,8 @@ Build = Callable[[LlamaForCausalLM, torch.Tensor, Setup], Case]
 
 def build_model(setup: Setup) -> LlamaForCausalLM:
     """A frozen model of random weights (seed 0) on the setup's device."""
-    sizes = dict(SHAPES[setup.shape])
-    if setup.layers is not None:
-        sizes["num_hidden_layers"] = setup.layers
-    config = LlamaConfig(**sizes, max_position_embeddings=8192, tie_word_embeddings=True)
+    settings: dict[str, Any] = {**SHAPES[setup.shape], "num_hidden_layers": setup.layers}
+    config = LlamaConfig(**settings, max_position_embeddings=8192, tie_word_embeddings=True)
     torch.manual_seed(0)
     with torch.device(setup.device):
         model = LlamaForCausalLM(config)
@@ -100,13 +98,24 @@ def _backward(model: nn.Module, rows: torch.Tensor) -> None:
     model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
 
 
-def _adamw(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, lr=RATE, fused=True)
+def _adamw(parameters: Sequence[torch.Tensor]) -> torch.optim.AdamW:
+    return torch.optim.AdamW(list(parameters), lr=RATE, fused=True)
 
 
 def floor(model: LlamaForCausalLM, rows: torch.Tensor, setup: Setup) -> Case:
     """The frozen model: forward, and backward down to the embeddings' output."""
     return Case(lambda: _backward(model, rows), 0)
+
+
+def dense_gradient(model: LlamaForCausalLM, rows: torch.Tensor, setup: Setup) -> Case:
+    """The floor and one dense weight gradient per adapted module, dropped as soon as autograd has it."""
+    for module in match_modules(model, setup.modules).values():
+        module.weight.requires_grad_(True).register_post_accumulate_grad_hook(_drop_gradient)
+    return Case(lambda: _backward(model, rows), 0)
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
 
 
 def in_place(granularity: Granularity) -> Build:
@@ -117,7 +126,9 @@ def in_place(granularity: Granularity) -> Build:
             "random", granularity, setup.density, (setup.block, setup.block), setup.modules, group=setup.group
         )
         supports = select_supports(model, spec)
+        blocks = {f"{name}.weight": s.block for name, s in supports.items() if s.block is not None}
         adapter = InPlaceAdapter(model, supports)
+        del supports  # positions as int64, which the adapter has as int32
         optimizer = _adamw(adapter.parameters())
 
         def step() -> None:
@@ -128,7 +139,6 @@ def in_place(granularity: Granularity) -> Build:
 
         def save(path: Path) -> None:
             meta = AdapterMeta(base_sha256="0" * 64, kind="sparse", info={})
-            blocks = {f"{name}.weight": s.block for name, s in supports.items() if s.block is not None}
             save_adapter(path, adapter.delta(), meta, torch.bfloat16, blocks=blocks)
 
         return Case(step, adapter.num_values, save)
@@ -146,7 +156,7 @@ def _parameter_step(model: nn.Module, rows: torch.Tensor, optimizer: torch.optim
 
 
 def _peft(model: LlamaForCausalLM, rows: torch.Tensor, config: LoraConfig | ShiraConfig) -> Case:
-    wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+    wrapped: Any = get_peft_model(model, config)
     trained = [p for p in wrapped.parameters() if p.requires_grad]
 
     def save(path: Path) -> None:
@@ -220,8 +230,10 @@ def full(model: LlamaForCausalLM, rows: torch.Tensor, setup: Setup) -> Case:
     return Case(step, count, save)
 
 
+REFERENCE = "floor + dW"
 CASES: Mapping[str, Build] = {
     "floor": floor,
+    REFERENCE: dense_gradient,
     "element": in_place("element"),
     "block": in_place("block"),
     "row": in_place("row"),

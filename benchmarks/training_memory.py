@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks.training_cases import CASES, Case, Setup, build_batch, build_model
-from workers.memory import give_back, peak_bytes, reset_peak
+from workers.memory import give_back, map_large_tensors, peak_bytes, reset_peak
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ def measure_footprint(name: str, setup: Setup, threads: int) -> Footprint:
     """Peak of two steps after a first one, which leaves its optimizer state, and the size of what is saved."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(threads)
+    if not setup.on_cuda:
+        map_large_tensors()  # as the workers do
     model, batch = build_model(setup), build_batch(setup)
     CASES["floor"](model, batch, setup).step()
     _load_optimizer(setup)

@@ -70,7 +70,8 @@ class MaskConfig(Section):
     """`random` (SpaRTA, arXiv 2502.15975), `magnitude` |W|, `gradient` |dL/dW|, `connection_sensitivity` |W * dL/dW|
     (arXiv 2507.07140) or `fisher`, the mean squared gradient of single rows."""
     keep: Literal["largest", "smallest"] = "largest"
-    """`smallest` keeps the least: of the magnitudes, or of the sensitivities (TaLoS, arXiv 2504.02620)."""
+    """`smallest`, for magnitude, connection sensitivity and Fisher: the least sensitive weights are the task-localised
+    choice of TaLoS (arXiv 2504.02620)."""
     granularity: Literal["element", "block", "row", "column", "n_m"] = "block"
     """Single weights, aligned blocks of `block_size`, whole rows or columns, or N of every `group` weights of a row."""
     block_size: tuple[Positive, Positive] = (16, 16)

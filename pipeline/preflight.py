@@ -240,6 +240,12 @@ def _trained(config: PipelineConfig, model: Any, data: TaskData) -> tuple[int, i
     """Trained values of an expert, weights in its modules, and bytes of its training state."""
     spec = expert_spec(config, data)
     matched = match_modules(model, spec.modules)
+    for name, module in matched.items():
+        if config.expert != "lora" and type(module).forward is not torch.nn.Linear.forward:
+            raise ConfigError(
+                f"{name} is a {type(module).__name__} with a forward of its own: only plain linear modules are trained "
+                "in place; narrow mask.modules, or take expert=lora"
+            )
     heads = [name for name in matched if not name.startswith(f"{model.base_model_prefix}.")]
     if config.objective == "classification" and heads:
         raise ConfigError(f"mask.modules {spec.modules!r} matches {heads[0]}: the head is trained in full; narrow it")

@@ -360,7 +360,7 @@ class Run:
         then: Callable[[], None] = lambda: None,
     ) -> None:
         """Find the score of one model on one split of one task, or have it made; `then` runs when it is known."""
-        expert = self.outcome.experts[task] if manifest else None
+        expert = self.outcome.experts.get(task) if manifest else None
         job = jobs.evaluation_job(self.inputs, model, split, task, manifest, expert, few_shot, weights_dtype)
 
         def known(found: Manifest, made: bool) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from infra.errors import ConfigError, FactoryError
 from workers.adapter import LowRank
 from workers.kinds import LoraSpec
+from workers.model import quiet_transformers
 from workers.modules import find_targets
 
 _NAME = "default"
@@ -38,7 +39,7 @@ class LoraAdapter:
             r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=names, bias="none"
         )  # fmt: skip
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(spec.seed)
             self._peft: Any = get_peft_model(model, config)
         modules = dict(model.named_modules())

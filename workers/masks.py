@@ -104,10 +104,10 @@ class MaskSpec:
         self._check_combination()
 
     def _check_combination(self) -> None:
-        if self.keep == "smallest" and self.criterion not in ("magnitude", "connection_sensitivity"):
+        if self.keep == "smallest" and self.criterion not in ("magnitude", "connection_sensitivity", "fisher"):
             raise ConfigError(
-                f"mask keep: smallest is not accepted with criterion {self.criterion}, only with magnitude and "
-                "connection_sensitivity"
+                f"mask keep: smallest is not accepted with criterion {self.criterion}, only with magnitude, "
+                "connection_sensitivity and fisher"
             )
         if self.score_batches > 1 and not self.needs_data:
             raise ConfigError(

@@ -10,10 +10,10 @@ from pipeline.config import dump_config, load_config
 CONFIGS = Path(__file__).resolve().parents[2] / "pipeline" / "configs"
 
 
-@pytest.mark.parametrize("name", ["quickstart.yaml", "flan20.yaml"])
-def test_shipped_configurations_load_and_survive_a_round_trip(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "tasks"), [("quickstart.yaml", 20), ("flan20.yaml", 20), ("classification.yaml", 4)])
+def test_shipped_configurations_load_and_survive_a_round_trip(name: str, tasks: int, tmp_path: Path) -> None:
     config = load_config(CONFIGS / name)
-    assert len(config.held_in) == 20
+    assert len(config.held_in) == tasks
     again = tmp_path / "again.yaml"
     again.write_text(dump_config(config))
     assert load_config(again) == config
@@ -37,6 +37,16 @@ def test_overrides_replace_fields_also_inside_lists_and_tasks() -> None:
         ("merge.candidates[0].params2={}", ["merge.candidates.0.params2", "did you mean 'params'"]),
         ("train.steps=abc", ["train.steps", "integer", "'abc'"]),
         ("train.steps=-1", ["train.steps", "greater than 0", "-1"]),
+        ("mask.reselect_every=5", ["mask", "criterion random takes no data"]),
+        ("mask.keep=smallest", ["mask", "smallest is not accepted with criterion random"]),
+        ("mask.granularity=column3", ["mask.granularity", "'n_m'", "column3"]),
+        ("expert=lora2", ["expert", "'lora'", "lora2"]),
+        ("lora.rank=0", ["lora.rank", "greater than 0"]),
+        ("seeds=[1,1]", ["seeds: every seed once"]),
+        ("train.patience=2 && train.validate_every=null", ["train", "give validate_every as well"]),
+        ("mask.shared=true && expert=lora", ["mask.shared is for sparse experts"]),
+        ("objective=classification", ["has metric choice_accuracy; classification takes accuracy, f1, matthews"]),
+        ("held_in.vitaminc.metric=f1", ["vitaminc has metric f1; language_modelling takes exact_match"]),
         ("mask.density=1.5", ["mask.density", "less than or equal to 1"]),
         ("mask.criterion=magic", ["mask.criterion", "random", "connection_sensitivity"]),
         ("held_in.vitaminc.source=ftp:x", ["held_in.vitaminc.source", "bigbench:<task>", "jsonl:<path"]),
@@ -49,7 +59,7 @@ def test_overrides_replace_fields_also_inside_lists_and_tasks() -> None:
 )
 def test_a_wrong_field_is_named_with_what_is_accepted(override: str, expected: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(CONFIGS / "quickstart.yaml", [override])
+        load_config(CONFIGS / "quickstart.yaml", override.split(" && "))
     for part in expected:
         assert part in str(caught.value)
 

@@ -167,3 +167,21 @@ def test_choice_needs_options_and_files_must_exist(tmp_path: Path) -> None:
 def test_bad_configuration_is_refused(change: dict) -> None:
     with pytest.raises(ValidationError):
         TaskConfig(**{"source": "jsonl:x", "metric": "rouge_l", **change})
+
+
+def test_labels_are_those_given_or_those_that_occur(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"input": f"text {i}", "target": "ba"[i % 2]}) + "\n" for i in range(40)))
+
+    def labels(rows: Path = file, **changes: object) -> tuple[str, ...]:
+        config = TaskConfig(source=f"jsonl:{rows}", metric="matthews", **changes)
+        return load_tasks({"mine": config}, tmp_path, SIZES)["mine"].labels
+
+    assert labels() == ("a", "b")
+    assert labels(labels=["b", "c", "a"]) == ("b", "c", "a")
+    with pytest.raises(DataError, match="task mine: target 'b' is none of labels"):
+        labels(labels=["a", "c"])
+    same = tmp_path / "same.jsonl"
+    same.write_text("".join(json.dumps({"input": f"text {i}", "target": "a"}) + "\n" for i in range(40)))
+    with pytest.raises(DataError, match="one target only"):
+        labels(same)

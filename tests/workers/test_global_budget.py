@@ -94,7 +94,8 @@ def test_the_budget_is_exact_when_the_passes_differ(noise: float, keep: str) -> 
     assert passes == {1e-6: 2, 0.02: 3, 3.0: 4}[noise]
 
 
-def test_only_the_units_that_can_matter_are_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block", [None, (2, 1)])
+def test_only_the_units_that_can_matter_are_collected(block: Shape | None, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     scores = {f"m{i}": torch.rand(100, 100, generator=generator) for i in range(4)}
     collected = []
@@ -105,8 +106,9 @@ def test_only_the_units_that_can_matter_are_collected(monkeypatch: pytest.Monkey
         return cut(found, elements)
 
     monkeypatch.setattr(global_budget, "_cut", counting)
-    global_units(fixed(scores), dict.fromkeys(scores), 4000)
-    assert 4000 <= collected[0] < 4000 + 2 * 0.01 * 40_000
+    global_units(fixed(scores), dict.fromkeys(scores, block), 4000)
+    area = 1 if block is None else 2
+    assert 4000 <= area * collected[0] < 4000 + 2 * 0.01 * 40_000
 
 
 def test_scores_that_are_not_finite() -> None:

@@ -100,7 +100,7 @@ SHAPES: dict[str, Callable[[torch.Tensor], tuple[int, int]]] = {
         ("magnitude", "largest", 1), ("magnitude", "smallest", 1), ("gradient", "largest", 1),
         ("gradient", "largest", 2), ("connection_sensitivity", "largest", 1), ("connection_sensitivity", "largest", 2),
         ("connection_sensitivity", "smallest", 1), ("connection_sensitivity", "smallest", 2), ("fisher", "largest", 1),
-        ("fisher", "largest", 2),
+        ("fisher", "largest", 2), ("fisher", "smallest", 1),
     ],
 )  # fmt: skip
 def test_every_mask_equals_its_dense_reference(criterion: str, keep: str, count: int, dtype: torch.dtype) -> None:
@@ -327,7 +327,6 @@ def test_scores_that_are_not_finite(budget: str) -> None:
         ({"criterion": "gradient", "reselect_rounds": 2}, "reselect_rounds 2 needs reselect_every"),
         ({"keep": "smallest"}, "smallest is not accepted with criterion random"),
         ({"criterion": "gradient", "keep": "smallest"}, "not accepted with criterion gradient"),
-        ({"criterion": "fisher", "keep": "smallest"}, "not accepted with criterion fisher"),
         ({"score_batches": 2}, "criterion random takes no data"),
         ({"criterion": "magnitude", "score_batches": 2}, "criterion magnitude takes no data"),
         ({"reselect_every": 5}, "reselect_every 5: criterion random takes no data"),

@@ -148,3 +148,20 @@ def test_every_way_to_multiply_blocks_gives_the_same(
     dense = (grad.double().t() @ x.double()).view(6, 4, 3, 4).permute(0, 2, 1, 3).reshape(18, 4, 4)
     want = 1 + dense[ids.long()]
     torch.testing.assert_close(found.double(), want, rtol=0, atol=TOLERANCE[dtype] * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_waits_for_the_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without data, whatever would copy to the host or depend on values raises."""
+    monkeypatch.setattr(sparse_linear, "dense_is_cheaper", lambda *_: False)
+    block = KINDS[kind]
+    for size in {1, units_of(block)}:
+        slot = make_slot(block, [torch.arange(size)])
+        slot.module.to("meta")
+        slot.flat_grad = slot.flat_grad.to("meta")
+        part = slot.parts[0]
+        part.units = part.units.to("meta")
+        slot.accumulate(torch.randn(5, OUT, device="meta"), torch.randn(5, IN, device="meta"))
+        slot.write(part.units, slot.gather(slot.weight.detach(), part.units))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        part.units.tolist()
