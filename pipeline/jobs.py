@@ -1,6 +1,9 @@
 """What workers are asked to do: jobs of names and numbers, made from a run's inputs. `pipeline.run` hands them out."""
 
+from typing import Literal
+
 from infra.artifacts import Manifest, Recipe
+from merge.jobs import ChildRef
 from pipeline import recipes
 from pipeline.config import PipelineConfig
 from pipeline.outcome import Inputs
@@ -57,6 +60,12 @@ def expert_job(inputs: Inputs, task: str, recipe: Recipe, support: SupportRef | 
         parent_run_id=inputs.run_id,
         tags={"suite": config.suite, "base": inputs.base.name, "source": data.config.source},
     )
+
+
+def child_ref(manifest: Manifest, kind: Literal["expert", "node"], name: str) -> ChildRef:
+    """An expert or a node as the child of a merge node."""
+    file = manifest.files["adapter" if kind == "expert" else "statistics"]
+    return ChildRef(manifest.key, manifest.digest, kind, name, file)
 
 
 def evaluation_job(

@@ -47,7 +47,7 @@ def build_results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
                 name: _mean([row["format_free"] for row in held_out.values()], name) for name in ("base", "merged")
             },
         }
-    if config.evaluate.few_shot:
+    if all("base_few_shot" in row for row in held_in.values()):
         summary_in["base_few_shot"] = _mean(held_in, "base_few_shot")
         if held_out:
             summary_out["base_few_shot"] = _mean(held_out, "base_few_shot")

@@ -4,11 +4,12 @@ Experts start at once; a merge node starts when its children exist, while other 
 take the slots that experts leave. The driver holds keys, manifests and scores, never tensors.
 """
 
+import contextlib
 import math
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import ray
 
@@ -64,7 +65,10 @@ class Run:
     def execute(self) -> Outcome:
         """Make what is missing. Raises ExpertError after everything else is done if an expert failed."""
         start = time.time()
-        with self.display:
+        with contextlib.ExitStack() as stack:
+            stack.callback(ray.kill, self._board)
+            stack.callback(self._actors.close)
+            stack.enter_context(self.display)
             self._start_support()
             self._start_base_evaluations()
             self._settle_until_idle()
@@ -244,7 +248,7 @@ class Run:
                 ref = self._node_refs.get((lift, child.label))
             else:
                 manifest = self.outcome.experts.get(child.name)
-                ref = _child(manifest, "expert", child.name) if manifest else None
+                ref = jobs.child_ref(manifest, "expert", child.name) if manifest else None
             if ref is None:
                 return None
             found.append(ref)
@@ -254,7 +258,7 @@ class Run:
         recipe = recipes.node_recipe(lift, [child.key for child in children])
 
         def ready(manifest: Manifest) -> None:
-            self._node_refs[lift, node.label] = _child(manifest, "node", node.label)
+            self._node_refs[lift, node.label] = jobs.child_ref(manifest, "node", node.label)
             self._start_ready_nodes()
 
         def done(result: tuple[Manifest, bool]) -> None:
@@ -393,8 +397,3 @@ class Run:
         actor = remote.EvaluationActor.options(max_restarts=3, max_task_retries=-1, **options)  # type: ignore[attr-defined]
         classifies = self.config.objective == "classification"
         return actor.remote(self.store, self.inputs.base.sha256, self.config.evaluate.compute_dtype, classifies)
-
-
-def _child(manifest: Manifest, kind: Literal["expert", "node"], name: str) -> ChildRef:
-    file = manifest.files["adapter" if kind == "expert" else "statistics"]
-    return ChildRef(manifest.key, manifest.digest, kind, name, file)

@@ -109,6 +109,12 @@ class ActorPool:
             self._seats.remove(seat)
             self._dismiss(seat.actor)
 
+    def close(self) -> None:
+        """Dismiss every actor: what follows needs their slots."""
+        for seat in self._seats:
+            self._dismiss(seat.actor)
+        self._seats = []
+
     def finish(self, ref: ObjectRef) -> ActorItem:
         """Free the actor whose call ended and return the call."""
         seat = self._running.pop(ref)

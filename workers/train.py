@@ -147,6 +147,7 @@ def train_expert(
         if recompute:
             undo.callback(recompute_layers(model))
         adapter = make_adapter(model, kind, supports or {})
+        supports = None  # 8 bytes for each of their positions
         undo.callback(adapter.restore)
         undo.callback(_train_in_full(heads))
 

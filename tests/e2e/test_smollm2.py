@@ -138,3 +138,27 @@ def test_the_registered_merge_answers(stack: Any, shared: dict[str, Any]) -> Non
     model = mlflow.pyfunc.load_model("models:/smollm2.merged@champion")
     (answer,) = model.predict(["Past tense?\nI walk home."])
     assert isinstance(answer, str)
+
+
+def test_a_sparse_classifier_learns_a_real_task(stack: Any, pipeline: Any) -> None:
+    """SpaRTA's setting: a random share of value and output projections and a whole head, seven intents."""
+    config = yaml.safe_load(QUICKSTART.with_name("classification.yaml").read_text())
+    config |= {
+        "suite": "smollm2-intents",
+        "splits": {"train": 256, "validation": 16, "test": 64},
+        "held_in": {"intent_recognition": config["held_in"]["intent_recognition"]},
+        "merge": {"candidates": [{"method": "mean"}]},
+        "evaluate": {"compute_dtype": "float32", "serving_dtype": None},
+    }
+    config["train"] |= {"steps": 30, "batch_size": 8, "patience": None}
+    finished = pipeline(config, timeout=900)
+    assert finished.code == 0, finished.output[-4000:]
+    assert finished.results is not None
+    row = finished.results["held_in"]["intent_recognition"]
+    assert row["base"] < 0.4
+    assert row["expert"] > 0.75
+    mlflow.set_tracking_uri(stack.env()["MLFLOW_TRACKING_URI"])
+    model = mlflow.pyfunc.load_model("models:/smollm2-intents.intent_recognition@champion")
+    assert list(model.predict(["Utterance: play some jazz music.", "Utterance: book a table for two in Rome."])) == [
+        "play_music", "book_restaurant",
+    ]  # fmt: skip
