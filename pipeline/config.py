@@ -130,6 +130,9 @@ class TrainConfig(Section):
     """Rows per forward pass; gradients accumulate to those of the batch. Null: the whole batch at once."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: less memory, more time, the same numbers."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time, on GPUs too, where they are slower (torch's
+    `use_deterministic_algorithms`). On the CPU results are the same either way."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of AdamW; null: the kind's default (`pipeline/recipes.py`)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -157,6 +160,8 @@ class TrainConfig(Section):
             raise ValueError("give exactly one of steps and epochs")
         if self.patience and not self.validate_every:
             raise ValueError("patience counts validations: give validate_every as well")
+        if self.micro_batch_size and self.micro_batch_size > self.batch_size:
+            raise ValueError("micro_batch_size is the part of a batch that runs at a time: at most batch_size")
         return self
 
 

@@ -23,12 +23,13 @@ def support_job(inputs: Inputs, recipe: Recipe) -> SupportJob:
         base_sha256=inputs.base.sha256,
         tasks=tuple(
             PooledTask(tasks[name].object_name("train"), recipes.prompt_spec(config, tasks[name]))
-            for name in config.held_in
+            for name in recipes.pooled_order(config, tasks)
         ),
         max_target_tokens=config.prompt.max_target_tokens,
         mask=recipes.mask_spec(config, "shared"),
         batch_size=config.train.micro_batch_size or config.train.batch_size,
         compute_dtype=config.train.compute_dtype,
+        recompute=config.train.gradient_checkpointing,
     )
 
 
@@ -56,6 +57,7 @@ def expert_job(inputs: Inputs, task: str, recipe: Recipe, support: SupportRef | 
         value_dtype=config.train.value_dtype,
         recompute=config.train.gradient_checkpointing,
         save_every=config.train.checkpoint_every,
+        deterministic=config.train.deterministic,
         experiment=config.suite,
         parent_run_id=inputs.run_id,
         tags={"suite": config.suite, "base": inputs.base.name, "source": data.config.source},

@@ -26,10 +26,11 @@ from pipeline.tasks import TaskData, load_tasks
 from workers.base import PreparedBase, prepare_base, upload_base
 from workers.cache import cache_dir
 from workers.classification import encode_labelled
-from workers.kinds import LoraSpec
+from workers.kinds import LoraSpec, check_whole
 from workers.losses import CHUNK_LOGITS
-from workers.masks import MaskSpec, accumulator_bytes, match_modules, trainable_elements, unit_of
+from workers.masks import MaskSpec, accumulator_bytes, trainable_elements, unit_of
 from workers.model import load_classifier_tokenizer, load_tokenizer
+from workers.modules import find_targets
 from workers.prompt import encode_example, target_token_cap
 from workers.tensorfile import WEIGHTS
 
@@ -238,30 +239,30 @@ def _empty_model(structure: Any, classifies: bool) -> Any:
 
 def _trained(config: PipelineConfig, model: Any, data: TaskData) -> tuple[int, int, int]:
     """Trained values of an expert, weights in its modules, and bytes of its training state."""
-    spec = expert_spec(config, data)
-    matched = match_modules(model, spec.modules)
-    for name, module in matched.items():
-        if config.expert != "lora" and type(module).forward is not torch.nn.Linear.forward:
+    spec, train = expert_spec(config, data), config.train
+    targets = find_targets(model, spec.modules)
+    for name, target in targets.items():
+        kind = type(target.module)
+        if config.expert != "lora" and kind.forward is not torch.nn.Linear.forward:
             raise ConfigError(
-                f"{name} is a {type(module).__name__} with a forward of its own: only plain linear modules are trained "
-                "in place; narrow mask.modules, or take expert=lora"
+                f"{name} is a {kind.__name__} with a forward of its own: only plain linear modules are trained in "
+                "place; narrow mask.modules, or take expert=lora"
             )
-    heads = [name for name in matched if not name.startswith(f"{model.base_model_prefix}.")]
-    if config.objective == "classification" and heads:
-        raise ConfigError(f"mask.modules {spec.modules!r} matches {heads[0]}: the head is trained in full; narrow it")
+        if config.objective == "classification" and not name.startswith(f"{model.base_model_prefix}."):
+            raise ConfigError(f"mask.modules {spec.modules!r} matches {name}: the head is trained in full; narrow it")
+    copies = 1 + bool(train.checkpoint_every)  # of values and positions: the best ones, and a state while it is saved
     if isinstance(spec, MaskSpec):
         trainable, adapted = trainable_elements(model, spec)
-        per_value = BYTES_PER_VALUE["element" if unit_of(spec, (1, 1)) is None else "block"]
-        selecting = accumulator_bytes(model, spec)
-        if shares_scored_support(config):
-            selecting = 4 * adapted
+        per_value = BYTES_PER_VALUE["element" if unit_of(spec, (1, 1)) is None else "block"] + 4 * copies
+        selecting = 4 * adapted if shares_scored_support(config) else accumulator_bytes(model, spec)
         return trainable, adapted, trainable * per_value + selecting
-    shapes = [module.weight.shape for module in matched.values()]
-    adapted = sum(rows * columns for rows, columns in shapes)
+    adapted = sum(target.shape[0] * target.shape[1] for target in targets.values())
     if isinstance(spec, LoraSpec):
-        trainable = sum(spec.rank * (rows + columns) for rows, columns in shapes)
-        return trainable, adapted, trainable * BYTES_PER_VALUE["lora"]
-    return adapted, adapted, adapted * BYTES_PER_VALUE["block"]
+        for name, target in targets.items():
+            check_whole(name, target, spec.modules)
+        trainable = sum(spec.rank * sum(target.module.weight.shape) for target in targets.values())
+        return trainable, adapted, trainable * (BYTES_PER_VALUE["lora"] + 4 * copies)
+    return adapted, adapted, adapted * (BYTES_PER_VALUE["block"] + 4 * copies)
 
 
 def check_room(config: PipelineConfig, cost: Cost) -> None:

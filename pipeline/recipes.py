@@ -80,18 +80,24 @@ def shares_scored_support(config: PipelineConfig) -> bool:
     return config.mask.shared and config.mask.spec(0).needs_data
 
 
+def _pooled(config: PipelineConfig, data: TaskData) -> tuple[str, str]:
+    """A task as a part of the pool: its training rows and its prompt."""
+    return data.fingerprints["train"], canonical_json(_plain(prompt_spec(config, data))).decode()
+
+
+def pooled_order(config: PipelineConfig, tasks: Mapping[str, TaskData]) -> list[str]:
+    """Held-in tasks in the order in which their rows are pooled, which does not depend on names or the file's order."""
+    return sorted(config.held_in, key=lambda name: _pooled(config, tasks[name]))
+
+
 def support_recipe(config: PipelineConfig, base_sha256: str, tasks: Mapping[str, TaskData]) -> Recipe:
     """The shared support is a function of the base, the training rows and prompts of all held-in tasks and the mask."""
-    pooled = sorted(
-        (tasks[name].fingerprints["train"], canonical_json(_plain(prompt_spec(config, tasks[name]))).decode())
-        for name in config.held_in
-    )
     return Recipe(
         kind="support",
         version=TRAIN_VERSION,
         config={
             "base": base_sha256,
-            "tasks": pooled,
+            "tasks": [_pooled(config, tasks[name]) for name in pooled_order(config, tasks)],
             "max_target_tokens": config.prompt.max_target_tokens,
             "mask": _plain(mask_spec(config, "shared")),
             "batch_size": config.train.micro_batch_size or config.train.batch_size,
@@ -113,7 +119,7 @@ def expert_recipe(config: PipelineConfig, base_sha256: str, data: TaskData, supp
         "value_dtype": config.train.value_dtype,
     }
     if config.objective == "classification":
-        body["labels"] = list(data.labels)
+        body |= {"labels": list(data.labels), "classification_version": CLASSIFICATION_VERSION}
     return Recipe("expert", TRAIN_VERSION, body, (support,) if support else ())
 
 

@@ -27,6 +27,7 @@ def combine(seeds: Sequence[int], results: Sequence[dict[str, Any]]) -> dict[str
                 for group in groups
             },
         },
+        "slot_utilisation": _mean([found["slot_utilisation"] for found in results]),
         **{name: _added([found[name] for found in results]) for name in ("made", "reused", "seconds")},
     }
 
@@ -42,6 +43,12 @@ def _spread(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         }
         for name in shared
     }
+
+
+def _mean(shares: Sequence[float | None]) -> float | None:
+    """Of those that trained anything."""
+    known = [share for share in shares if share is not None]
+    return statistics.fmean(known) if known else None
 
 
 def _added(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -91,6 +91,13 @@ class TaskConfig(BaseModel):
             raise ValueError("must contain {input}, where the row's input goes")
         return value
 
+    @field_validator("labels")
+    @classmethod
+    def _labels_differ(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("every label once")
+        return value
+
     @model_validator(mode="after")
     def _columns_fit(self) -> Self:
         if (self.columns or self.where) and not self.source.startswith("hub:"):

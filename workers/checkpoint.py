@@ -19,19 +19,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from infra.errors import FactoryError
-from workers.adapter import LowRank
-from workers.support import SparseTensor
 
 STATE_VERSION = 1
-_GROUPS = ("adapter", "head", "optimizer", "random", "best_head")
+_GROUPS = ("adapter", "head", "optimizer", "random", "best", "best_head")
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """After `step` optimizer steps. `adapter`, `head`, `best_head`: named tensors.
+    """After `step` optimizer steps.
 
-    `optimizer`: `<number of the parameter> <name>` to tensor. `random`: `cpu` and `cuda:<index>` to the generator's
-    state. `history`: the steps' reports as plain rows. `best_delta` is None before the first validation.
+    `adapter`: the adapter's state now; `best`: that of its best snapshot, empty before the first validation. `head`,
+    `best_head`: the head's tensors. `optimizer`: `<number of the parameter> <name>` to tensor. `random`: `cpu` and
+    `cuda:<index>` to the generator's state. `history`: the steps' reports as plain rows.
     """
 
     step: int
@@ -44,7 +43,7 @@ class TrainState:
     head: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     random: dict[str, Tensor]
-    best_delta: Mapping[str, SparseTensor | LowRank] | None
+    best: dict[str, Tensor]
     best_head: dict[str, Tensor]
 
 
@@ -87,19 +86,8 @@ def write_state(state: TrainState, path: str | os.PathLike[str]) -> None:
         for group in _GROUPS
         for name, tensor in getattr(state, group).items()
     }
-    best: dict[str, Any] = {}
-    for name, change in (state.best_delta or {}).items():
-        if isinstance(change, LowRank):
-            best[name] = {"scale": change.scale}
-            tensors |= {f"best/{name}/a": change.a.contiguous(), f"best/{name}/b": change.b.contiguous()}
-        else:
-            small = torch.int32 if change.numel < 2**31 else torch.int64
-            best[name] = {"shape": list(change.shape)}
-            tensors |= {f"best/{name}/indices": change.indices.to(small), f"best/{name}/values": change.values}
     plain = ("step", "reselections", "unimproved", "best_loss", "best_step", "history")
-    meta = {name: getattr(state, name) for name in plain} | {
-        "version": STATE_VERSION, "best": None if state.best_delta is None else best
-    }  # fmt: skip
+    meta = {name: getattr(state, name) for name in plain} | {"version": STATE_VERSION}
     save_file(tensors, os.fspath(path), metadata={"state": json.dumps(meta, allow_nan=False)})
 
 
@@ -111,23 +99,13 @@ def read_state(path: str | os.PathLike[str]) -> TrainState:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         if meta.pop("version") != STATE_VERSION:
             raise ValueError("another version")
-        best = meta.pop("best")
         groups: dict[str, Any] = {group: {} for group in _GROUPS}
         for key, tensor in tensors.items():
             group, _, name = key.partition("/")
-            if group in groups:
-                groups[group][name] = tensor
-        delta = None if best is None else {name: _change(name, entry, tensors) for name, entry in best.items()}
-        return TrainState(**meta, **groups, best_delta=delta)
+            groups[group][name] = tensor
+        return TrainState(**meta, **groups)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise FactoryError(f"{path}: not a saved training state ({error})") from error
-
-
-def _change(name: str, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> SparseTensor | LowRank:
-    if "scale" in entry:
-        return LowRank(tensors[f"best/{name}/a"], tensors[f"best/{name}/b"], entry["scale"])
-    indices = tensors[f"best/{name}/indices"].to(torch.int64)
-    return SparseTensor(tuple(entry["shape"]), indices, tensors[f"best/{name}/values"])
 
 
 def as_rows(history: Sequence[Any]) -> list[dict[str, Any]]:

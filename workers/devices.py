@@ -111,6 +111,22 @@ class SplitSnapshot:
     parts: list[Snapshot]
 
 
+class SplitDelta(Mapping[str, SparseTensor]):
+    """The deltas of all devices as one, in model order."""
+
+    def __init__(self, owners: Mapping[str, Mapping[str, SparseTensor]], order: Sequence[str]) -> None:
+        self._owners = {name: owners[name] for name in order}
+
+    def __getitem__(self, name: str) -> SparseTensor:
+        return self._owners[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owners)
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+
 class SplitAdapter:
     """Several adapters, one for each device, as one: same interface and numbers as :class:`InPlaceAdapter`.
 
@@ -157,17 +173,22 @@ class SplitAdapter:
         """A copy of the values, for :meth:`delta` after further steps or another selection."""
         return SplitSnapshot([part.snapshot() for part in self._parts])
 
-    def delta(self, snapshot: SplitSnapshot | None = None) -> dict[str, SparseTensor]:
-        """The trained delta, or that of a snapshot, on the CPU, in model order."""
+    def delta(self, snapshot: SplitSnapshot | None = None) -> Mapping[str, SparseTensor]:
+        """The trained delta now, or at a snapshot, each tensor on the CPU when it is asked for."""
         chosen = snapshot.parts if snapshot else [None] * len(self._parts)
-        made: dict[str, SparseTensor] = {}
-        for part, one in zip(self._parts, chosen, strict=True):
-            made |= part.delta(one)
-        return {name: made[name] for name in self._order}
+        deltas = [part.delta(one) for part, one in zip(self._parts, chosen, strict=True)]
+        return SplitDelta({name: delta for delta in deltas for name in delta}, self._order)
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self, snapshot: SplitSnapshot | None = None) -> dict[str, torch.Tensor]:
         """The state of each device's adapter, its keys behind the device's number in this adapter (``"0/"``)."""
-        return {f"{at}/{key}": value for at, part in enumerate(self._parts) for key, value in part.state().items()}
+        chosen = snapshot.parts if snapshot else [None] * len(self._parts)
+        states = [part.state(one) for part, one in zip(self._parts, chosen, strict=True)]
+        return {f"{at}/{key}": value for at, state in enumerate(states) for key, value in state.items()}
+
+    def read_snapshot(self, tensors: Mapping[str, torch.Tensor]) -> SplitSnapshot:
+        """The snapshot that a :meth:`state` of the same modules and devices holds."""
+        split = zip(self._parts, self._split(tensors), strict=True)
+        return SplitSnapshot([part.read_snapshot(state) for part, state in split])
 
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over a :meth:`state` of the same modules, split over as many devices in the same way.
@@ -175,17 +196,21 @@ class SplitAdapter:
         ``parameters()`` are new afterwards: make the optimizer after this. ``FactoryError`` for another adapter's
         state.
         """
+        for part, state in zip(self._parts, self._split(tensors), strict=True):
+            part.load_state(state)
+
+    def _split(self, tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """A state's tensors by device."""
         split: list[dict[str, torch.Tensor]] = [{} for _ in self._parts]
         for key, value in tensors.items():
             at, _, rest = key.partition("/")
             if not at.isdigit() or int(at) >= len(split):
                 raise FactoryError(
-                    f"the saved state has {key!r}, which this adapter over {len(split)} devices has not; "
-                    "go on with the number of GPUs that it was saved with"
+                    f"the saved state has {key!r}, which this adapter over {len(split)} devices has not: "
+                    "it was saved over another number of GPUs"
                 )
             split[int(at)][rest] = value
-        for part, state in zip(self._parts, split, strict=True):
-            part.load_state(state)
+        return split
 
     def reselect(self, supports: Mapping[str, SupportSpec], optimizer: torch.optim.Optimizer | None = None) -> None:
         """Change the support of the same modules, as :meth:`InPlaceAdapter.reselect` does."""

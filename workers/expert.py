@@ -6,10 +6,12 @@ has a saved state (`workers.resume`), training goes on from there.
 
 import contextlib
 import dataclasses
+import logging
 import math
+import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,16 @@ from torch import nn
 from infra import registry
 from infra.artifacts import Manifest, Recipe, find, publish
 from infra.environment import environment
-from infra.errors import ExpertError, RegistryError
+from infra.errors import ExpertError, RegistryError, StoreError
 from infra.store import Store
 from workers.adapter import AdapterMeta, LowRank, save_adapter
 from workers.base import fetch_base
 from workers.cache import cache_dir
-from workers.checkpoint import as_rows
+from workers.checkpoint import TrainState, as_rows
 from workers.classification import Classification, encode_labelled
 from workers.devices import spread
 from workers.kinds import ExpertSpec, kind_name
-from workers.losses import LanguageModelling, Objective
+from workers.losses import Objective, language_modelling
 from workers.masks import MaskSpec, unit_of
 from workers.memory import map_large_tensors, peak_bytes, reset_peak
 from workers.model import (
@@ -72,6 +74,8 @@ class ExpertJob:
     """Recompute activations in the backward pass. Changes no number."""
     save_every: int | None
     """Steps between two saved states."""
+    deterministic: bool
+    """Only algorithms that give the same bits every time."""
     experiment: str
     parent_run_id: str
     tags: Mapping[str, str]
@@ -101,9 +105,11 @@ def make_expert(
     map_large_tensors()
     reset_peak()
     torch.set_num_threads(threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts; deterministic products need it
     consumed = {job.support.key: job.support.digest} if job.support else {}
     found = find(store, job.recipe.key, consumed)
     if found is not None:  # a retry after the worker was lost between publishing and answering
+        drop_checkpoint(store, job.recipe.key)
         return ExpertOutcome(found, False, started_at, time.time())
     run_id = registry.start_run(
         job.experiment, job.task, {**job.tags, "kind": "expert", "expert_key": job.recipe.key},
@@ -111,7 +117,8 @@ def make_expert(
     )  # fmt: skip
     status = "FAILED"
     try:
-        trained = _train(store, job, devices, on_step)
+        with _algorithms(job.deterministic):
+            trained = _train(store, job, devices, on_step)
         registry.log_history(run_id, as_rows(trained.history))
         meta = _meta(job, trained, run_id, devices)
         with tempfile.TemporaryDirectory(prefix="factory-expert-") as folder:
@@ -147,23 +154,32 @@ def make_expert(
             torch.cuda.empty_cache()
 
 
+@contextlib.contextmanager
+def _algorithms(deterministic: bool) -> Iterator[None]:
+    """Inside, torch uses deterministic algorithms only, if they are asked for."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def _train(
     store: Store, job: ExpertJob, devices: Sequence[str], on_step: Callable[[StepReport], None]
 ) -> TrainedExpert:
     path = fetch_base(store, job.base_sha256, cache_dir())
     dtype = getattr(torch, job.compute_dtype)
     tokenizer = load_tokenizer(path) if job.labels is None else load_classifier_tokenizer(path)
+    labels, pad_id = job.labels, int(tokenizer.pad_token_id)
     objective: Objective
     head: dict[str, nn.Parameter] = {}
-    if job.labels is None:
-        model = load_model(path, dtype)
-        objective = LanguageModelling(tokenizer.pad_token_id)
+    if labels is None:
+        model = spread(load_model(path, dtype), devices)
+        objective = language_modelling(model, pad_id)
     else:
-        model = load_classifier(path, len(job.labels), dtype, job.train.seed)
-        objective = Classification(tokenizer.pad_token_id)
-        head = head_parameters(model)
-    model = spread(model, devices)
-    labels = job.labels
+        model = spread(load_classifier(path, len(labels), dtype, job.train.seed), devices)
+        objective, head = Classification(pad_id), head_parameters(model)
 
     def encode(row: Row) -> Any:
         if labels is not None:
@@ -185,9 +201,17 @@ def _train(
         recompute=job.recompute,
         resume=find_checkpoint(store, job.recipe.key),
         save_every=job.save_every,
-        on_save=lambda state: save_checkpoint(store, job.recipe.key, state),
+        on_save=lambda state: _save_state(store, job.recipe.key, state),
         on_step=on_step,
     )
+
+
+def _save_state(store: Store, key: str, state: TrainState) -> None:
+    """Keep the state if the store takes it: training does not depend on it."""
+    try:
+        save_checkpoint(store, key, state)
+    except StoreError as error:
+        logging.getLogger(__name__).warning("the state after step %d could not be saved: %s", state.step, error)
 
 
 def _save(file: Path, job: ExpertJob, trained: TrainedExpert) -> None:

@@ -88,8 +88,8 @@ def rebuild(old: Layout, slots: Mapping[str, Slot], supports: Mapping[str, Suppo
     if cursor > first:
         generations.append((first, cursor))
         sources.append(None)
-    flat = torch.cat(values)
-    return Layout(flat, torch.zeros_like(flat), torch.cat(bases), generations, parts, sources)
+    flat, base = torch.cat([old.values.detach()[:0], *values]), torch.cat([old.base[:0], *bases])
+    return Layout(flat, torch.zeros_like(flat), base, generations, parts, sources)
 
 
 def find_group(optimizer: torch.optim.Optimizer, leaves: list[nn.Parameter]) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def transplant(
         if moved:
             optimizer.state[leaf] = moved
     params = group["params"]
-    at = next(i for i, p in enumerate(params) if id(p) in old_ids)
+    at = next((i for i, p in enumerate(params) if id(p) in old_ids), len(params))
     others_before = [p for p in params[:at] if id(p) not in old_ids]
     others_after = [p for p in params[at:] if id(p) not in old_ids]
     group["params"] = others_before + new_leaves + others_after

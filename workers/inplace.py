@@ -9,7 +9,7 @@ Does not cover the choice of positions (``workers.masks``), nor the training loo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -32,6 +32,29 @@ class Snapshot:
 
     values: torch.Tensor
     parts: Mapping[str, list[Part]]
+
+
+class Delta(Mapping[str, SparseTensor]):
+    """The change of each parameter by name, put in flat order on the CPU when it is asked for.
+
+    Holds 4 bytes for each value; all tensors at once would take another 12.
+    """
+
+    def __init__(self, snapshot: Snapshot, weights: Mapping[str, tuple[tuple[int, ...], Block | None]]) -> None:
+        """``weights``: shape and block of each module's weight, by module name."""
+        self._flat = snapshot.values.float().cpu()
+        self._parts = snapshot.parts
+        self._weights = {f"{name}.weight": (name, *of) for name, of in weights.items()}
+
+    def __getitem__(self, name: str) -> SparseTensor:
+        module, shape, block = self._weights[name]
+        return _in_flat_order(shape, block, self._parts[module], self._flat)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def rounded_sum(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -160,30 +183,42 @@ class InPlaceAdapter:
         """A copy of the values, for :meth:`delta` after further steps or another selection."""
         return Snapshot(self._layout.values.detach().clone(), self._layout.parts)
 
-    def delta(self, snapshot: Snapshot | None = None) -> dict[str, SparseTensor]:
-        """The trained delta, or that of a snapshot, on the CPU: parameter name to sorted positions and fp32 values."""
-        chosen = snapshot or Snapshot(self._layout.values.detach(), self._layout.parts)
-        flat = chosen.values.float().cpu()
-        return {
-            f"{name}.weight": _in_flat_order(tuple(slot.weight.shape), slot.block, chosen.parts[name], flat)
-            for name, slot in self._slots.items()
-        }
+    def delta(self, snapshot: Snapshot | None = None) -> Delta:
+        """The trained delta now, or at a snapshot. Does not depend on the model any more."""
+        weights = {name: (tuple(slot.weight.shape), slot.block) for name, slot in self._slots.items()}
+        return Delta(snapshot or self.snapshot(), weights)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Everything that :meth:`load_state` needs to go on: values, generations, and each module's units and ranges.
+    def state(self, snapshot: Snapshot | None = None) -> dict[str, torch.Tensor]:
+        """Everything that :meth:`load_state` needs to go on, or that :meth:`read_snapshot` needs.
 
-        ``values`` fp32 [n]; ``generations`` int64 [g, 2]; for each module ``units <name>`` (all its parts joined) and
-        ``parts <name>`` int64 [p, 2], the ranges of the parts in ``values``.
+        ``values`` fp32 [n]; ``generations`` int64 [g, 2], none of a snapshot; for each module ``units <name>`` (all its
+        parts joined) and ``parts <name>`` int64 [p, 2], the ranges of the parts in ``values``.
         """
+        chosen = snapshot or Snapshot(self._layout.values.detach(), self._layout.parts)
+        generations = [] if snapshot else self._layout.generations
         tensors = {
-            "values": self._layout.values.detach(),
-            "generations": torch.tensor(self._layout.generations, dtype=torch.int64).view(-1, 2),
+            "values": chosen.values,
+            "generations": torch.tensor(generations, dtype=torch.int64).view(-1, 2),
         }
-        for name, parts in self._layout.parts.items():
+        for name, parts in chosen.parts.items():
             tensors[f"parts {name}"] = torch.tensor([(p.start, p.stop) for p in parts], dtype=torch.int64).view(-1, 2)
             empty = torch.empty(0, dtype=torch.int32, device=self._device)
             tensors[f"units {name}"] = torch.cat([empty, *(part.units for part in parts)])
         return tensors
+
+    def read_snapshot(self, tensors: Mapping[str, torch.Tensor]) -> Snapshot:
+        """The snapshot that a :meth:`state` of the same modules holds. ``FactoryError`` for another adapter's."""
+        expected = {"values", "generations"} | {f"{kind} {name}" for name in self._slots for kind in ("units", "parts")}
+        if set(tensors) != expected:
+            other = sorted(set(tensors) ^ expected)
+            raise FactoryError(f"the saved state is of another adapter: it differs in {', '.join(other[:4])}")
+        parts: dict[str, list[Part]] = {}
+        for name, slot in self._slots.items():
+            ranges: list[list[int]] = tensors[f"parts {name}"].tolist()
+            lengths = [(stop - start) // slot.area for start, stop in ranges]
+            units = tensors[f"units {name}"].to(self._device).split(lengths)
+            parts[name] = [Part(u.contiguous(), start, stop) for u, (start, stop) in zip(units, ranges, strict=True)]
+        return Snapshot(tensors["values"].to(self._device, self._value_dtype).clone(), parts)
 
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over the positions, generations and values of a :meth:`state` of the same modules and granularity.
@@ -191,23 +226,15 @@ class InPlaceAdapter:
         ``parameters()`` are new afterwards: make the optimizer later. ``FactoryError`` for another adapter's state.
         """
         self._need_attached()
-        expected = {"values", "generations"} | {f"{kind} {name}" for name in self._slots for kind in ("units", "parts")}
-        if set(tensors) != expected:
-            other = sorted(set(tensors) ^ expected)
-            raise FactoryError(f"the saved state is of another adapter: it differs in {', '.join(other[:4])}")
+        saved = self.read_snapshot(tensors)
         self._write_base()
-        values = tensors["values"].to(self._device, self._value_dtype).clone()
-        base = torch.empty(values.numel(), dtype=self._dtype, device=self._device)
-        parts: dict[str, list[Part]] = {}
+        base = torch.empty(saved.values.numel(), dtype=self._dtype, device=self._device)
         for name, slot in self._slots.items():
-            ranges: list[list[int]] = tensors[f"parts {name}"].tolist()
-            lengths = [(stop - start) // slot.area for start, stop in ranges]
-            units = tensors[f"units {name}"].to(self._device).split(lengths)
-            parts[name] = [Part(u.contiguous(), start, stop) for u, (start, stop) in zip(units, ranges, strict=True)]
-            for part in parts[name]:
+            for part in saved.parts[name]:
                 base[part.start : part.stop] = slot.gather(slot.weight.detach(), part.units)
         generations = [(start, stop) for start, stop in tensors["generations"].tolist()]
-        self._install(Layout(values, torch.zeros_like(values), base, generations, parts))
+        parts = dict(saved.parts)
+        self._install(Layout(saved.values, torch.zeros_like(saved.values), base, generations, parts))
         self.write_back()
 
     def reselect(self, supports: Mapping[str, SupportSpec], optimizer: torch.optim.Optimizer | None = None) -> None:

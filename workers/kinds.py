@@ -18,7 +18,7 @@ from infra.errors import ConfigError
 from workers.adapter import LowRank
 from workers.devices import attach
 from workers.masks import MaskSpec
-from workers.modules import find_targets
+from workers.modules import Target, find_targets
 from workers.support import SparseTensor, SupportSpec
 
 
@@ -68,9 +68,11 @@ class Trainable(Protocol):
         """The change of each parameter, now or at a snapshot, on the CPU."""
         ...
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """All that `load_state` needs to go on."""
+    def state(self, snapshot: Any = None) -> dict[str, torch.Tensor]:
+        """All that `load_state` needs to go on, or `read_snapshot` to have a snapshot again."""
         ...
+
+    def read_snapshot(self, tensors: Mapping[str, torch.Tensor]) -> Any: ...
 
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None: ...
     def restore(self) -> None:
@@ -81,6 +83,15 @@ class Trainable(Protocol):
 def kind_name(spec: ExpertSpec) -> str:
     """The word for this kind of expert: sparse, lora or full."""
     return {MaskSpec: "sparse", LoraSpec: "lora", FullSpec: "full"}[type(spec)]
+
+
+def check_whole(name: str, target: Target, modules: str) -> None:
+    """Low-rank factors change a whole weight: `ConfigError` if only some of its rows are meant."""
+    if target.rows is not None:
+        raise ConfigError(
+            f"modules {modules!r} means only some rows of {name}, which joins several projections; low-rank factors "
+            "change all of them: choose a wider preset or an expression"
+        )
 
 
 def stored_values(change: SparseTensor | LowRank) -> int:

@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from infra.errors import ConfigError, FactoryError
+from infra.errors import FactoryError
 from workers.adapter import LowRank
-from workers.kinds import LoraSpec
+from workers.kinds import LoraSpec, check_whole
 from workers.model import quiet_transformers
 from workers.modules import find_targets
 
@@ -30,11 +30,7 @@ class LoraAdapter:
         targets = find_targets(model, spec.modules)
         names = list(targets)
         for name, target in targets.items():
-            if target.rows is not None:
-                raise ConfigError(
-                    f"modules {spec.modules!r} means only some rows of {name}, which joins several projections; "
-                    "low-rank factors change all of them: choose a wider preset or an expression"
-                )
+            check_whole(name, target, spec.modules)
         config = LoraConfig(
             r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=names, bias="none"
         )  # fmt: skip
@@ -80,17 +76,22 @@ class LoraAdapter:
             for name, layer in self._layers.items()
         }
 
-    def state(self) -> dict[str, torch.Tensor]:
-        return {name: factor.detach() for name, factor in self._factors.items()}
+    def state(self, snapshot: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        return snapshot or {name: factor.detach() for name, factor in self._factors.items()}
 
-    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def read_snapshot(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`FactoryError` for another adapter's state."""
         shapes = {name: factor.shape for name, factor in self._factors.items()}
         if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
             raise FactoryError("the saved state is of another adapter: its factors differ in names or shapes")
+        return dict(tensors)
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """`FactoryError` for another adapter's state."""
+        saved = self.read_snapshot(tensors)
         with torch.no_grad():
             for name, factor in self._factors.items():
-                factor.copy_(tensors[name])
+                factor.copy_(saved[name])
 
     def restore(self) -> None:
         """Take the layers out; the base's own modules, never touched, are back in their places. Idempotent."""

@@ -21,8 +21,6 @@ from workers.prompt import Example, collate
 
 CHUNK_LOGITS = 2**24
 """Logits of one chunk, 64 MiB in float32."""
-_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Settings of transformers' models that change logits after the output layer."""
 
 
 class Objective(Protocol):
@@ -43,9 +41,15 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class LanguageModelling:
-    """Predict the target tokens of each example after its prompt. `pad_id` fills short rows."""
+    """Predict the target tokens of each example after its prompt.
+
+    `pad_id` fills short rows: on the right, where causal attention never looks back from, so that no mask is needed and
+    nothing waits for the device. `own_logits`: take the logits from the model itself, at all positions; for models that
+    change them after the output layer (see `language_modelling`).
+    """
 
     pad_id: int
+    own_logits: bool = False
 
     def length(self, example: Example) -> int:
         return len(example.input_ids)
@@ -56,23 +60,37 @@ class LanguageModelling:
     def loss_sum(self, model: Any, examples: Sequence[Example]) -> Tensor:
         """`model` is a causal language model of transformers, perhaps spread over several devices."""
         batch = collate(examples, self.pad_id)
-        device = model.get_input_embeddings().weight.device
-        inputs = {name: batch[name].to(device, non_blocking=True) for name in ("input_ids", "attention_mask")}
+        tokens = batch["input_ids"].to(model.get_input_embeddings().weight.device, non_blocking=True)
         head = model.get_output_embeddings()
-        if head is None:
-            raise ExpertError(f"{type(model).__name__} has no output embeddings; a causal language model is needed")
-        if _is_plain(head) and not any(getattr(model.config, name, None) for name in _LOGIT_CHANGES):
-            hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)  # [rows*length, h]
+        if _is_frozen(head) and not self.own_logits:
+            hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
             read = hidden.index_select(0, batch["reads"].to(hidden.device, non_blocking=True)).to(head.weight.device)
             targets = batch["targets"].to(read.device, non_blocking=True)
             return frozen_head_loss(read, head.weight, head.bias, targets)
-        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
+        logits = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
         read = logits.index_select(0, batch["reads"].to(logits.device, non_blocking=True)).float()
         return nn.functional.cross_entropy(read, batch["targets"].to(read.device, non_blocking=True), reduction="sum")
 
 
-def _is_plain(head: nn.Module) -> bool:
-    """A frozen linear layer whose forward nobody has replaced."""
+@torch.no_grad()
+def language_modelling(model: Any, pad_id: int) -> LanguageModelling:
+    """The objective for `model`: its own logits if they are not just what its output layer gives.
+
+    `ExpertError` for a model without output embeddings.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ExpertError(f"{type(model).__name__} has no output embeddings; a causal language model is needed")
+    embeddings = model.get_input_embeddings().weight
+    tokens = torch.arange(min(8, embeddings.shape[0]), device=embeddings.device)[None]  # the padding's row may be 0
+    own = model(input_ids=tokens, use_cache=False).logits
+    hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+    plain = is_plain_linear(head) and torch.equal(head(hidden.to(head.weight.device)).to(own.device), own)
+    return LanguageModelling(pad_id, own_logits=not plain)
+
+
+def _is_frozen(head: nn.Module) -> bool:
+    """A linear layer that nobody trains or has replaced the forward of."""
     return is_plain_linear(head) and not any(parameter.requires_grad for parameter in head.parameters())
 
 

@@ -31,6 +31,8 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _OWN_POSITIONS = "own_positions"
+MAX_ALPHA = 2.0**30
+"""Largest |alpha| of a folder: JSON allows integers that no float holds."""
 _UNSUPPORTED_BIAS = (None, "none")
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # the others change the base's weights as well
 _HARMLESS = frozenset({
@@ -146,6 +148,8 @@ def _sort_keys(
     parts = ("lora_A", "lora_B") if config["peft_type"] == "LORA" else ("shira_weight", "shira_indices")
     pattern = re.compile(rf"{re.escape(_PREFIX)}(.+)\.({'|'.join(parts)})" + (r"\.weight" if "lora_A" in parts else ""))
     saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(module, str) for module in saved):
+        raise AdapterError(f"{path}: {CONFIG} has modules_to_save {saved!r}; a list of names is accepted")
     modules: dict[str, dict[str, str]] = {}
     head: dict[str, str] = {}
     for key in shapes:
@@ -177,7 +181,8 @@ def _scale(config: Mapping[str, Any], module: str, a: Tensor) -> float:
     """alpha/r, or alpha/sqrt(r) with rank stabilisation (arXiv 2312.03732); patterns match as in PEFT."""
     rank = _of_pattern(config.get("rank_pattern"), module, config["r"])
     alpha = _of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or a.ndim != 2 or a.shape[0] != rank:
+    fits = type(rank) is int and a.ndim == 2 and a.shape[0] == rank > 0
+    if not fits or type(alpha) not in (int, float) or not abs(alpha) < MAX_ALPHA:
         raise AdapterError(f"{module}: rank {rank!r} and alpha {alpha!r} do not fit its factor {list(a.shape)}")
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 

@@ -139,25 +139,22 @@ def length_bucketed_batches(lengths: Sequence[int], batch_size: int, seed: int, 
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """Right-padded int64 tensors [batch, longest] `input_ids` and `attention_mask`, and what is predicted where.
+    """Right-padded int64 `input_ids` [batch, longest], and what is predicted where.
 
     `reads` int64 [targets]: flat positions (row * longest + column) whose logits predict `targets` int64 [targets],
     each one column before its token.
     """
     width = max(len(example.input_ids) for example in examples)
     input_ids = torch.full((len(examples), width), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(examples), width), dtype=torch.int64)
     reads: list[Tensor] = []
     targets: list[int] = []
     for at, example in enumerate(examples):
         ids, start = example.input_ids, max(1, example.target_start)
         input_ids[at, : len(ids)] = torch.tensor(ids)
-        attention_mask[at, : len(ids)] = 1
         reads.append(torch.arange(at * width + start - 1, at * width + len(ids) - 1))
         targets.extend(ids[start:])
     return {
         "input_ids": input_ids,
-        "attention_mask": attention_mask,
         "reads": torch.cat(reads),
         "targets": torch.tensor(targets, dtype=torch.int64),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +22,13 @@ from workers.adapter import AdapterMeta, AdapterReader, save_adapter
 from workers.base import fetch_base
 from workers.cache import cache_dir
 from workers.devices import spread
-from workers.losses import LanguageModelling
+from workers.losses import language_modelling
 from workers.masks import MaskSpec, select_supports, unit_of
 from workers.model import load_model, load_tokenizer
 from workers.prompt import Example, PromptSpec, encode_example
 from workers.rows import load_rows
 from workers.support import Block, SparseTensor, SupportSpec, find_blocks
+from workers.train import recompute_layers
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class SupportJob:
     mask: MaskSpec
     batch_size: int
     compute_dtype: str
+    recompute: bool
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def make_support(store: Store, job: SupportJob, devices: Sequence[str], threads:
         ]
         for task in job.tasks
     ]
+    if job.recompute:
+        recompute_layers(model)
     supports = pooled_supports(model, pools, job.mask, job.batch_size, tokenizer.pad_token_id)
     tensors, blocks = {}, {}
     for name, support in supports.items():
@@ -93,17 +97,21 @@ def make_support(store: Store, job: SupportJob, devices: Sequence[str], threads:
 def pooled_supports(
     model: torch.nn.Module, pools: Sequence[Sequence[Example]], mask: MaskSpec, batch_size: int, pad_id: int
 ) -> dict[str, SupportSpec]:
-    """Supports scored on all examples, the tasks taking turns, in batches of `batch_size`."""
+    """Supports scored on all examples, the tasks taking turns, in batches of `batch_size`.
+
+    Every prediction weighs the same, whatever the size of the last batch.
+    """
     turns = max(map(len, pools))
     mixed = [pool[turn] for turn in range(turns) for pool in pools if turn < len(pool)]
-    objective = LanguageModelling(pad_id)
+    objective = language_modelling(model, pad_id)
     batches = [mixed[at : at + batch_size] for at in range(0, len(mixed), batch_size)]
+    per_batch = sum(map(objective.count, mixed)) / len(batches)
 
-    def loss(batch: Sequence[Example]) -> torch.Tensor:
-        return objective.loss_sum(model, batch) / sum(objective.count(example) for example in batch)
+    def loss_of(batch: Sequence[Example]) -> Callable[[], torch.Tensor]:
+        return lambda: objective.loss_sum(model, batch) / per_batch
 
     whole = dataclasses.replace(mask, score_batches=len(batches))
-    return select_supports(model, whole, [lambda batch=batch: loss(batch) for batch in batches])  # type: ignore[misc]
+    return select_supports(model, whole, [loss_of(batch) for batch in batches])
 
 
 def load_support(store: Store, ref: SupportRef) -> dict[str, SupportSpec]:

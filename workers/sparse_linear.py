@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from workers.hooks import check_module, swap_forward  # noqa: F401  (for importers of this module)
 from workers.support import Block
 
 BMM_ELEMENTS = 2**24

@@ -9,6 +9,7 @@ Not covered: data-parallel training of one expert.
 import contextlib
 import functools
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from infra.errors import ConfigError, ExpertError
+from infra.errors import ConfigError, ExpertError, FactoryError
 from workers.adapter import LowRank
 from workers.checkpoint import (
     TrainState,
@@ -31,7 +32,7 @@ from workers.checkpoint import (
     optimizer_state,
     random_state,
 )
-from workers.kinds import ExpertSpec, make_adapter, stored_values
+from workers.kinds import ExpertSpec, Trainable, make_adapter, stored_values
 from workers.losses import Objective, mean_loss
 from workers.masks import MaskSpec, select_supports
 from workers.memory import give_back
@@ -135,31 +136,39 @@ def train_expert(
     def select(step: int) -> dict[str, SupportSpec]:
         """Positions, scored on the batches that come next and at the current weights."""
         assert isinstance(kind, MaskSpec)
-        ahead = [[train[i] for i in rows[:size]] for rows in batches[step - 1 : step - 1 + scored]]
-        return select_supports(model, kind, [_mean_of(model, objective, rows) for rows in ahead])
+        ahead = [rows[:size] for rows in batches[step - 1 : step - 1 + scored]]
+        try:
+            losses = [_mean_of(model, objective, [train[i] for i in rows]) for rows in ahead]
+            return select_supports(model, kind, losses)
+        except ConfigError:
+            raise
+        except FactoryError as error:
+            raise ExpertError(f"selecting positions before step {step} on training rows {ahead}: {error}") from error
 
-    if isinstance(kind, MaskSpec) and supports is None:
-        supports = select(1)
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with contextlib.ExitStack() as undo:
         undo.enter_context(torch.random.fork_rng(devices=cuda))
         torch.manual_seed(spec.seed)
         if recompute:
             undo.callback(recompute_layers(model))
+        if isinstance(kind, MaskSpec) and supports is None:
+            supports = select(1)
         adapter = make_adapter(model, kind, supports or {})
         supports = None  # 8 bytes for each of their positions
         undo.callback(adapter.restore)
         undo.callback(_train_in_full(heads))
 
         done = reselections = unimproved = largest = 0
-        best = _Best(math.inf, 0, lambda: {}, {})
+        best = _Best(math.inf, 0, None, {})
         log = _Log(on_step)
+        if resume is not None and not _fits(adapter, resume):
+            resume = None
         if resume is not None:
             done, reselections, unimproved = resume.step, resume.reselections, resume.unimproved
             adapter.load_state(resume.adapter)
             _copy_into(heads, resume.head)
-            if resume.best_delta is not None and resume.best_loss is not None:
-                best = _Best(resume.best_loss, resume.best_step, _constant(resume.best_delta), resume.best_head)
+            if resume.best_loss is not None:
+                best = _Best(resume.best_loss, resume.best_step, adapter.read_snapshot(resume.best), resume.best_head)
             log.continue_after([StepReport(**row) for row in resume.history])
         optimizer = torch.optim.AdamW(
             [{"params": adapter.parameters()}, *([{"params": list(heads.values())}] if heads else [])],
@@ -169,6 +178,7 @@ def train_expert(
         if resume is not None:
             load_optimizer_state(optimizer, resume.optimizer)
             load_random_state(resume.random)
+            resume = None  # as large as the training state itself
 
         for step in range(done + 1, spec.steps + 1):
             rows = batches[step - 1]
@@ -198,15 +208,13 @@ def train_expert(
             last = step == spec.steps
             validates = last or bool(spec.validate_every and step % spec.validate_every == 0)
             saves = not last and bool(save_every and step % save_every == 0)
-            with without_dropout(model):
-                found = mean_loss(model, objective, validation, size) if validates else None
+            found = _validation_loss(model, objective, validation, size) if validates else None
             if validates or saves or len(log.unread) >= (STEPS_BETWEEN_READS if cuda else 1):
                 log.read(found)
             if found is not None:
                 unimproved += 1
                 if found < best.loss:
-                    at_best = functools.partial(adapter.delta, adapter.snapshot())
-                    best, unimproved = _Best(found, step, at_best, _copies(heads)), 0
+                    best, unimproved = _Best(found, step, adapter.snapshot(), _copies(heads)), 0
                 if spec.patience and unimproved >= spec.patience:
                     break
             if saves:
@@ -215,12 +223,11 @@ def train_expert(
                         step=step, reselections=reselections, unimproved=unimproved,
                         best_loss=best.loss if best.step else None, best_step=best.step, history=as_rows(log.history),
                         adapter=adapter.state(), head=_copies(heads), optimizer=optimizer_state(optimizer),
-                        random=random_state(cuda), best_delta=best.delta() if best.step else None, best_head=best.head,
+                        random=random_state(cuda), best=adapter.state(best.snapshot) if best.step else {},
+                        best_head=best.head,
                     )
                 )  # fmt: skip
-        if not best.step:
-            raise ExpertError(f"no finite validation loss in {log.history[-1].step} steps; lower train.learning_rate")
-        delta = best.delta()
+        delta = adapter.delta(best.snapshot)
     trainable = sum(stored_values(change) for change in delta.values())
     return TrainedExpert(
         delta=delta,
@@ -237,11 +244,11 @@ def train_expert(
 
 @dataclass(frozen=True)
 class _Best:
-    """The best validation loss so far; `delta()` gives the change that had it."""
+    """The best validation loss so far, and the adapter's snapshot and head that had it."""
 
     loss: float
     step: int
-    delta: Callable[[], Mapping[str, SparseTensor | LowRank]]
+    snapshot: Any
     head: dict[str, torch.Tensor]
 
 
@@ -285,7 +292,22 @@ class _Log:
             validated = validation_loss if step is self.unread[-1] else None
             self.history.append(StepReport(step.step, loss, step.rate, norm, self._tokens, seconds, validated))
             self._on_step(self.history[-1])
+            if validated is not None and not math.isfinite(validated):
+                raise ExpertError(
+                    f"step {step.step}: validation loss {validated} after training rows {step.rows}; "
+                    "lower train.learning_rate or inspect these rows and the validation rows"
+                )
         self.unread = []
+
+
+def _fits(adapter: Trainable, state: TrainState) -> bool:
+    """Whether a saved state is of this adapter; it is not if the layers were spread over another number of devices."""
+    try:
+        adapter.read_snapshot(state.adapter)
+    except FactoryError as error:
+        logging.getLogger(__name__).warning("the saved state after step %d is left aside: %s", state.step, error)
+        return False
+    return True
 
 
 def _mean_of(model: Any, objective: Objective, rows: list[Any]) -> Callable[[], torch.Tensor]:
@@ -326,14 +348,13 @@ def recompute_layers(model: nn.Module) -> Callable[[], None]:
     return undo
 
 
-@contextlib.contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode inside."""
+def _validation_loss(model: nn.Module, objective: Objective, examples: Sequence[Any], batch_size: int) -> float:
+    """Mean loss without dropout and without recomputation."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
-        yield
+        return mean_loss(model, objective, examples, batch_size)
     finally:
         for module in training:
             module.training = True
@@ -362,10 +383,6 @@ def _copy_into(head: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Ten
     with torch.no_grad():
         for name, parameter in head.items():
             parameter.copy_(tensors[name])
-
-
-def _constant(delta: Mapping[str, SparseTensor | LowRank]) -> Callable[[], Mapping[str, SparseTensor | LowRank]]:
-    return lambda: delta
 
 
 def _endless_batches(objective: Objective, examples: Sequence[Any], spec: TrainSpec) -> Iterator[list[int]]:

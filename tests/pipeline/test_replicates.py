@@ -19,6 +19,7 @@ def result(expert: float, retention: float | None) -> dict[str, Any]:
         "made": {"experts": 1},
         "reused": {"experts": 2},
         "seconds": {"total": 3.5},
+        "slot_utilisation": None if expert < 0.5 else expert,
     }
 
 
@@ -36,4 +37,5 @@ def test_scores_get_mean_and_sample_deviation_and_counts_add_up() -> None:
     assert "retention" not in found["seeds"]["summary"]["held_in"]
     assert found["seeds"]["summary"]["held_out"] == {}
     assert (found["made"], found["reused"], found["seconds"]) == ({"experts": 3}, {"experts": 6}, {"total": 10.5})
+    assert found["slot_utilisation"] == pytest.approx(0.7)
     assert found["summary"]["held_in"]["expert"] == 0.4

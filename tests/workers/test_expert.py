@@ -42,7 +42,8 @@ def job(kind: str, base: str) -> ExpertJob:
         task=kind, recipe=Recipe("expert", 1, {"kind": kind}), base_sha256=base, train_rows=names[0],
         validation_rows=names[1], prompt=PromptSpec("{input}?", "<s>{prompt}</s>"), max_target_tokens=8, labels=None,
         expert=expert, train=SPEC, support=None, compute_dtype="float32", value_dtype="float32", recompute=False,
-        save_every=2, experiment="resume", parent_run_id=os.environ["PARENT_RUN"], tags={},
+        save_every=2, deterministic=kind == "sparse", experiment="resume", parent_run_id=os.environ["PARENT_RUN"],
+        tags={},
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from tests.workers.tiny import tiny_model
-from workers.losses import LanguageModelling, frozen_head_loss, mean_loss
+from workers.losses import LanguageModelling, frozen_head_loss, language_modelling, mean_loss
 from workers.prompt import Example
 
 OBJECTIVE = LanguageModelling(pad_id=0)
@@ -51,8 +51,12 @@ def test_models_that_change_their_logits_are_asked_for_them() -> None:
             num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.1,
         )
     ).requires_grad_(False)  # fmt: skip
-    ours = OBJECTIVE.loss_sum(model, EXAMPLES) / count(EXAMPLES)
+    assert language_modelling(tiny_model(), 0) == OBJECTIVE
+    objective = language_modelling(model, 0)
+    assert objective.own_logits
+    ours = objective.loss_sum(model, EXAMPLES) / count(EXAMPLES)
     assert float(ours) == pytest.approx(float(model(**labels(EXAMPLES)).loss), rel=1e-5)
+    assert float(OBJECTIVE.loss_sum(model, EXAMPLES) / count(EXAMPLES)) != pytest.approx(float(ours), rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -82,7 +82,7 @@ def test_collate_pads_right_and_reads_one_position_before_each_target(tokenizer)
     examples = [encode_example(tokenizer, SPEC, row) for row in rows]
     batch = collate(examples, 0)
     assert batch["input_ids"].shape == (2, 11)
-    assert batch["attention_mask"].sum(1).tolist() == [8, 11]
+    assert batch["input_ids"][0, 8:].tolist() == [0, 0, 0]
     assert batch["targets"].tolist() == [i for e in examples for i in e.input_ids[e.target_start :]]
     assert batch["input_ids"].view(-1)[batch["reads"] + 1].tolist() == batch["targets"].tolist()
     assert (batch["reads"] // 11).tolist() == [0, 0, 1, 1, 1]
