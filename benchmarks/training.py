@@ -13,7 +13,6 @@ trained.
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import statistics
 import time
@@ -31,6 +30,8 @@ from benchmarks.training_memory import Footprint, measure_footprints
 from infra.environment import environment
 from workers.masks import match_modules
 
+WARM_UP = 2
+"""Steps of each case that are not counted: allocations, and code that runs for the first time."""
 METHODS = [name for name in CASES if name not in ("floor", REFERENCE)]
 STATE_BYTES = {"element": 20, "n_m": 20, "block": 16, "row": 16, "column": 16}
 """Of one trained value: itself, gradient and two moments, 4 bytes each; 4 more for an element's position. The original
@@ -53,7 +54,7 @@ class Timing:
 @click.option("--layers", type=int, help="Default: 6 for smollm2, 18 for 1b.")
 @click.option("--tokens", default=512, show_default=True, help="Tokens per step.")
 @click.option("--sequences", default=4, show_default=True, help="Rows that the tokens are in.")
-@click.option("--rounds", default=5, show_default=True)
+@click.option("--rounds", default=15, show_default=True)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--density", default=0.05, show_default=True, help="Of all masks; SHiRA gets as many values.")
 @click.option("--rank", default=16, show_default=True, help="Of LoRA.")
@@ -92,21 +93,22 @@ def machine(setup: Setup) -> str:
 
 
 def measure_times(names: list[str], setup: Setup, rounds: int) -> dict[str, Timing]:
-    """Interleaved: one counted step of every case in each round."""
+    """Interleaved: one step of every case in each round, all cases alive side by side, after two warm-up steps each.
+
+    Each case has a model of its own, so that none pays for putting another one's changes back.
+    """
     model, batch = build_model(setup), build_batch(setup)
+    cases = {name: CASES[name](copy.deepcopy(model), batch, setup) for name in names}
     timings = {name: Timing([], []) for name in names}
-    for _ in range(rounds):
-        for name, timing in timings.items():
-            case = CASES[name](copy.deepcopy(model), batch, setup)
-            case.step()  # allocations of the first step do not count
+    for number in range(WARM_UP + rounds):
+        for name, case in cases.items():
             _wait(setup)
             wall, cpu = time.perf_counter(), time.process_time()
             case.step()
             _wait(setup)
-            timing.wall.append(time.perf_counter() - wall)
-            timing.cpu.append(time.process_time() - cpu)
-            del case
-            gc.collect()
+            if number >= WARM_UP:
+                timings[name].wall.append(time.perf_counter() - wall)
+                timings[name].cpu.append(time.process_time() - cpu)
     return timings
 
 

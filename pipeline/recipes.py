@@ -29,7 +29,7 @@ def derived_seed(seed: int, *parts: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-DEFAULT_LEARNING_RATES: Mapping[str, float] = {"sparse": 2e-3, "lora": 2e-3, "full": 2e-4}
+DEFAULT_LEARNING_RATES: Mapping[str, float] = {"sparse": 2e-3, "lora": 2e-3, "full": 1e-4}
 """Peak learning rates by kind of expert, the best on validation splits (docs/performance.md says of what)."""
 
 
