@@ -43,9 +43,10 @@ class Objective(Protocol):
 class LanguageModelling:
     """Predict the target tokens of each example after its prompt.
 
-    `pad_id` fills short rows: on the right, where causal attention never looks back from, so that no mask is needed and
-    nothing waits for the device. `own_logits`: take the logits from the model itself, at all positions; for models that
-    change them after the output layer (see `language_modelling`).
+    `pad_id` fills short rows: on the right, where causal attention never looks back from, so no mask is needed, which
+    transformers would read back from the device (it still looks at the positions, once a forward pass).
+    `own_logits`: take the logits from the model itself, at all positions; for models that change them after the output
+    layer (see `language_modelling`).
     """
 
     pad_id: int

@@ -83,3 +83,15 @@ def test_the_mean_over_batches_is_the_mean_over_predictions() -> None:
     model = tiny_model()
     together = float(OBJECTIVE.loss_sum(model, EXAMPLES)) / count(EXAMPLES)
     assert mean_loss(model, OBJECTIVE, EXAMPLES, 2) == pytest.approx(together, rel=1e-5)
+
+
+def test_the_loss_never_waits_for_the_device() -> None:
+    """Tensors without data: whatever would read a value back from the device fails."""
+    hidden = torch.randn(30, 8, device="meta", requires_grad=True)
+    weight, targets = torch.randn(50, 8, device="meta"), torch.randint(50, (30,), device="meta")
+    loss = frozen_head_loss(hidden, weight, None, targets, 50 * 7)
+    loss.backward()
+    assert loss.device.type == "meta"
+    assert hidden.grad is not None
+    with pytest.raises(RuntimeError, match="meta"):
+        loss.item()
