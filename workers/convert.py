@@ -8,10 +8,8 @@ shape has been checked. Training and merging are elsewhere.
 from __future__ import annotations
 
 import functools
-import json
 import shutil
-import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,9 @@ from workers.cache import cache_dir
 from workers.inplace import rounded_sum
 from workers.layout import BaseLayout, read_layout
 from workers.peft_folder import read_peft, write_peft
-from workers.support import SparseTensor
-from workers.tensorfile import DTYPES, WEIGHTS, Entry, list_entries, read_chunks
+from workers.selection import best, budget
+from workers.support import LazyTensors, SparseTensor
+from workers.tensorfile import DTYPES, WEIGHTS, Entry, list_entries, read_chunks, write_tensors
 
 
 def from_peft(folder: Path, base: BaseLayout, out: Path, value_dtype: torch.dtype = torch.float32) -> None:
@@ -114,7 +113,7 @@ def to_delta(file: Path, out: Path) -> None:
     """Every tensor's difference as dense fp32 in a safetensors file. A head is not part of it."""
     reader = AdapterReader(FileSource(file))
     rows = [(name, "F32", reader.shape(name)) for name in reader.names]
-    _write_tensors(out, rows, lambda name: [_raw(_dense(reader.load(name)))])
+    write_tensors(out, rows, lambda name: [_raw(_dense(reader.load(name)))])
 
 
 def to_checkpoint(file: Path, base: BaseLayout, folder: Path) -> None:
@@ -144,7 +143,7 @@ def to_checkpoint(file: Path, base: BaseLayout, folder: Path) -> None:
     for kept in base.path.iterdir():
         if kept.suffix in (".json", ".jinja", ".txt", ".model") and kept.name != "identity.json":
             shutil.copyfile(kept, folder / kept.name)
-    _write_tensors(folder / WEIGHTS, [(e.name, e.dtype, e.shape) for e in entries.values()], content)
+    write_tensors(folder / WEIGHTS, [(e.name, e.dtype, e.shape) for e in entries.values()], content)
 
 
 def keep_largest(delta: Tensor, density: float) -> SparseTensor:
@@ -159,31 +158,9 @@ def keep_largest(delta: Tensor, density: float) -> SparseTensor:
         raise AdapterError(f"a difference of shape {list(shape)} is not finite; the checkpoint is damaged or diverged")
     if density == 1:
         return SparseTensor(shape, torch.arange(flat.numel()), flat)
-    size = flat.abs()
-    count = max(1, round(density * flat.numel()))
-    threshold = torch.kthvalue(size, flat.numel() - count + 1).values
-    above = size > threshold
-    level = torch.nonzero(size == threshold).view(-1)[: count - int(above.sum())]
-    kept = (above.index_fill_(0, level, True) & (flat != 0)).nonzero().view(-1)
+    kept = best(flat.abs(), budget(flat.numel(), density))
+    kept = kept[flat[kept] != 0]
     return SparseTensor(shape, kept, flat[kept])
-
-
-class _Lazy(Mapping[str, SparseTensor]):
-    """Tensors made when they are asked for."""
-
-    def __init__(self, names: Sequence[str], make: Callable[[str], SparseTensor]) -> None:
-        self._names, self._make = names, make
-
-    def __getitem__(self, name: str) -> SparseTensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._make(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def _save_dense(
@@ -195,7 +172,7 @@ def _save_dense(
     value_dtype: torch.dtype,
 ) -> None:
     kind = "full" if info["density"] == 1 else "sparse"
-    save_adapter(out, _Lazy(names, difference), AdapterMeta(base.sha256, kind, info), value_dtype)
+    save_adapter(out, LazyTensors(names, difference), AdapterMeta(base.sha256, kind, info), value_dtype)
 
 
 def _check_density(density: float) -> None:
@@ -234,31 +211,6 @@ def _dense(tensor: SparseTensor) -> Tensor:
 
 def _raw(tensor: Tensor) -> bytes:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _write_tensors(
-    path: Path, rows: Sequence[tuple[str, str, tuple[int, ...]]], content: Callable[[str], Iterable[bytes]]
-) -> None:
-    """A safetensors file of ``rows`` (name, type, shape), aligned; ``content`` gives each tensor's bytes in turn."""
-    sizes = {name: torch.Size(shape).numel() * DTYPES[kind].itemsize for name, kind, shape in rows}
-    order = sorted(rows, key=lambda row: (-DTYPES[row[1]].itemsize, row[0]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, kind, shape in order:
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, at + sizes[name]]}
-        at += sizes[name]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as stream:
-            stream.write(struct.pack("<Q", len(text)) + text)
-            for name, _, _ in order:
-                for chunk in content(name):
-                    stream.write(chunk)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # -- command line --

@@ -18,7 +18,7 @@ from torch import nn
 from infra.errors import ConfigError, FactoryError
 from workers.generations import find_group
 from workers.inplace import InPlaceAdapter, Snapshot
-from workers.support import SparseTensor, SupportSpec
+from workers.support import LazyTensors, SupportSpec
 
 
 def spread(model: Any, devices: Sequence[str | torch.device]) -> Any:
@@ -111,22 +111,6 @@ class SplitSnapshot:
     parts: list[Snapshot]
 
 
-class SplitDelta(Mapping[str, SparseTensor]):
-    """The deltas of all devices as one, in model order."""
-
-    def __init__(self, owners: Mapping[str, Mapping[str, SparseTensor]], order: Sequence[str]) -> None:
-        self._owners = {name: owners[name] for name in order}
-
-    def __getitem__(self, name: str) -> SparseTensor:
-        return self._owners[name][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._owners)
-
-    def __len__(self) -> int:
-        return len(self._owners)
-
-
 class SplitAdapter:
     """Several adapters, one for each device, as one: same interface and numbers as :class:`InPlaceAdapter`.
 
@@ -173,11 +157,12 @@ class SplitAdapter:
         """A copy of the values, for :meth:`delta` after further steps or another selection."""
         return SplitSnapshot([part.snapshot() for part in self._parts])
 
-    def delta(self, snapshot: SplitSnapshot | None = None) -> Mapping[str, SparseTensor]:
-        """The trained delta now, or at a snapshot, each tensor on the CPU when it is asked for."""
+    def delta(self, snapshot: SplitSnapshot | None = None) -> LazyTensors:
+        """The trained delta now, or at a snapshot, in model order, each tensor on the CPU when it is asked for."""
         chosen = snapshot.parts if snapshot else [None] * len(self._parts)
         deltas = [part.delta(one) for part, one in zip(self._parts, chosen, strict=True)]
-        return SplitDelta({name: delta for delta in deltas for name in delta}, self._order)
+        owners = {name: delta for delta in deltas for name in delta}
+        return LazyTensors(self._order, lambda name: owners[name][name])
 
     def state(self, snapshot: SplitSnapshot | None = None) -> dict[str, torch.Tensor]:
         """The state of each device's adapter, its keys behind the device's number in this adapter (``"0/"``)."""

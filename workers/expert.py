@@ -7,7 +7,6 @@ has a saved state (`workers.resume`), training goes on from there.
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 import tempfile
 import time
@@ -24,7 +23,7 @@ from infra.artifacts import Manifest, Recipe, find, publish
 from infra.environment import environment
 from infra.errors import ExpertError, RegistryError, StoreError
 from infra.store import Store
-from workers.adapter import AdapterMeta, LowRank, save_adapter
+from workers.adapter import AdapterMeta, save_adapter
 from workers.base import fetch_base
 from workers.cache import cache_dir
 from workers.checkpoint import TrainState, as_rows
@@ -45,7 +44,6 @@ from workers.prompt import PromptSpec, encode_example
 from workers.resume import drop_checkpoint, find_checkpoint, save_checkpoint
 from workers.rows import Row, load_rows
 from workers.shared_support import SupportRef, load_support
-from workers.support import SparseTensor
 from workers.train import StepReport, TrainedExpert, TrainSpec, train_expert
 
 
@@ -219,10 +217,8 @@ def _save(file: Path, job: ExpertJob, trained: TrainedExpert) -> None:
     info: dict[str, Any] = {"recipe": job.recipe.key, "task": job.task, "expert": dataclasses.asdict(job.expert)}
     blocks = {}
     if isinstance(job.expert, MaskSpec):
-        for name, change in trained.delta.items():
-            unit = unit_of(job.expert, change.shape)
-            if unit is not None:
-                blocks[name] = unit
+        units = {name: unit_of(job.expert, shape) for name, shape in trained.shapes.items()}
+        blocks = {name: unit for name, unit in units.items() if unit is not None}
     if job.labels is not None:
         info["labels"] = list(job.labels)
     save_adapter(
@@ -233,14 +229,6 @@ def _save(file: Path, job: ExpertJob, trained: TrainedExpert) -> None:
         head=trained.head,
         blocks=blocks,
     )
-
-
-def _norm(change: SparseTensor | LowRank) -> float:
-    """L2 norm of a change."""
-    if isinstance(change, LowRank):  # without the product: |BA|^2 = trace of (B^T B)(A A^T)
-        a, b = change.a.double(), change.b.double()
-        return abs(change.scale) * math.sqrt(max(0.0, float(((b.t() @ b) * (a @ a.t())).sum())))
-    return float(change.values.double().norm())
 
 
 def _meta(job: ExpertJob, trained: TrainedExpert, run_id: str, devices: Sequence[str]) -> dict[str, Any]:
@@ -262,7 +250,7 @@ def _meta(job: ExpertJob, trained: TrainedExpert, run_id: str, devices: Sequence
         "resumed_after": trained.resumed_after,
         "trainable": trained.trainable,
         "density": trained.density,
-        "delta_norm": math.sqrt(sum(_norm(change) ** 2 for change in trained.delta.values())),
+        "delta_norm": trained.delta_norm,
         "device": ", ".join(devices),
         "peak_rss_bytes": peak_bytes(),
         "environment": environment(),

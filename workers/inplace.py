@@ -9,7 +9,7 @@ Does not cover the choice of positions (``workers.masks``), nor the training loo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -21,8 +21,8 @@ from infra.errors import AdapterError, ConfigError, FactoryError
 from workers.adapter import AdapterReader
 from workers.generations import Layout, empty_layout, find_group, rebuild, transplant
 from workers.hooks import check_module, swap_forward
-from workers.sparse_linear import Part, Slot, SparseLinear
-from workers.support import Block, SparseTensor, SupportSpec, block_runs
+from workers.sparse_linear import ObservedLinear, Part, Slot
+from workers.support import Block, LazyTensors, SparseTensor, SupportSpec, block_runs
 from workers.tying import tied_names
 
 
@@ -32,29 +32,6 @@ class Snapshot:
 
     values: torch.Tensor
     parts: Mapping[str, list[Part]]
-
-
-class Delta(Mapping[str, SparseTensor]):
-    """The change of each parameter by name, put in flat order on the CPU when it is asked for.
-
-    Holds 4 bytes for each value; all tensors at once would take another 12.
-    """
-
-    def __init__(self, snapshot: Snapshot, weights: Mapping[str, tuple[tuple[int, ...], Block | None]]) -> None:
-        """``weights``: shape and block of each module's weight, by module name."""
-        self._flat = snapshot.values.float().cpu()
-        self._parts = snapshot.parts
-        self._weights = {f"{name}.weight": (name, *of) for name, of in weights.items()}
-
-    def __getitem__(self, name: str) -> SparseTensor:
-        module, shape, block = self._weights[name]
-        return _in_flat_order(shape, block, self._parts[module], self._flat)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
 
 
 def rounded_sum(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -119,7 +96,8 @@ class InPlaceAdapter:
         def forward(x: torch.Tensor) -> torch.Tensor:
             if not torch.is_grad_enabled():
                 return nn.functional.linear(x, slot.module.weight, slot.module.bias)
-            return SparseLinear.apply(x, self._layout.values, slot.module.weight, slot.module.bias, slot)
+            module = slot.module
+            return ObservedLinear.apply(x, self._layout.values, module.weight, module.bias, slot.accumulate)
 
         return forward
 
@@ -183,10 +161,20 @@ class InPlaceAdapter:
         """A copy of the values, for :meth:`delta` after further steps or another selection."""
         return Snapshot(self._layout.values.detach().clone(), self._layout.parts)
 
-    def delta(self, snapshot: Snapshot | None = None) -> Delta:
-        """The trained delta now, or at a snapshot. Does not depend on the model any more."""
-        weights = {name: (tuple(slot.weight.shape), slot.block) for name, slot in self._slots.items()}
-        return Delta(snapshot or self.snapshot(), weights)
+    def delta(self, snapshot: Snapshot | None = None) -> LazyTensors:
+        """The trained delta now, or at a snapshot: parameter name to fp32 values in flat order, on the CPU.
+
+        Does not depend on the model any more. Holds 4 bytes for each value; all tensors at once take another 12.
+        """
+        chosen = snapshot or self.snapshot()
+        flat = chosen.values.float().cpu()
+        weights = {f"{name}.weight": (name, tuple(slot.weight.shape), slot.block) for name, slot in self._slots.items()}
+
+        def make(parameter: str) -> SparseTensor:
+            name, shape, block = weights[parameter]
+            return _in_flat_order(shape, block, chosen.parts[name], flat)
+
+        return LazyTensors(weights, make)
 
     def state(self, snapshot: Snapshot | None = None) -> dict[str, torch.Tensor]:
         """Everything that :meth:`load_state` needs to go on, or that :meth:`read_snapshot` needs.

@@ -7,6 +7,7 @@ frozen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -97,6 +98,14 @@ def check_whole(name: str, target: Target, modules: str) -> None:
 def stored_values(change: SparseTensor | LowRank) -> int:
     """Numbers that a change is made of."""
     return change.a.numel() + change.b.numel() if isinstance(change, LowRank) else change.values.numel()
+
+
+def change_norm(change: SparseTensor | LowRank) -> float:
+    """L2 norm of a change."""
+    if isinstance(change, LowRank):  # without the product: |BA|^2 = trace of (B^T B)(A A^T)
+        a, b = change.a.double(), change.b.double()
+        return abs(change.scale) * math.sqrt(max(0.0, float(((b.t() @ b) * (a @ a.t())).sum())))
+    return float(change.values.double().norm())
 
 
 def every_row(model: nn.Module, spec: FullSpec) -> dict[str, SupportSpec]:

@@ -18,7 +18,7 @@ Does not cover the choice of units by their scores (``workers.selection``, ``wor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from infra.errors import ConfigError
 from workers.global_budget import Scan, Take
 from workers.hooks import swap_forward
 from workers.modules import Target
-from workers.sparse_linear import weight_gradient
+from workers.sparse_linear import ObservedLinear, weight_gradient
 
 Criterion = Literal["magnitude", "gradient", "connection_sensitivity", "fisher"]
 Loss = Callable[[], torch.Tensor]
@@ -105,34 +105,6 @@ def _squares(name: str, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return total
 
 
-class _ScoreLinear(torch.autograd.Function):
-    """The linear map of a frozen weight; its backward hands the output gradient and the input on.
-
-    ``anchor`` takes no part in the product: being an input that requires a gradient, it makes autograd call the
-    backward of every scored module, also of the ones whose input needs no gradient.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        anchor: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        seen: Callable[[torch.Tensor, torch.Tensor], None],
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.seen = seen
-        return nn.functional.linear(x, weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
-        x, weight = ctx.saved_tensors
-        ctx.seen(grad, x)
-        return grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None, None, None, None, None
-
-
 def _backward(model: nn.Module, targets: Mapping[str, Target], loss: Loss, measure: Measure, take: Take) -> None:
     """One forward and backward; ``take`` gets each target's measure inside that module's backward."""
     done: set[str] = set()
@@ -147,7 +119,7 @@ def _backward(model: nn.Module, targets: Mapping[str, Target], loss: Loss, measu
             done.add(name)
             take(name, measure(name, grad if rows is None else grad[..., rows.start : rows.stop], x))
 
-        return lambda x: _ScoreLinear.apply(x, anchor, module.weight, module.bias, seen)
+        return lambda x: ObservedLinear.apply(x, anchor, module.weight, module.bias, seen)
 
     undo: list[Callable[[], None]] = []
     flags = [(p, p.requires_grad) for p in model.parameters()]

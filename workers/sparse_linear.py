@@ -225,26 +225,32 @@ class Slot:
                 into.add_(self.gather(dense, part.units))
 
 
-class SparseLinear(torch.autograd.Function):
-    """``linear(x, weight, bias)`` whose weight gradient goes to ``slot``.
+class ObservedLinear(torch.autograd.Function):
+    """``linear(x, weight, bias)`` of a frozen weight, whose backward hands the output gradient and the input on.
 
-    ``values`` takes no part in the product: being an input that requires a gradient, it makes autograd call the
-    backward of every adapted module, also of the ones whose input needs no gradient.
+    ``observe(gradient [..., out], x [..., in])`` gets what a weight gradient is made of. ``anchor`` takes no part in
+    the product: being an input that requires a gradient, it makes autograd call the backward of every observed module,
+    also of the ones whose input needs no gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, slot: Slot
+        ctx: Any,
+        x: torch.Tensor,
+        anchor: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        observe: Callable[[torch.Tensor, torch.Tensor], None],
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.slot = slot
+        ctx.observe = observe
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        ctx.slot.accumulate(grad, x)
+        ctx.observe(grad, x)
         grad_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
         return grad_x, None, None, grad_bias, None

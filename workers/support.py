@@ -11,6 +11,7 @@ checked).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +52,24 @@ class SparseTensor:
         if not self.values.is_floating_point():
             raise AdapterError(f"{name}: values must be floating point, got {self.values.dtype}")
         _check_sorted(idx, self.numel, name)
+
+
+class LazyTensors(Mapping[str, SparseTensor]):
+    """Sparse tensors by name, each made when it is asked for, and again each time."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], SparseTensor]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> SparseTensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -85,31 +85,52 @@ def read_chunks(entry: Entry) -> Iterator[bytes]:
             yield chunk
 
 
+def write_tensors(
+    path: Path, rows: Sequence[tuple[str, str, tuple[int, ...]]], content: Callable[[str], Iterable[bytes]]
+) -> None:
+    """A safetensors file of `rows` (name, type, shape), aligned; `content` gives each tensor's bytes in turn.
+
+    Nothing exists at `path` before it is complete.
+    """
+    order = sorted(rows, key=lambda row: (-DTYPES[row[1]].itemsize, row[0]))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, kind, shape in order:
+        size = prod(shape) * DTYPES[kind].itemsize
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as stream:
+            stream.write(struct.pack("<Q", len(text)) + text)
+            for name, _, _ in order:
+                for chunk in content(name):
+                    stream.write(chunk)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_entries(path: Path, entries: Sequence[Entry], dtype: torch.dtype | None = None) -> None:
     """One file of all `entries` (from any number of files), streamed; floating tensors converted if `dtype` is
     given."""
+    by_name = {entry.name: entry for entry in entries}
 
     def stored(entry: Entry) -> str:
         return NAMES[dtype] if dtype is not None and entry.floating else entry.dtype
 
-    order = sorted(entries, key=lambda entry: (-DTYPES[stored(entry)].itemsize, entry.name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for entry in order:
-        size = prod(entry.shape) * DTYPES[stored(entry)].itemsize
-        header[entry.name] = {"dtype": stored(entry), "shape": list(entry.shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    with path.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for entry in order:
-            for chunk in read_chunks(entry):
-                if stored(entry) == entry.dtype:
-                    stream.write(chunk)
-                else:
-                    values = torch.frombuffer(bytearray(chunk), dtype=DTYPES[entry.dtype]).to(DTYPES[stored(entry)])
-                    stream.write(values.view(torch.uint8).numpy().tobytes())
+    def content(name: str) -> Iterator[bytes]:
+        entry = by_name[name]
+        for chunk in read_chunks(entry):
+            if stored(entry) == entry.dtype:
+                yield chunk
+            else:
+                values = torch.frombuffer(bytearray(chunk), dtype=DTYPES[entry.dtype]).to(DTYPES[stored(entry)])
+                yield values.view(torch.uint8).numpy().tobytes()
+
+    write_tensors(path, [(entry.name, stored(entry), entry.shape) for entry in entries], content)
 
 
 def hash_entries(digest: hashlib._Hash, entries: Sequence[Entry]) -> None:

@@ -32,7 +32,7 @@ from workers.checkpoint import (
     optimizer_state,
     random_state,
 )
-from workers.kinds import ExpertSpec, Trainable, make_adapter, stored_values
+from workers.kinds import ExpertSpec, Trainable, change_norm, make_adapter, stored_values
 from workers.losses import Objective, mean_loss
 from workers.masks import MaskSpec, select_supports
 from workers.memory import give_back
@@ -89,6 +89,10 @@ class TrainedExpert:
     reselections: int
     trainable: int
     density: float
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of each changed weight."""
+    delta_norm: float
+    """L2 norm of the whole change."""
     resumed_after: int
     """Steps that were taken over from a saved state."""
 
@@ -228,7 +232,12 @@ def train_expert(
                     )
                 )  # fmt: skip
         delta = adapter.delta(best.snapshot)
-    trainable = sum(stored_values(change) for change in delta.values())
+    shapes: dict[str, tuple[int, ...]] = {}
+    trainable, square = 0, 0.0
+    for name, change in delta.items():  # once: a tensor is put in order each time it is asked for
+        shapes[name] = change.shape
+        trainable += stored_values(change)
+        square += change_norm(change) ** 2
     return TrainedExpert(
         delta=delta,
         head=best.head,
@@ -237,7 +246,9 @@ def train_expert(
         best_validation_loss=best.loss,
         reselections=reselections,
         trainable=trainable + sum(tensor.numel() for tensor in best.head.values()),
-        density=trainable / sum(math.prod(change.shape) for change in delta.values()),
+        density=trainable / sum(map(math.prod, shapes.values())),
+        shapes=shapes,
+        delta_norm=math.sqrt(square),
         resumed_after=done,
     )
 
