@@ -2,7 +2,8 @@
 
 A *key* names a recipe: the SHA-256 of everything the artifact is a function of. A *digest* names bytes. Two attempts
 at one key may produce different bytes, so data goes to a name unique to the attempt and the manifest, at the fixed
-name of the key, is put-if-absent: the first manifest wins, a loser drops its bytes and uses the winner's.
+name of the key, is put-if-absent: the first manifest wins, a loser drops its bytes and uses the winner's. Files can be
+uploaded before (several tasks may each make one); they become the artifact with the manifest.
 
 Layout in the store: ``objects/<key>/<attempt>/<label>`` (data) and ``artifacts/<key>.json`` (manifest). Does not
 cover deleting artifacts that nobody needs any more, nor bytes left by a process that was killed between its upload
@@ -15,7 +16,7 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,23 +149,50 @@ def find(store: Store, key: str, inputs: Mapping[str, str]) -> Manifest | None:
     return None if found is None else _usable(store, key, found[0], inputs)
 
 
+def new_attempt(key: str) -> str:
+    """A folder of its own for one attempt at a key: where files go that are uploaded before `publish`.
+
+    Raises ValueError if the key is not a hex SHA-256.
+    """
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"not a recipe key: {key!r}")
+    return f"objects/{key}/{uuid.uuid4().hex}"
+
+
 def publish(
-    store: Store, recipe: Recipe, files: Mapping[str, Path], inputs: Mapping[str, str], meta: Mapping[str, Any]
+    store: Store,
+    recipe: Recipe,
+    files: Mapping[str, Path | FileRef],
+    inputs: Mapping[str, str],
+    meta: Mapping[str, Any],
 ) -> tuple[Manifest, bool]:
     """Make the files the artifact of the recipe, unless another attempt already did.
 
-    Returns the manifest that holds and whether it is this one. A loser's bytes are deleted; so are those of an
-    unusable artifact (other input digests, missing bytes) that this one replaces. Raises StoreError.
+    A file is a local one, or the reference of one that is in the store already, in a folder of `new_attempt(key)`
+    (several tasks may have written there). Returns the manifest that holds and whether it is this one. A loser's bytes
+    are deleted, those given by reference included, unless the winner refers to them (a repeated call); so are those
+    of an unusable artifact (other input digests, missing bytes) that this one replaces. Where publishing fails,
+    references given stay, so that the call can be repeated. Raises StoreError, also for a reference to nothing.
     """
     key = recipe.key
     name = manifest_name(key)
+    given = {label: file for label, file in files.items() if isinstance(file, FileRef)}
     for label in files:
         if not _LABEL.fullmatch(label):
             raise ValueError(f"bad file label {label!r}: letters, digits, '.', '_' and '-' are accepted")
-    folder = f"objects/{key}/{uuid.uuid4().hex}"
-    names = [f"{folder}/{label}" for label in files]
+    for label, ref in given.items():
+        if not ref.name.startswith(f"objects/{key}/") or ".." in ref.name.split("/"):
+            raise ValueError(f"{label}: {ref.name!r} is not in a folder of this artifact, objects/{key}/…")
+        info = store.head(ref.name)
+        if info is None or info.size != ref.size:
+            raise StoreError(f"{store.uri(ref.name)} is not there with {ref.size} bytes: {label} was not stored")
+    folder = new_attempt(key)
+    names = [f"{folder}/{label}" for label in files if label not in given]
     try:
-        refs = {label: store.upload_file(f"{folder}/{label}", path) for label, path in files.items()}
+        refs = {
+            label: file if isinstance(file, FileRef) else store.upload_file(f"{folder}/{label}", file)
+            for label, file in files.items()
+        }
         config = json.loads(canonical_json(recipe.config))
         notes = json.loads(canonical_json(meta))
         mine = Manifest(key, recipe.kind, recipe.version, config, refs, dict(inputs), notes)
@@ -183,10 +211,10 @@ def publish(
         if winner is not None:
             if winner == mine:
                 return mine, True
-            _drop(store, names)
+            _drop(store, {ref.name for ref in refs.values()} - {ref.name for ref in winner.files.values()})
             return winner, False
         if store.replace_if_match(name, data, found[1]):
-            _drop_replaced(store, found[0])
+            _drop_replaced(store, found[0], mine)
             return mine, True
     raise StoreError(f"{store.uri(name)} kept changing during {_ATTEMPTS} attempts to publish it")
 
@@ -205,12 +233,13 @@ def _usable(store: Store, key: str, data: bytes, inputs: Mapping[str, str]) -> M
     return manifest
 
 
-def _drop_replaced(store: Store, data: bytes) -> None:
+def _drop_replaced(store: Store, data: bytes, by: Manifest) -> None:
     with contextlib.suppress(StoreError):
-        _drop(store, [ref.name for ref in Manifest.from_json(data).files.values()])
+        replaced = Manifest.from_json(data)
+        _drop(store, {ref.name for ref in replaced.files.values()} - {ref.name for ref in by.files.values()})
 
 
-def _drop(store: Store, names: list[str]) -> None:
+def _drop(store: Store, names: Iterable[str]) -> None:
     """Delete what can be deleted: a store that fails here leaves bytes that nothing refers to."""
     for name in names:
         with contextlib.suppress(StoreError):

@@ -1,12 +1,15 @@
 """An object store: any S3 endpoint through boto3, with clear errors, conditional writes and verified files.
 
 Covers whole objects, byte ranges, put-if-absent and replace-if-match (the two primitives every other guarantee rests
-on), multi-part file transfer with our own SHA-256, listing and a preflight check. Does not cover creating buckets,
-access policies or life-cycle rules: the bucket must exist and the credentials come from boto3's usual chain.
+on), multi-part file transfer with our own SHA-256, listing and a preflight check. Does not cover writing a file while
+it is being made (`infra.store_writer`), nor creating buckets, access policies or life-cycle rules: the bucket must
+exist and the credentials come from boto3's usual chain.
 
 All names are relative to the store's prefix. Retries are bounded (botocore's standard mode); what still fails is a
 ``StoreError`` that names the endpoint and the bucket.
 """
+
+from __future__ import annotations
 
 import contextlib
 import ipaddress
@@ -16,7 +19,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import boto3
@@ -27,6 +30,9 @@ from boto3.s3.transfer import TransferConfig
 
 from infra.digests import file_sha256
 from infra.errors import StoreError
+
+if TYPE_CHECKING:
+    from infra.store_writer import StoreWriter
 
 _MIB = 1 << 20
 _TRANSFER = TransferConfig(multipart_threshold=32 * _MIB, multipart_chunksize=16 * _MIB, max_concurrency=4)
@@ -101,7 +107,7 @@ class Store:
         self._lock = threading.Lock()
 
     @classmethod
-    def from_env(cls) -> "Store":
+    def from_env(cls) -> Store:
         """From FACTORY_S3_BUCKET (default ``factory``) and FACTORY_S3_ENDPOINT (or AWS_ENDPOINT_URL_S3)."""
         endpoint = os.environ.get("FACTORY_S3_ENDPOINT") or os.environ.get("AWS_ENDPOINT_URL_S3")
         return cls(os.environ.get("FACTORY_S3_BUCKET") or "factory", endpoint)
@@ -163,10 +169,7 @@ class Store:
 
     def put(self, name: str, data: bytes) -> None:
         """Store the bytes, replacing what was there."""
-        try:
-            self._client().put_object(Bucket=self.bucket, Key=self._key(name), Body=data)
-        except Exception as error:
-            raise self._error("write", name, error) from error
+        self.call("put_object", "write", name, Body=data)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """Store the bytes unless the object exists; of any number of racing writers exactly one gets True.
@@ -215,6 +218,12 @@ class Store:
             found = "nothing" if info is None else f"{info.size} bytes"
             raise StoreError(f"{self.uri(name)} holds {found} after uploading {size} bytes from {path}")
         return FileRef(name, sha256, size)
+
+    def open_write(self, name: str) -> StoreWriter:
+        """A file to write from front to back; the object appears when it is closed."""
+        from infra.store_writer import StoreWriter  # not above: it needs this module
+
+        return StoreWriter(self, name)
 
     def download_file(self, ref_or_name: FileRef | str, path: str | Path, sha256: str | None = None) -> Path:
         """Fetch an object to ``path``: complete and verified, or not there at all (atomic rename).
@@ -269,6 +278,13 @@ class Store:
         finally:
             with contextlib.suppress(StoreError):
                 probe.delete(name)
+
+    def call(self, operation: str, verb: str, name: str, **arguments: Any) -> Any:
+        """One request of the S3 client about one object; where it fails, a StoreError: "cannot <verb> <name>"."""
+        try:
+            return getattr(self._client(), operation)(Bucket=self.bucket, Key=self._key(name), **arguments)
+        except Exception as error:
+            raise self._error(verb, name, error) from error
 
     # -- internals -----------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
-"""Writes a merged adapter tensor by tensor, in the format of `workers.adapter`, with memory for one tensor.
+"""Merged adapters as files: written tensor by tensor in the format of `workers.adapter`, and adapters as merge inputs.
 
-`workers.adapter.save_adapter` needs all tensors at once; this writer does not, at the price of a padded header.
-`AdapterReader` reads both. Not here: reading.
+`workers.adapter.save_adapter` needs all tensors at once; the writer here does not, at the price of a padded header.
+`AdapterReader` reads both. Not here: joining the parts of a merge (`merge.assemble`).
 """
 
 from __future__ import annotations
@@ -15,46 +15,106 @@ import torch
 from torch import Tensor
 
 from infra.errors import AdapterError, MergeError
+from merge.sink import Outline
 from merge.stream_file import SafetensorsWriter, header_room
+from workers.adapter import AdapterReader, ByteSource
 from workers.adapter_format import AdapterMeta, metadata_text, sparse_pieces
 from workers.support import SparseTensor
 
 
-class AdapterWriter:
-    """Streams fp32 values and supports to `path`; nothing exists there before `close`. A context manager."""
+class AdapterDelta:
+    """An expert's adapter as the input of a merge (a `merge.reduce.DeltaReader`); a head is no part of it.
 
-    def __init__(
-        self, path: Path, base_sha256: str, info: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
-    ) -> None:
-        """`shapes` holds every tensor that will be written: it bounds the header. `info` must be JSON."""
-        self._meta = AdapterMeta(base_sha256=base_sha256, kind="sparse", info=dict(info))
-        self._table: dict[str, dict[str, Any]] = {}
-        worst = {n: {"shape": list(s), "count": math.prod(s), "encoding": "x" * 16} for n, s in shapes.items()}
-        pieces = [f"{name}.{part}" for name in shapes for part in ("values", "support")]
-        self._out = SafetensorsWriter(path, header_room(pieces, self._metadata(worst)))
+    `names` are sorted. `identity` seeds random choices: the one given, else the recipe key that the file carries, else
+    `name`. Raises AdapterError, which names the expert, for a file that is no adapter.
+    """
 
-    def _metadata(self, table: Mapping[str, Any]) -> dict[str, str]:
+    def __init__(self, source: ByteSource, name: str, identity: str | None = None) -> None:
         try:
-            return {"adapter": metadata_text(self._meta, table, {})}
+            self._reader = AdapterReader(source)
         except AdapterError as error:
-            raise MergeError(f"information about a merge: {error}") from None
+            raise AdapterError(f"expert {name!r}: {error}") from error
+        recipe = self._reader.meta.info.get("recipe")
+        self.identity = identity or (recipe if isinstance(recipe, str) else name)
+        self.base_sha256 = self._reader.meta.base_sha256
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The tensors that have a δ, sorted."""
+        return self._reader.names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+        return self._reader.shape(name)
+
+    def count(self, name: str) -> int:
+        """Positions in a tensor's support."""
+        return self._reader.count(name)
+
+    def load(self, name: str) -> SparseTensor:
+        """One tensor's δ, fp32; low-rank ones multiplied out."""
+        return self._reader.load(name)
+
+
+def adapter_metadata(outline: Outline, table: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of a merged adapter's file. Raises MergeError where the outline's info is no JSON."""
+    meta = AdapterMeta(base_sha256=outline.base_sha256, kind="sparse", info=dict(outline.info))
+    try:
+        return {"adapter": metadata_text(meta, table, {})}
+    except AdapterError as error:
+        raise MergeError(f"information about a merge: {error}") from None
+
+
+def adapter_room(outline: Outline) -> int:
+    """Bytes kept for the header of a merged adapter's file: the same for a whole one and for its parts."""
+    worst = {
+        n: {"shape": list(s), "count": math.prod(s), "encoding": "x" * 16} for n, s in sorted(outline.shapes.items())
+    }
+    pieces = [f"{name}.{part}" for name in worst for part in ("values", "support")]
+    return header_room(pieces, adapter_metadata(outline, worst))
+
+
+class AdapterWriter:
+    """A sink that streams fp32 values and supports to `path`; nothing exists there before `close`."""
+
+    def __init__(self, path: Path, info: Mapping[str, Any] | None = None) -> None:
+        """`info` (JSON) is added to what the merge says about itself."""
+        self.path = Path(path)
+        self._extra = dict(info or {})
+        self._table: dict[str, dict[str, Any]] = {}
+        self._outline = Outline("", {}, {})
+        self._out: SafetensorsWriter | None = None
+
+    def open(self, outline: Outline) -> None:
+        """The outline bounds the header. Raises MergeError for too many tensors or info that is no JSON."""
+        self._outline = Outline(outline.base_sha256, outline.shapes, {**self._extra, **outline.info})
+        self._out = SafetensorsWriter(self.path, adapter_room(self._outline))
 
     def add(self, name: str, tensor: SparseTensor, support: tuple[str, Tensor] | None = None) -> None:
-        """Append one tensor. `support` is its `encode_support`, where the caller has it already."""
+        """Append one tensor. Raises MergeError for a δ that is not finite."""
         values = tensor.values.float()
         if not bool(torch.isfinite(values).all()):
             raise MergeError(f"{name}: the merged δ overflows fp32; lower λ or look for a diverged expert")
         pieces, self._table[name] = sparse_pieces(name, tensor, values, support)
         for piece, data in pieces.items():
-            self._out.write(piece, data)
+            self._file.write(piece, data)
 
     def close(self) -> None:
         """Finish the file and give it its name."""
-        self._out.close(self._metadata(self._table))
+        self._file.close(adapter_metadata(self._outline, self._table))
 
-    def __enter__(self) -> AdapterWriter:
-        self._out.__enter__()
-        return self
+    def abort(self) -> None:
+        """Remove what is unfinished."""
+        if self._out is not None:
+            self._out.abort()
 
-    def __exit__(self, *error: Any) -> None:
-        self._out.__exit__(*error)
+    @property
+    def bytes_written(self) -> int:
+        """Size of the finished file."""
+        return self.path.stat().st_size
+
+    @property
+    def _file(self) -> SafetensorsWriter:
+        if self._out is None:
+            raise MergeError(f"{self.path}: written to before it was opened")
+        return self._out

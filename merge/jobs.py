@@ -1,8 +1,11 @@
-"""One node of the merge tree as a job: read children from the object store, reduce, publish.
+"""One piece of merging as a job: read inputs from the object store, reduce, publish. Plain functions of (store, job).
 
-The only module of `merge` that touches the store. These are plain functions; the pipeline runs them as Ray tasks.
+The only module of `merge` that reads and writes artifacts; `merge.schedule` says which job can run when. A node's
+tensors can be split over several jobs (`part`), whose outputs one `FinishJob` joins.
 """
 
+import contextlib
+import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -10,112 +13,362 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from infra.artifacts import Manifest, Recipe, publish
+import torch
+
+from infra.artifacts import Manifest, Recipe, find, new_attempt, publish
 from infra.environment import environment
+from infra.errors import StoreError
 from infra.store import FileRef, Store, StoreSource
-from merge.methods import Candidate, LiftSpec
-from merge.reduce import Child, reduce_node, reduce_root
-from workers.adapter import ByteSource, FileSource
+from infra.store_writer import StoreTarget
+from merge.adapter_file import AdapterDelta, AdapterWriter
+from merge.assemble import assemble
+from merge.checkpoint import BaseCheckpoint
+from merge.checkpoint_file import write_checkpoint
+from merge.keys import checkpoint_recipe
+from merge.mask_file import write_task_mask
+from merge.reduce import (
+    Child,
+    ExpertChild,
+    MergedInfo,
+    NodeChild,
+    NodeInfo,
+    Part,
+    RootInfo,
+    join_roots,
+    reduce_node,
+    reduce_root,
+)
+from merge.specs import Candidate, LiftSpec
+from merge.stream_file import LocalFile
+from workers.adapter import ByteSource
+
+
+@dataclass(frozen=True)
+class Ref:
+    """An artifact as an input: its key, the digest of its bytes, and its files in the order of their labels."""
+
+    key: str
+    digest: str
+    files: tuple[FileRef, ...]
+
+    @staticmethod
+    def of(manifest: Manifest) -> "Ref":
+        """The artifact of a manifest."""
+        return Ref(manifest.key, manifest.digest, tuple(manifest.files[label] for label in sorted(manifest.files)))
 
 
 @dataclass(frozen=True)
 class ChildRef:
     """A child of a node: an expert's adapter (lifted while reading) or another node's statistics."""
 
-    key: str
-    digest: str
     kind: Literal["expert", "node"]
-    """`expert` or `node`."""
     name: str
-    """Expert name or node label, for messages."""
-    file: FileRef
+    """Expert name or node label."""
+    ref: Ref
+    extra: Ref | None = None
+    """An expert's Fisher or Gram artifact."""
+    experts: tuple[str, ...] = ()
+    """Names of a node's experts in this merge; its file may have been made under others."""
 
 
 @dataclass(frozen=True)
 class NodeJob:
     """An inner node: combine the children and store the statistics."""
 
+    reduction: int
+    """Number of the reduction in the plan."""
     label: str
-    recipe: Recipe
-    lift: LiftSpec
+    spec: LiftSpec
     children: tuple[ChildRef, ...]
     base_sha256: str
+    reference: Ref | None
+    """The merge that a later round's lift reads."""
+    recipe: Recipe
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
 class RootJob:
     """The root: its statistics stream straight into every candidate's lower step and are not stored."""
 
+    reduction: int
     label: str
-    lift: LiftSpec
+    spec: LiftSpec
     children: tuple[ChildRef, ...]
     base_sha256: str
-    base_weights: str
+    reference: Ref | None
+    base_weights: str | None
     """Object name of the base's weights, for the rounding loss."""
     candidates: tuple[tuple[Candidate, Recipe], ...]
+    part: Part | None = None
 
 
-def make_node(store: Store, job: NodeJob) -> tuple[Manifest, bool]:
-    """Reduce one inner node and publish it; returns the manifest and whether this call made it."""
+@dataclass(frozen=True)
+class PartOutput:
+    """What one part of a node left in the store, a file for each recipe key, and what it found."""
+
+    files: Mapping[str, FileRef]
+    info: NodeInfo | RootInfo
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FinishJob:
+    """Publish a node whose parts are all there."""
+
+    whole: NodeJob | RootJob
+    outputs: tuple[PartOutput, ...]
+
+
+@dataclass(frozen=True)
+class TaskMaskJob:
+    """One task's mask over a unified adapter."""
+
+    expert: str
+    candidate: Candidate
+    recipe: Recipe
+    unified: Ref
+    adapter: Ref
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """A merged adapter as a full checkpoint."""
+
+    recipe: Recipe
+    merged: Ref
+    base_sha256: str
+    dtype: str
+    shard_bytes: int
+
+
+Job = NodeJob | RootJob | FinishJob | TaskMaskJob
+Made = tuple[tuple[Manifest, bool], ...]
+"""Manifests in the order of the job's recipes, each with whether this call made it."""
+JobResult = Made | PartOutput
+
+
+def run_job(store: Store, job: Job) -> JobResult:
+    """Do a job of the schedule. Raises StoreError, AdapterError or MergeError; a repeated call is harmless."""
+    if isinstance(job, FinishJob):
+        return _finish(store, job)
+    if isinstance(job, TaskMaskJob):
+        return (_make_mask(store, job),)
+    return _make_node(store, job) if isinstance(job, NodeJob) else _make_root(store, job)
+
+
+def manifests_of(result: JobResult) -> Made:
+    """The artifacts that a whole job made or found."""
+    if isinstance(result, PartOutput):
+        raise TypeError("a part of a node is no artifact: its FinishJob makes one")
+    return result
+
+
+def job_name(job: Job) -> str:
+    """For people and for the names of Ray tasks."""
+    if isinstance(job, TaskMaskJob):
+        return f"{job.candidate.method} mask of {job.expert}"
+    if isinstance(job, FinishJob):
+        return f"{job_name(job.whole)}, joining parts"
+    part = f", part {job.part.index + 1} of {job.part.of}" if job.part else ""
+    return ("merge root" if isinstance(job, RootJob) else f"merge node {job.label}") + part
+
+
+def consumed(children: Sequence[ChildRef], reference: Ref | None) -> dict[str, str]:
+    """Digests of everything that a node reads, by key."""
+    read = [child.ref for child in children] + [child.extra for child in children if child.extra]
+    return {ref.key: ref.digest for ref in (*read, *([reference] if reference else []))}
+
+
+# -- nodes ------------------------------------------------------------------------------------------------------
+
+
+def _make_node(store: Store, job: NodeJob) -> JobResult:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="factory-node-") as folder:
+        inputs = _Inputs(store, job, Path(folder))
         out = Path(folder) / "statistics.safetensors"
-        info = reduce_node(_children(store, job.children, Path(folder)), job.lift, out, job.base_sha256)
-        meta = {
-            "label": job.label,
-            "experts": len(info.experts),
-            "seconds": time.perf_counter() - start,
-            "positions": info.positions,
-            "bytes_written": info.bytes_written,
-            "base_sha256": job.base_sha256,
-            "environment": environment(),
-        }
-        return publish(store, job.recipe, {"statistics": out}, _consumed(job.children), meta)
+        info = reduce_node(inputs.children, job.spec, out, job.base_sha256, inputs.reference, job.part)
+        seconds = time.perf_counter() - start
+        if job.part is not None:
+            name = f"{new_attempt(job.recipe.key)}/{_part_label(job.part.index)}"
+            return PartOutput({job.recipe.key: store.upload_file(name, out)}, info, seconds)
+        return (_publish_node(store, job, {"statistics": out}, [info], seconds),)
 
 
-def make_root(store: Store, job: RootJob) -> dict[str, tuple[Manifest, bool]]:
-    """Reduce the root and publish one merged adapter per candidate, keyed by the candidate's recipe key."""
+def _publish_node(
+    store: Store, job: NodeJob, files: Mapping[str, Path | FileRef], infos: Sequence[NodeInfo], seconds: float
+) -> tuple[Manifest, bool]:
+    meta = {
+        "label": job.label,
+        "experts": len(infos[0].experts),
+        "seconds": seconds,
+        "positions": sum(info.positions for info in infos),
+        "bytes_written": sum(info.bytes_written for info in infos),
+        "base_sha256": job.base_sha256,
+        "environment": environment(),
+    }
+    return publish(store, job.recipe, files, consumed(job.children, job.reference), meta)
+
+
+def _make_root(store: Store, job: RootJob) -> JobResult:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="factory-root-") as folder:
-        outs = {
-            candidate: Path(folder) / f"{number}.safetensors" for number, (candidate, _) in enumerate(job.candidates)
-        }
-        base = StoreSource(store, job.base_weights)
-        info = reduce_root(_children(store, job.children, Path(folder)), job.lift, outs, job.base_sha256, base)
-        merged = {each.candidate: each for each in info.merged}
-        published = {}
-        for candidate, recipe in job.candidates:
-            meta = {
-                "label": job.label,
-                "method": candidate.method,
-                "params": dict(candidate.params),
-                "experts": len(info.experts),
-                "delta_norm": merged[candidate].norm,
-                "seconds": time.perf_counter() - start,
-                "base_sha256": job.base_sha256,
-                "rounding_loss_bfloat16": merged[candidate].rounding_loss,
-                "density": info.density,
-                "environment": environment(),
+        inputs = _Inputs(store, job, Path(folder))
+        outs = {candidate: Path(folder) / f"{at}.safetensors" for at, (candidate, _) in enumerate(job.candidates)}
+        sinks = {candidate: AdapterWriter(out) for candidate, out in outs.items()}
+        base = StoreSource(store, job.base_weights) if job.base_weights else None
+        info = reduce_root(inputs.children, job.spec, sinks, job.base_sha256, base, inputs.reference, job.part)
+        seconds = time.perf_counter() - start
+        if job.part is not None:
+            label = _part_label(job.part.index)
+            files = {
+                recipe.key: store.upload_file(f"{new_attempt(recipe.key)}/{label}", outs[candidate])
+                for candidate, recipe in job.candidates
             }
-            published[recipe.key] = publish(store, recipe, {"adapter": outs[candidate]}, _consumed(job.children), meta)
-            outs[candidate].unlink()
-        return published
+            return PartOutput(files, info, seconds)
+        return tuple(
+            _publish_merged(store, job, recipe, outs[merged.candidate], merged, seconds)
+            for (_, recipe), merged in zip(job.candidates, info.merged, strict=True)
+        )
 
 
-def _children(store: Store, refs: Sequence[ChildRef], folder: Path) -> list[Child]:
-    """Where the children's bytes come from.
+def _publish_merged(
+    store: Store, job: RootJob, recipe: Recipe, file: Path | FileRef, merged: MergedInfo, seconds: float
+) -> tuple[Manifest, bool]:
+    meta = {
+        "label": job.label,
+        **merged.candidate.to_dict(),
+        "experts": len(merged.experts),
+        "delta_norm": merged.norm,
+        "seconds": seconds,
+        "base_sha256": job.base_sha256,
+        "rounding_loss_bfloat16": merged.rounding_loss,
+        "density": merged.density,
+        "environment": environment(),
+    }
+    return publish(store, recipe, {"adapter": file}, consumed(job.children, job.reference), meta)
 
-    Adapters are small and may lie in the store for months: they are fetched whole, so that their SHA-256 is verified.
-    Statistics are large and just made: they are read tensor by tensor.
+
+def _finish(store: Store, job: FinishJob) -> Made:
+    """A node's parts stay the files that they are; the parts of merged adapters become one file each."""
+    start = time.perf_counter()
+    before = sum(output.seconds for output in job.outputs)
+    whole = job.whole
+    if isinstance(whole, NodeJob):
+        key = whole.recipe.key
+        files = {_part_label(at): output.files[key] for at, output in enumerate(job.outputs)}
+        infos = [output.info for output in job.outputs if isinstance(output.info, NodeInfo)]
+        return (_publish_node(store, whole, files, infos, before),)
+    info = join_roots([output.info for output in job.outputs if isinstance(output.info, RootInfo)])
+    found: list[tuple[Manifest, bool]] = []
+    for (_, recipe), merged in zip(whole.candidates, info.merged, strict=True):
+        earlier = find(store, recipe.key, consumed(whole.children, whole.reference))
+        if earlier is not None:  # a retry after the worker was lost: the parts may be gone
+            found.append((earlier, False))
+            continue
+        parts = [output.files[recipe.key] for output in job.outputs]
+        with store.open_write(f"{new_attempt(recipe.key)}/adapter") as out:
+            assemble([StoreSource(store, part.name, part.size) for part in parts], out.write)
+            file = out.close()
+        seconds = before + time.perf_counter() - start
+        found.append(_publish_merged(store, whole, recipe, file, merged, seconds))
+        for part in parts:
+            with contextlib.suppress(StoreError):  # nothing refers to them any more
+                store.delete(part.name)
+    return tuple(found)
+
+
+def _part_label(index: int) -> str:
+    return f"statistics-{index:05d}"
+
+
+# -- what follows a merge -----------------------------------------------------------------------------------------
+
+
+def _make_mask(store: Store, job: TaskMaskJob) -> tuple[Manifest, bool]:
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="factory-mask-") as folder:
+        unified, expert, out = (Path(folder) / name for name in ("unified", "expert", "mask"))
+        store.download_file(job.unified.files[0], unified)
+        store.download_file(job.adapter.files[0], expert)
+        info = write_task_mask(
+            out,
+            job.candidate,
+            AdapterDelta(LocalFile(unified), str(job.candidate)),
+            AdapterDelta(LocalFile(expert), job.expert, job.adapter.key),
+            job.unified.files[0].sha256,
+            job.expert,
+        )
+        meta = {
+            **job.candidate.to_dict(),
+            "task": job.expert,
+            "scale": info.scale,
+            "kept": info.kept,
+            "positions": info.positions,
+            "seconds": time.perf_counter() - start,
+            "environment": environment(),
+        }
+        inputs = {job.unified.key: job.unified.digest, job.adapter.key: job.adapter.digest}
+        return publish(store, job.recipe, {"mask": out}, inputs, meta)
+
+
+def export_job(merged: Manifest, base_sha256: str, dtype: str, shard_bytes: int) -> ExportJob:
+    """The job that makes a checkpoint of a merged adapter. `dtype`: float32 or bfloat16, for the adapted weights."""
+    recipe = checkpoint_recipe(merged.digest, base_sha256, dtype, shard_bytes)
+    return ExportJob(recipe, Ref.of(merged), base_sha256, dtype, shard_bytes)
+
+
+def export_checkpoint(store: Store, job: ExportJob) -> tuple[Manifest, bool]:
+    """Stream base + δ into a full checkpoint in the store and publish it: its files are labelled with their names.
+
+    Raises StoreError, AdapterError or MergeError.
     """
+    start = time.perf_counter()
+    folder = f"bases/{job.base_sha256}"
+    index = json.loads(store.get(f"{folder}/index.json"))
+    base = BaseCheckpoint.from_index(index, lambda name: StoreSource(store, f"{folder}/{name}"))
+    target = StoreTarget(store, new_attempt(job.recipe.key))
+    with tempfile.TemporaryDirectory(prefix="factory-export-") as scratch:
+        local = store.download_file(job.merged.files[0], Path(scratch) / "adapter.safetensors")
+        merged = AdapterDelta(LocalFile(local), "the merge")
+        info = write_checkpoint(merged, base, target, getattr(torch, job.dtype), job.shard_bytes)
+    meta = {
+        "dtype": job.dtype,
+        "parameters": info.parameters,
+        "rounding_loss": info.rounding_loss,
+        "base_sha256": job.base_sha256,
+        "seconds": time.perf_counter() - start,
+        "environment": environment(),
+    }
+    return publish(store, job.recipe, target.files, {job.merged.key: job.merged.digest}, meta)
 
-    def source(number: int, ref: ChildRef) -> ByteSource:
-        if ref.kind == "node":
-            return StoreSource(store, ref.file.name, ref.file.size)
-        return FileSource(store.download_file(ref.file, folder / f"child-{number}.safetensors"))
 
-    return [Child(ref.kind, ref.name, source(number, ref)) for number, ref in enumerate(refs)]
+class _Inputs:
+    """Opened inputs of a node. A whole node's adapters are fetched whole, so that their SHA-256 is verified: they are
+    small and may lie in the store for months. Statistics are large and just made, and a part needs only some tensors:
+    those are read tensor by tensor."""
 
+    def __init__(self, store: Store, job: NodeJob | RootJob, folder: Path) -> None:
+        self._store, self._folder, self._whole = store, folder, job.part is None
+        self.children = [self._child(ref) for ref in job.children]
+        self.reference = None
+        if job.reference is not None:
+            self.reference = AdapterDelta(self._adapter(job.reference), "of an earlier round")
 
-def _consumed(refs: Sequence[ChildRef]) -> Mapping[str, str]:
-    return {ref.key: ref.digest for ref in refs}
+    def _child(self, child: ChildRef) -> Child:
+        if child.kind == "node":
+            sources = tuple(StoreSource(self._store, file.name, file.size) for file in child.ref.files)
+            return NodeChild(child.name, sources, child.experts)
+        extra = child.extra.files[0] if child.extra else None
+        return ExpertChild(
+            child.name,
+            AdapterDelta(self._adapter(child.ref), child.name, identity=child.ref.key),
+            StoreSource(self._store, extra.name, extra.size) if extra else None,
+        )
+
+    def _adapter(self, ref: Ref) -> ByteSource:
+        (file,) = ref.files
+        if self._whole:
+            return LocalFile(self._store.download_file(file, self._folder / f"{ref.key}.safetensors"))
+        return StoreSource(self._store, file.name, file.size)

@@ -1,33 +1,53 @@
-"""What one node of the tree does, from byte sources to local files.
+"""What one node of the tree does.
 
-`reduce_node` joins children (experts' adapters, lifted on the fly, or the files of nodes below) into a statistics file.
-`reduce_root` does the same for the root, but lowers each tensor for every candidate at once and writes merged adapters
-instead of statistics. Both go tensor by tensor over the union of the children's tensors: memory is bounded by the
-largest tensor's statistics, not by the number of experts or the size of the model.
+`reduce_node` joins children (experts, lifted on the fly, or the nodes below) into a statistics file. `reduce_root` does
+the same for the root, but lowers each tensor for every candidate at once and hands merged δ to sinks instead of storing
+statistics. Both go tensor by tensor over the union of the children's tensors: memory is bounded by the largest tensor's
+statistics, not by the number of experts or the size of the model. `flat_merge` does all rounds in one process, without
+a tree.
 
-Not here: where the bytes come from, keys, scheduling and retries.
+Not here: opening and checking children (`merge.children`), where the bytes come from, keys, scheduling and retries.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from infra.errors import AdapterError, MergeError
-from merge.adapter_file import AdapterWriter
-from merge.methods import LIFT_VERSION, LOWER_VERSION, Candidate, LiftSpec, group_candidates, lift, lower
-from merge.node_file import NODE_FILE_VERSION, NodeMeta, StatisticsReader, StatisticsWriter
-from merge.statistics import STATISTICS_VERSION, Accumulator, TensorStatistics, count_dtype
-from merge.stream_file import RangedReader
-from workers.adapter import AdapterReader, ByteSource
-from workers.support import encode_support
+from infra.errors import MergeError
+from merge.adapter_file import AdapterDelta, AdapterWriter
+from merge.children import Child, DeltaReader, ExpertChild, Join, NodeChild, Part
+from merge.lift import LIFT_VERSION
+from merge.methods import LOWER_VERSION, lower
+from merge.node_file import NODE_FILE_VERSION, NodeMeta, StatisticsWriter
+from merge.sink import Outline, Sink, Tee
+from merge.specs import Candidate, LiftSpec, check_served, check_weights, plan_reductions
+from merge.statistics import STATISTICS_VERSION
+from merge.stream_file import LocalFile, RangedReader
+from workers.adapter import ByteSource
+from workers.support import SparseTensor, encode_support
+
+__all__ = [
+    "Child",
+    "DeltaReader",
+    "ExpertChild",
+    "MergedInfo",
+    "NodeChild",
+    "NodeInfo",
+    "Part",
+    "RootInfo",
+    "Sink",
+    "flat_merge",
+    "join_roots",
+    "reduce_node",
+    "reduce_root",
+]
 
 NODE_VERSIONS = {"lift": LIFT_VERSION, "statistics": STATISTICS_VERSION, "file": NODE_FILE_VERSION}
 """What belongs in the key of a node beside its reduction, base and children."""
@@ -36,22 +56,7 @@ ROOT_VERSIONS = {**NODE_VERSIONS, "lower": LOWER_VERSION}
 """What belongs in the key of a merged adapter beside its candidate, base and children."""
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Child:
-    """An input of a node: an expert's adapter or the statistics file of a node below.
-
-    `name` is the expert's name (for a node, its label, used in errors).
-    """
-
-    kind: Literal["expert", "node"]
-    name: str
-    source: ByteSource
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("expert", "node"):
-            raise MergeError(f"child {self.name!r} of a merge node is {self.kind!r}; accepted: expert, node")
+_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -66,130 +71,45 @@ class NodeInfo:
 
 @dataclass(frozen=True)
 class MergedInfo:
-    """One merged adapter.
+    """One merged δ.
 
-    `nonzero` positions where δ is not 0; `norm` is ‖δ‖ over all tensors; `rounding_loss` is
-    ‖round_bf16(base + δ) - base - δ‖ / ‖δ‖ over the support (None without a base; 0 for δ = 0).
+    `experts` in the order joined; `positions` of its support, in tensors of `elements`; `nonzero` positions where δ is
+    not 0; `norm` is ‖δ‖ over all tensors; `rounding_loss` is ‖round_bf16(base + δ) - base - δ‖ / ‖δ‖ over the support
+    (None without a base; 0 for δ = 0); `bytes_written` by its sink.
     """
 
     candidate: Candidate
+    experts: tuple[str, ...]
+    positions: int
+    elements: int
     nonzero: int
     norm: float
     rounding_loss: float | None
     bytes_written: int
+
+    @property
+    def density(self) -> float:
+        """The support's share of the tensors that it lies in."""
+        return self.positions / max(1, self.elements)
 
 
 @dataclass(frozen=True)
 class RootInfo:
     """What the root joined and the merged adapters, in the order of the candidates.
 
-    `experts` in the order joined; `positions` in the union support and `density`, its share of the tensors it lies in.
+    `experts` in the order joined; `positions` in the union support, of tensors with `elements` in all.
     """
 
     experts: tuple[str, ...]
     tensors: int
     positions: int
-    density: float
+    elements: int
     merged: tuple[MergedInfo, ...]
 
-
-class _Expert:
-    """An expert's adapter as a node's child."""
-
-    def __init__(self, child: Child, spec: LiftSpec) -> None:
-        try:
-            self._reader = AdapterReader(child.source)
-        except AdapterError as error:
-            raise AdapterError(f"expert {child.name!r}: {error}") from error
-        self._spec = spec
-        self._name = child.name
-        self.what = f"expert {child.name!r}"
-        self.experts = (child.name,)
-        self.base_sha256 = self._reader.meta.base_sha256
-        self.names = list(self._reader.names)
-        self.shape = self._reader.shape
-        self.count = self._reader.count
-
-    def load(self, name: str) -> TensorStatistics:
-        try:
-            return lift(self._reader.load(name), self._spec)
-        except (AdapterError, MergeError) as error:
-            raise type(error)(f"{self.what}, tensor {name}: {error}") from error
-
-
-class _Node:
-    """A node's statistics file as a child."""
-
-    def __init__(self, child: Child, spec: LiftSpec) -> None:
-        self.what = f"node {child.name!r}"
-        self._reader = StatisticsReader(child.source, f"the statistics file of {self.what}")
-        if self._reader.meta.lift != spec:
-            raise MergeError(f"{self.what} holds the reduction {self._reader.meta.lift}, this one is {spec}")
-        self.experts = self._reader.meta.experts
-        self.base_sha256 = self._reader.meta.base_sha256
-        self.names = self._reader.names
-        self.shape = self._reader.shape
-        self.count = self._reader.count
-
-    def load(self, name: str) -> TensorStatistics:
-        try:
-            return self._reader.load(name)
-        except AdapterError as error:
-            raise MergeError(f"{self.what}, tensor {name}: {error}") from error
-
-
-@dataclass(frozen=True)
-class _Join:
-    """Opened and checked children: one base, one shape per tensor, no expert twice."""
-
-    children: tuple[_Expert | _Node, ...]
-    spec: LiftSpec
-    base_sha256: str
-    experts: tuple[str, ...]
-    shapes: dict[str, tuple[int, ...]]
-
-    @staticmethod
-    def open(children: Sequence[Child], spec: LiftSpec, base_sha256: str | None) -> _Join:
-        """Reads headers only. Raises MergeError naming the two inputs that do not fit, AdapterError for a bad file."""
-        if not children:
-            raise MergeError("a merge node needs at least one child")
-        opened = tuple(_Expert(c, spec) if c.kind == "expert" else _Node(c, spec) for c in children)
-        first = opened[0]
-        expected = base_sha256 or first.base_sha256
-        shapes: dict[str, tuple[int, ...]] = {}
-        owner: dict[str, str] = {}
-        seen: dict[str, str] = {}
-        for child in opened:
-            if child.base_sha256 != expected:
-                other = "the base of this merge is" if base_sha256 else f"{first.what} for"
-                raise MergeError(
-                    f"experts of different bases cannot be merged: {child.what} was made for base "
-                    f"{child.base_sha256[:12]}…, {other} {expected[:12]}…"
-                )
-            for expert in child.experts:
-                if expert in seen:
-                    raise MergeError(f"expert {expert!r} is merged twice: by {seen[expert]} and {child.what}")
-                seen[expert] = child.what
-            for name in child.names:
-                shape = tuple(child.shape(name))
-                if shapes.setdefault(name, shape) != shape:
-                    raise MergeError(
-                        f"tensor {name} has shape {list(shape)} in {child.what}, {list(shapes[name])} in {owner[name]}"
-                    )
-                owner.setdefault(name, child.what)
-        experts = tuple(e for child in opened for e in child.experts)
-        count_dtype(len(experts))
-        return _Join(opened, spec, expected, experts, dict(sorted(shapes.items())))
-
-    def tensors(self) -> Iterator[tuple[str, TensorStatistics]]:
-        """Each tensor's joined statistics, by name; one child's tensor is in memory beside the joined one."""
-        for name, shape in self.shapes.items():
-            holders = [child for child in self.children if name in child.names]
-            entries = sum(child.count(name) for child in holders)
-            total = Accumulator(shape, self.spec.statistics, len(self.experts), entries)
-            for child in holders:
-                total.add(child.load(name))
-            yield name, total.result()
+    @property
+    def density(self) -> float:
+        """The union support's share of the tensors that it lies in."""
+        return self.positions / max(1, self.elements)
 
 
 def reduce_node(
@@ -197,91 +117,195 @@ def reduce_node(
     spec: LiftSpec,
     out: Path,
     base_sha256: str | None = None,
+    reference: DeltaReader | None = None,
+    part: Part | None = None,
     progress: Progress | None = None,
 ) -> NodeInfo:
     """Join the children, in their order, into the statistics file `out`.
 
-    `base_sha256` is the base they must be made for (default: the first child's). `progress(done, all)` is called after
+    `base_sha256` is the base they must be made for (default: the first child's); `reference` the merged adapter that
+    the reduction's lift reads; `part` restricts it to a share of the tensors. `progress(done, all)` is called after
     each tensor. Raises MergeError for inputs that do not fit together, AdapterError for corrupted adapters; leaves no
     file behind then.
     """
-    join = _Join.open(children, spec, base_sha256)
+    join = Join.open(children, spec, base_sha256, reference, part)
+    meta = NodeMeta.of(spec, join.base_sha256, join.experts)
     positions = 0
-    with StatisticsWriter(out, NodeMeta(spec, join.base_sha256, join.experts), join.shapes) as writer:
-        for done, (name, statistics) in enumerate(join.tensors(), 1):
-            writer.add(name, statistics)
-            positions += statistics.indices.numel()
+    shapes = {name: join.shapes[name] for name in join.names}
+    with StatisticsWriter(out, meta, shapes) as writer, closing(join.tensors()) as tensors:
+        for done, tensor in enumerate(tensors, 1):
+            writer.add(tensor.name, tensor.statistics)
+            positions += tensor.statistics.indices.numel()
             if progress:
-                progress(done, len(join.shapes))
+                progress(done, len(join.names))
         writer.close()
-    return NodeInfo(join.experts, len(join.shapes), positions, Path(out).stat().st_size)
+    return NodeInfo(join.experts, len(join.names), positions, Path(out).stat().st_size)
 
 
 def reduce_root(
     children: Sequence[Child],
     spec: LiftSpec,
-    outs: Mapping[Candidate, Path],
+    sinks: Mapping[Candidate, Sink],
     base_sha256: str | None = None,
     base: ByteSource | None = None,
-    info: Mapping[str, Any] | None = None,
+    reference: DeltaReader | None = None,
+    part: Part | None = None,
     progress: Progress | None = None,
 ) -> RootInfo:
-    """Join the children and write one merged adapter per candidate to its path (fp32 values on the union support).
+    """Join the children and hand each candidate's merged δ (fp32, on the union support or a part of it) to its sink.
 
     `base` is the base model's safetensors file (bf16, fp16 or fp32), read tensor by tensor for the rounding loss.
-    `info` is added to each adapter's own (method, params, experts, versions). Candidates must be those that
-    `group_candidates` puts under `spec`. Raises as `reduce_node`, and MergeError for a base that lacks a tensor.
+    Candidates must be served by `spec` (see `merge.specs.plan_reductions`). Sinks are opened, closed, and on any error
+    aborted here. Raises as `reduce_node`, and MergeError for a base that lacks a tensor.
     """
-    if not outs:
+    if not sinks:
         raise MergeError("no candidate to lower the merge for")
-    for candidate in outs:
-        _check_served(candidate, spec)
-    join = _Join.open(children, spec, base_sha256)
+    for candidate in sinks:
+        check_served(candidate, spec)
+    join = Join.open(children, spec, base_sha256, reference, part)
     weights = RangedReader(base, "the base's safetensors file") if base is not None else None
-    tallies = {candidate: _Tally() for candidate in outs}
+    if weights:
+        _check_in_base(weights, join)
+    tallies = {candidate: _Tally() for candidate in sinks}
     positions = 0
-    with ExitStack() as stack:
-        writers = {}
-        for candidate, path in outs.items():
-            about = {**(info or {}), **candidate.to_dict(), "experts": list(join.experts), "versions": ROOT_VERSIONS}
-            writers[candidate] = stack.enter_context(AdapterWriter(path, join.base_sha256, about, join.shapes))
-        for done, (name, statistics) in enumerate(join.tensors(), 1):
-            positions += statistics.indices.numel()
-            support = encode_support(statistics.indices, statistics.numel)
-            at = _base_values(weights, name, statistics) if weights else None
-            for candidate, writer in writers.items():
-                merged = lower(statistics, len(join.experts), candidate)
-                writer.add(name, merged, support)
-                tallies[candidate].add(merged.values, at)
-            if progress:
-                progress(done, len(join.shapes))
-        for writer in writers.values():
-            writer.close()
-    numel = sum(math.prod(shape) for shape in join.shapes.values())
+    try:
+        for candidate, sink in sinks.items():
+            about = {**candidate.to_dict(), "experts": list(join.experts), "versions": ROOT_VERSIONS}
+            sink.open(Outline(join.base_sha256, join.shapes, about))
+        with closing(join.tensors()) as tensors:
+            for done, tensor in enumerate(tensors, 1):
+                positions += tensor.statistics.indices.numel()
+                supports = _Supports(weights.read(tensor.name).view(-1) if weights else None)
+                for candidate, sink in sinks.items():
+                    merged = lower(tensor.statistics, len(join.experts), candidate, tensor.reference)
+                    support, at = supports.of(merged)
+                    sink.add(tensor.name, merged, support)
+                    tallies[candidate].add(merged.values, at)
+                    del merged
+                del tensor, supports
+                if progress:
+                    progress(done, len(join.names))
+        for sink in sinks.values():
+            sink.close()
+    except BaseException:
+        for sink in sinks.values():
+            sink.abort()
+        raise
     merged_infos = tuple(
         MergedInfo(
             candidate=candidate,
+            experts=join.experts,
+            positions=tally.positions,
+            elements=join.elements,
             nonzero=tally.nonzero,
             norm=math.sqrt(tally.square),
-            rounding_loss=tally.loss() if weights else None,
-            bytes_written=Path(outs[candidate]).stat().st_size,
+            rounding_loss=_ratio(tally.lost, tally.square) if weights else None,
+            bytes_written=sinks[candidate].bytes_written,
         )
         for candidate, tally in tallies.items()
     )
-    return RootInfo(join.experts, len(join.shapes), positions, positions / max(1, numel), merged_infos)
+    return RootInfo(join.experts, len(join.names), positions, join.elements, merged_infos)
+
+
+def join_roots(parts: Sequence[RootInfo]) -> RootInfo:
+    """What the parts of one root are together; `bytes_written` is the sum of theirs."""
+    first = parts[0]
+    merged = []
+    for same in zip(*(part.merged for part in parts), strict=True):
+        square = sum(each.norm**2 for each in same)
+        lost = sum(((each.rounding_loss or 0.0) * each.norm) ** 2 for each in same)
+        merged.append(
+            MergedInfo(
+                candidate=same[0].candidate,
+                experts=first.experts,
+                positions=sum(each.positions for each in same),
+                elements=sum(each.elements for each in same),
+                nonzero=sum(each.nonzero for each in same),
+                norm=math.sqrt(square),
+                rounding_loss=None if same[0].rounding_loss is None else _ratio(lost, square),
+                bytes_written=sum(each.bytes_written for each in same),
+            )
+        )
+    return RootInfo(
+        experts=first.experts,
+        tensors=sum(part.tensors for part in parts),
+        positions=sum(part.positions for part in parts),
+        elements=sum(part.elements for part in parts),
+        merged=tuple(merged),
+    )
 
 
 def flat_merge(
-    adapters: Mapping[str, ByteSource],
-    candidate: Candidate,
-    out: Path,
+    experts: Sequence[ExpertChild],
+    candidates: Sequence[Candidate],
+    make_sink: Callable[[Candidate], Sink],
     base_sha256: str | None = None,
     base: ByteSource | None = None,
-) -> RootInfo:
-    """Merge named adapters with one candidate in a single node. Raises as `reduce_root`."""
-    (spec,) = group_candidates([candidate])
-    children = [Child("expert", name, source) for name, source in sorted(adapters.items())]
-    return reduce_root(children, spec, {candidate: out}, base_sha256, base)
+    scratch: Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[Candidate, MergedInfo]:
+    """Merge experts with any candidates, each reduction in a single node; experts are joined by sorted name.
+
+    Candidates that need an earlier round's result get it through an adapter file in `scratch` (an existing folder;
+    needed for those only), also where it is not asked for itself. `progress(which reduction, done, all)`. Raises as
+    `reduce_root`, and MergeError for weights that do not fit the experts.
+    """
+    children = sorted(experts, key=lambda child: child.name)
+    for candidate in candidates:
+        check_weights(candidate, [child.name for child in children])
+    plan = plan_reductions(candidates)
+    read_later = {reduction.spec.reference for reduction in plan} - {None}
+    if read_later and scratch is None:
+        raise MergeError("methods of several rounds need a folder for the earlier rounds' results")
+    files: dict[Candidate, Path] = {}
+    found: dict[Candidate, MergedInfo] = {}
+    for number, reduction in enumerate(plan, 1):
+        sinks: dict[Candidate, Sink] = {}
+        for candidate in reduction.candidates:
+            own = [make_sink(candidate)] if candidate in candidates else []
+            if candidate in read_later:
+                assert scratch is not None
+                files[candidate] = scratch / f"round-{reduction.round}-{len(files)}.safetensors"
+                own.append(AdapterWriter(files[candidate]))
+            sinks[candidate] = own[0] if len(own) == 1 else Tee(own)
+        reference = None
+        if reduction.spec.reference is not None:
+            reference = AdapterDelta(LocalFile(files[reduction.spec.reference]), "the earlier round's merge")
+        step = f"reduction {number} of {len(plan)}"
+        info = reduce_root(
+            children,
+            reduction.spec,
+            sinks,
+            base_sha256,
+            base,
+            reference,
+            progress=_named(progress, step) if progress else None,
+        )
+        found.update((each.candidate, each) for each in info.merged)
+    return {candidate: found[candidate] for candidate in dict.fromkeys(candidates)}
+
+
+def _named(progress: Callable[[str, int, int], None], step: str) -> Progress:
+    return lambda done, all_of_them: progress(step, done, all_of_them)
+
+
+class _Supports:
+    """Encoded supports and the base's values on them for one tensor; most candidates share one support."""
+
+    def __init__(self, base: Tensor | None) -> None:
+        """`base`: the whole tensor, flat, in its own dtype."""
+        self._base = base
+        self._last: tuple[Tensor, tuple[str, Tensor], Tensor | None] | None = None
+
+    def of(self, merged: SparseTensor) -> tuple[tuple[str, Tensor], Tensor | None]:
+        if self._last is None or self._last[0] is not merged.indices:
+            full = merged.indices.numel() == merged.numel
+            support = ("dense", torch.empty(0, dtype=torch.uint8)) if full else None
+            at = self._base
+            if at is not None and not full:
+                at = at.index_select(0, merged.indices)
+            self._last = merged.indices, support or encode_support(merged.indices, merged.numel), at
+        return self._last[1:]
 
 
 @dataclass
@@ -291,35 +315,30 @@ class _Tally:
     square: float = 0.0
     lost: float = 0.0
     nonzero: int = 0
+    positions: int = 0
 
     def add(self, delta: Tensor, base: Tensor | None) -> None:
-        self.square += _square(delta)
+        self.positions += delta.numel()
         self.nonzero += int(torch.count_nonzero(delta))
-        if base is not None:
-            self.lost += _square((base + delta).bfloat16().float() - base - delta)
-
-    def loss(self) -> float:
-        return math.sqrt(self.lost / self.square) if self.square else 0.0
+        for start in range(0, delta.numel(), _CHUNK):
+            own = delta[start : start + _CHUNK]
+            self.square += _square(own)
+            if base is not None:
+                at = base[start : start + _CHUNK].float()
+                self.lost += _square((at + own).bfloat16().float() - at - own)
 
 
 def _square(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
-def _base_values(weights: RangedReader, name: str, statistics: TensorStatistics) -> Tensor:
-    """The base's fp32 values on the support."""
-    piece = weights.pieces.get(name)
-    if piece is None or piece.shape != statistics.shape or not piece.dtype.is_floating_point:
-        found = "is missing" if piece is None else f"is {piece.dtype} {list(piece.shape)}"
-        raise MergeError(f"tensor {name} {found} in the base; the experts' is {list(statistics.shape)}, floating point")
-    return weights.read(name).view(-1).index_select(0, statistics.indices).float()
+def _ratio(lost: float, square: float) -> float:
+    return math.sqrt(lost / square) if square else 0.0
 
 
-def _check_served(candidate: Candidate, spec: LiftSpec) -> None:
-    ((own, _),) = group_candidates([candidate]).items()
-    served = set(spec.statistics)
-    if "positive_mass" in served:
-        served |= {"sum"} | ({"count"} if "zero_count" in served else set())
-    missing = {s for s in own.statistics if s not in served}
-    if own.density != spec.density or missing:
-        raise MergeError(f"{candidate} cannot be lowered from the reduction {spec}: it needs {own}")
+def _check_in_base(weights: RangedReader, join: Join) -> None:
+    for name in join.names:
+        piece, shape = weights.pieces.get(name), join.shapes[name]
+        if piece is None or piece.shape != shape or not piece.dtype.is_floating_point:
+            found = "is missing" if piece is None else f"is {piece.dtype} {list(piece.shape)}"
+            raise MergeError(f"tensor {name} {found} in the base; the experts' is {list(shape)}, floating point")

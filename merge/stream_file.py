@@ -4,7 +4,8 @@ The writer reserves room for the header, streams the data behind it and fills th
 spaces (the format allows that). The same calls give the same bytes. The reader checks the header once and then makes
 one ranged read per request.
 
-Not here: what the pieces mean (`merge.node_file`).
+Not here: what the pieces mean (`merge.node_file`), and files whose header is known before the data
+(`merge.checkpoint_file`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,28 +24,55 @@ import torch
 from torch import Tensor
 
 from infra.errors import MergeError
-from workers.adapter import ByteSource
+from workers.adapter import ByteSource, FileSource
 
 MAX_HEADER = 100_000_000
 """The safetensors library's own limit on header bytes."""
 
 DTYPES: dict[str, tuple[torch.dtype, int]] = {
+    "F64": (torch.float64, 8),
     "F32": (torch.float32, 4),
     "BF16": (torch.bfloat16, 2),
     "F16": (torch.float16, 2),
     "I64": (torch.int64, 8),
     "I32": (torch.int32, 4),
+    "I16": (torch.int16, 2),
     "U16": (torch.uint16, 2),
+    "I8": (torch.int8, 1),
     "U8": (torch.uint8, 1),
+    "BOOL": (torch.bool, 1),
 }
 """Dtypes that are read and written: safetensors' name -> torch dtype and bytes."""
 
-_NAMES = {dtype: name for name, (dtype, _) in DTYPES.items()}
-_ENTRY_BYTES = 120  # dtype, punctuation and two offsets of up to 15 digits, beside the name and the shape
+DTYPE_NAMES = {dtype: name for name, (dtype, _) in DTYPES.items()}
+"""The inverse of `DTYPES`."""
+
+_ENTRY_BYTES = 130  # dtype, punctuation, two offsets and two sides of up to 15 digits, beside the name
+_CHUNK = 8 << 20
+
+
+class LocalFile(FileSource):
+    """A file whose ranges are read into memory that the reader provides: one copy less for large tensors."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fill `buffer` from `offset`; returns the bytes read. Raises AdapterError for a file that cannot be read."""
+        try:
+            with self.path.open("rb", buffering=0) as handle:
+                handle.seek(offset)
+                done = 0
+                while done < len(buffer):
+                    got = handle.readinto(buffer[done:])
+                    if not got:
+                        break
+                    done += got
+                return done
+        except OSError as error:
+            raise self._unreadable(error) from error
 
 
 def header_room(names: Sequence[str], metadata: Mapping[str, str]) -> int:
-    """Upper bound of the header's bytes for one-dimensional pieces of these names and (worst-case) metadata."""
+    """Upper bound of the header's bytes for pieces of these names, of two dimensions at most, and (worst-case)
+    metadata."""
     pieces = sum(len(json.dumps(name)) + _ENTRY_BYTES for name in names)
     return -(-(pieces + len(json.dumps({"__metadata__": dict(metadata)})) + 16) // 8) * 8
 
@@ -67,12 +95,11 @@ class SafetensorsWriter:
         """Append one piece (CPU; any dtype of `DTYPES`)."""
         if name in self._entries:
             raise MergeError(f"{self.path}: {name!r} written twice")
-        flat = tensor.detach().contiguous().reshape(-1)
-        raw = flat.view(torch.uint8).numpy() if flat.numel() else np.zeros(0, np.uint8)
-        self._file.write(raw.data)
+        raw = raw_bytes(tensor)
+        self._file.write(raw)
         end = self._offset + raw.nbytes
         shape = list(tensor.shape)
-        self._entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [self._offset, end]}
+        self._entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": [self._offset, end]}
         self._offset = end
 
     def close(self, metadata: Mapping[str, str]) -> None:
@@ -92,12 +119,22 @@ class SafetensorsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.abort()
+
+    def abort(self) -> None:
+        """Remove what is unfinished; nothing happens after `close`."""
         if not self._file.closed:
             self._file.close()
         self._part.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor in row-major order, without a copy where it is contiguous."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return (flat.view(torch.uint8).numpy() if flat.numel() else np.zeros(0, np.uint8)).data
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """One entry of a header; `start` and `end` are absolute."""
 
@@ -159,28 +196,62 @@ class RangedReader:
         if at != self.source.size:
             raise self.bad(f"{self.source.size - at} bytes behind the last entry")
 
+    @property
+    def data_range(self) -> tuple[int, int]:
+        """First byte of the data and the end of the file: the pieces, without gaps."""
+        return self._data, self.source.size
+
+    def piece(self, name: str) -> Piece:
+        """The entry of that name. Raises MergeError where there is none."""
+        if name not in self.pieces:
+            raise self.bad(f"no entry {name[:100]!r}")
+        return self.pieces[name]
+
     def read(self, name: str) -> Tensor:
         """One piece."""
         return self.read_many([name])[name]
 
     def read_many(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Several pieces with one ranged read from the first to the last byte: for pieces that lie side by side."""
-        for name in names:
-            if name not in self.pieces:
-                raise self.bad(f"no entry {name[:100]!r}")
-        first = min(self.pieces[name].start for name in names)
-        last = max(self.pieces[name].end for name in names)
-        data = self.source.read(first, last - first) if last > first else b""
-        if len(data) != last - first:
-            raise self.bad(f"asked for {last - first} bytes, got {len(data)}")
-        return {name: _tensor(data, self.pieces[name], first) for name in names}
+        pieces = {name: self.piece(name) for name in names}
+        first = min(piece.start for piece in pieces.values())
+        last = max(piece.end for piece in pieces.values())
+        data = self._fetch(first, last - first)
+        return {name: _tensor(data, piece, first) for name, piece in pieces.items()}
+
+    def chunks(self, start: int, end: int) -> Iterator[bytes]:
+        """The file's bytes from `start` to `end`, a few MiB at a time."""
+        while start < end:
+            data = self.source.read(start, min(_CHUNK, end - start))
+            if len(data) != min(_CHUNK, end - start):
+                raise self.bad(f"it ends at byte {start + len(data)}, expected {end}")
+            yield data
+            start += len(data)
+
+    def _fetch(self, start: int, length: int) -> np.ndarray:
+        """Bytes as a writable array."""
+        into = np.empty(length, np.uint8)
+        if not length:
+            return into
+        if isinstance(self.source, LocalFile):
+            got = self.source.read_into(start, into.data)
+        else:
+            data = self.source.read(start, length)
+            got = len(data)
+            if got == length:
+                into[:] = np.frombuffer(data, np.uint8)
+        if got != length:
+            raise self.bad(f"asked for {length} bytes, got {got}")
+        return into
 
 
-def _tensor(data: bytes, piece: Piece, base: int) -> Tensor:
+def _tensor(data: np.ndarray, piece: Piece, base: int) -> Tensor:
     if piece.start == piece.end:
         return torch.zeros(piece.shape, dtype=piece.dtype)
-    raw = np.frombuffer(data, np.uint8, piece.end - piece.start, piece.start - base).copy()
-    return torch.from_numpy(raw).view(piece.dtype).reshape(piece.shape)
+    raw = torch.from_numpy(data[piece.start - base : piece.end - base])
+    if raw.data_ptr() % piece.dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(piece.dtype).reshape(piece.shape)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

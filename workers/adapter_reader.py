@@ -9,7 +9,6 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -25,47 +24,13 @@ from workers.adapter_format import (
     lift_problem,
     scale_problem,
 )
+from workers.adapter_table import ENCODINGS, ITEM_BYTES, LowRankRow, Row, Span, SparseRow, Table
 from workers.support import MAX_NUMEL, Block, SparseTensor, decode_blocks, decode_support
 
 MAX_HEADER = 64 * 2**20
 _MAX_GAP = 2**16
 _MAX_DIMENSIONS = 8
-_ITEM = {"U8": 1, "I32": 4, "BF16": 2, "F32": 4}
 _DTYPE = {"U8": torch.uint8, "I32": torch.int32, "BF16": torch.bfloat16, "F32": torch.float32}
-
-
-@dataclass(frozen=True)
-class _Span:
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    length: int
-
-    @property
-    def end(self) -> int:
-        return self.begin + self.length
-
-
-@dataclass(frozen=True)
-class _Sparse:
-    shape: tuple[int, ...]
-    count: int
-    encoding: str
-    block: Block | None
-    support: _Span | None
-    values: _Span
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class _LowRank:
-    shape: tuple[int, ...]
-    scale: float
-    a: _Span
-    b: _Span
 
 
 class AdapterReader:
@@ -81,38 +46,39 @@ class AdapterReader:
         self._label = str(source) if type(source).__str__ is not object.__str__ else "adapter"
         spans, text = self._read_header()
         self.meta, table, head = self._read_meta(text)
-        self._entries = {name: self._entry(name, row, spans) for name, row in table.items()}
+        self._entries = Table({name: self._entry(name, row, spans) for name, row in table.items()})
         self._head = {name: self._head_span(name, row, spans) for name, row in head.items()}
         if twice := sorted(set(table) & set(head)):
             raise self._bad(f"{twice[0]} is both adapted and part of the head")
         used = {f"{name}.head" for name in head}
         for name, entry in self._entries.items():
-            if isinstance(entry, _LowRank):
+            if isinstance(entry, LowRankRow):
                 used |= {f"{name}.lora_a", f"{name}.lora_b"}
             else:
                 used |= {f"{name}.values"} | ({f"{name}.support"} if entry.support else set())
         if extra := sorted(set(spans) - used):
             raise self._bad(f"unexpected tensor {extra[0]!r}")
-        self.names: list[str] = sorted(self._entries)
+        self.names: list[str] = self._entries.names
         self.head_names: list[str] = sorted(self._head)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._get(name).shape
+        self._check_name(name)
+        return self._entries.shape(name)
 
     def count(self, name: str) -> int:
         """Number of positions that :meth:`load` returns."""
-        entry = self._get(name)
-        return math.prod(entry.shape) if isinstance(entry, _LowRank) else entry.count
+        self._check_name(name)
+        return self._entries.count(name)
 
     def block(self, name: str) -> Block | None:
         """The block size when the support is stored as a list of blocks."""
         entry = self._get(name)
-        return None if isinstance(entry, _LowRank) else entry.block
+        return None if isinstance(entry, LowRankRow) else entry.block
 
     def load(self, name: str) -> SparseTensor:
         """One tensor, values as fp32. A low-rank one comes lifted: on every position, rounded once (12 bytes each)."""
         entry = self._get(name)
-        if isinstance(entry, _LowRank):
+        if isinstance(entry, LowRankRow):
             try:
                 return self._low_rank(name, entry).lift(name)
             except AdapterError as error:
@@ -136,7 +102,7 @@ class AdapterReader:
     def low_rank(self, name: str) -> LowRank | None:
         """The factors (fp32) of a low-rank tensor, None for a sparse one."""
         entry = self._get(name)
-        return self._low_rank(name, entry) if isinstance(entry, _LowRank) else None
+        return self._low_rank(name, entry) if isinstance(entry, LowRankRow) else None
 
     def load_head(self, name: str) -> Tensor:
         """One whole tensor of the head, fp32."""
@@ -148,7 +114,7 @@ class AdapterReader:
             raise self._bad(f"{name}: a value is not finite")
         return tensor
 
-    def _low_rank(self, name: str, entry: _LowRank) -> LowRank:
+    def _low_rank(self, name: str, entry: LowRankRow) -> LowRank:
         a, b = self._tensors(entry.a, entry.b)
         assert a is not None
         assert b is not None
@@ -159,10 +125,13 @@ class AdapterReader:
             raise self._bad(str(error)) from None
         return low_rank
 
-    def _get(self, name: str) -> _Sparse | _LowRank:
+    def _get(self, name: str) -> Row:
+        self._check_name(name)
+        return self._entries[name]
+
+    def _check_name(self, name: str) -> None:
         if name not in self._entries:
             raise self._bad(f"holds no tensor {name!r}")
-        return self._entries[name]
 
     def _bad(self, what: str) -> AdapterError:
         return AdapterError(f"{self._label}: {what}; not a valid adapter file, or damaged: make the expert again")
@@ -173,7 +142,7 @@ class AdapterReader:
             raise self._bad(f"{len(data)} bytes at offset {offset}, expected {length}")
         return data
 
-    def _tensors(self, *spans: _Span | None) -> list[Tensor | None]:
+    def _tensors(self, *spans: Span | None) -> list[Tensor | None]:
         """The spans' tensors, in one read where they lie close together."""
         some = [span for span in spans if span is not None]
         begin, end = min(span.begin for span in some), max(span.end for span in some)
@@ -186,13 +155,13 @@ class AdapterReader:
         ]
 
     @staticmethod
-    def _tensor(span: _Span, chunk: bytes, origin: int) -> Tensor:
+    def _tensor(span: Span, chunk: bytes, origin: int) -> Tensor:
         if not span.length:
             return torch.empty(span.shape, dtype=_DTYPE[span.dtype])
         raw = bytearray(memoryview(chunk)[span.begin - origin : span.end - origin])
         return torch.frombuffer(raw, dtype=_DTYPE[span.dtype]).view(span.shape)
 
-    def _read_header(self) -> tuple[dict[str, _Span], str]:
+    def _read_header(self) -> tuple[dict[str, Span], str]:
         size = self._source.size
         if size < 8:
             raise self._bad(f"only {size} bytes")
@@ -223,16 +192,20 @@ class AdapterReader:
             raise self._bad("header is not a JSON object")
         return value
 
-    def _span(self, name: str, row: Any, origin: int) -> _Span:
-        if not isinstance(row, dict) or row.get("dtype") not in list(_ITEM):
-            raise self._bad(f"{name}: dtype must be one of {', '.join(_ITEM)}")
+    def _span(self, name: str, row: Any, origin: int) -> Span:
+        if not isinstance(row, dict) or row.get("dtype") not in list(ITEM_BYTES):
+            raise self._bad(f"{name}: dtype must be one of {', '.join(ITEM_BYTES)}")
         shape, offsets = row.get("shape"), row.get("data_offsets")
         if not _is_shape(shape) or not _counts(offsets) or len(offsets) != 2:
             raise self._bad(f"{name}: wrong shape or offsets")
         begin, end = offsets
-        if end < begin or origin + end > self._source.size or end - begin != math.prod(shape) * _ITEM[row["dtype"]]:
+        if (
+            end < begin
+            or origin + end > self._source.size
+            or end - begin != math.prod(shape) * ITEM_BYTES[row["dtype"]]
+        ):
             raise self._bad(f"{name}: offsets {begin}..{end} do not fit its shape or the file")
-        return _Span(row["dtype"], tuple(shape), origin + begin, end - begin)
+        return Span(row["dtype"], tuple(shape), origin + begin)
 
     def _read_meta(self, text: str) -> tuple[AdapterMeta, dict[str, Any], dict[str, Any]]:
         content = self._json(text)
@@ -248,7 +221,7 @@ class AdapterReader:
             raise self._bad("kind or tables of contents are not valid")
         return AdapterMeta(base_sha256=base, kind=kind, info=info, format_version=version), table, head
 
-    def _entry(self, name: str, row: Any, spans: Mapping[str, _Span]) -> _Sparse | _LowRank:
+    def _entry(self, name: str, row: Any, spans: Mapping[str, Span]) -> Row:
         if not isinstance(row, dict) or not _is_shape(row.get("shape")) or not row["shape"]:
             raise self._bad(f"{name}: wrong shape")
         if math.prod(row["shape"]) > MAX_NUMEL:
@@ -257,10 +230,10 @@ class AdapterReader:
             return self._low_rank_entry(name, row, spans)
         return self._sparse_entry(name, row, spans)
 
-    def _sparse_entry(self, name: str, row: Mapping[str, Any], spans: Mapping[str, _Span]) -> _Sparse:
+    def _sparse_entry(self, name: str, row: Mapping[str, Any], spans: Mapping[str, Span]) -> SparseRow:
         count, encoding, raw_block = row.get("count"), row.get("encoding"), row.get("block")
         values, support = spans.get(f"{name}.values"), spans.get(f"{name}.support")
-        if type(count) is not int or encoding not in ("gap8", "bitmap", "dense", "blocks"):
+        if type(count) is not int or encoding not in ENCODINGS:
             raise self._bad(f"{name}: wrong count or encoding")
         if not 0 <= count <= math.prod(row["shape"]):
             raise self._bad(f"{name}: {count} positions in a tensor of shape {row['shape']}")
@@ -270,7 +243,7 @@ class AdapterReader:
             raise self._bad(f"{name}: support must have one dimension")
         block: Block | None = None
         if encoding == "blocks":
-            if not _counts(raw_block) or len(raw_block) != 2 or len(row["shape"]) != 2 or min(raw_block) < 1:
+            if not _is_shape(raw_block) or len(raw_block) != 2 or len(row["shape"]) != 2 or min(raw_block) < 1:
                 raise self._bad(f"{name}: wrong block size")
             block = (raw_block[0], raw_block[1])
             if support is None or support.dtype != "I32" or support.length // 4 * block[0] * block[1] != count:
@@ -279,9 +252,9 @@ class AdapterReader:
             raise self._bad(f"{name}: encoding {encoding} does not match its tensors")
         elif support is not None and support.dtype != "U8":
             raise self._bad(f"{name}: support must be U8, is {support.dtype}")
-        return _Sparse(tuple(row["shape"]), count, encoding, block, support, values)
+        return SparseRow(tuple(row["shape"]), count, encoding, block, support, values)
 
-    def _low_rank_entry(self, name: str, row: Mapping[str, Any], spans: Mapping[str, _Span]) -> _LowRank:
+    def _low_rank_entry(self, name: str, row: Mapping[str, Any], spans: Mapping[str, Span]) -> LowRankRow:
         shape, rank, scale = row["shape"], row.get("rank"), row.get("scale")
         if len(shape) != 2 or type(rank) is not int or rank < 1 or min(shape) < 1:
             raise self._bad(f"{name}: wrong shape or rank of a low-rank tensor")
@@ -293,9 +266,9 @@ class AdapterReader:
                 raise self._bad(f"{name}: its factors do not match its shape {shape} and rank {rank}")
         assert a is not None
         assert b is not None
-        return _LowRank(tuple(shape), float(scale), a, b)  # type: ignore[arg-type]
+        return LowRankRow(tuple(shape), float(scale), a, b)  # type: ignore[arg-type]
 
-    def _head_span(self, name: str, row: Any, spans: Mapping[str, _Span]) -> _Span:
+    def _head_span(self, name: str, row: Any, spans: Mapping[str, Span]) -> Span:
         shape = row.get("shape") if isinstance(row, dict) else None
         span = spans.get(f"{name}.head")
         if not _is_shape(shape) or span is None or span.dtype != "F32" or span.shape != tuple(shape):

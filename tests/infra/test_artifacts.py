@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.artifacts import Manifest, Recipe, canonical_json, find, manifest_name, publish
+from infra.artifacts import Manifest, Recipe, canonical_json, find, manifest_name, new_attempt, publish
 from infra.errors import StoreError
 from infra.store import Store
 
@@ -132,6 +132,51 @@ def test_failed_publish_leaves_nothing(store: Store, tmp_path: Path) -> None:
     assert list(store.list()) == []
     with pytest.raises(ValueError, match="label"):
         publish(store, RECIPE, {"../a": tmp_path / "a"}, {}, {})
+
+
+def test_files_uploaded_before_are_published_once(store: Store, tmp_path: Path) -> None:
+    """Several tasks may each have uploaded one; a repeated call (its answer was lost) must not delete them."""
+    refs = {}
+    for label in ("a", "b"):
+        with store.open_write(f"{new_attempt(RECIPE.key)}/{label}") as writer:
+            writer.write(label.encode())
+            refs[label] = writer.close()
+    files = {**refs, "c": _file(tmp_path, "c", b"c")}
+    made, first = publish(store, RECIPE, files, {}, {"seconds": 1})
+    assert first
+    assert [store.get(made.files[label].name) for label in "abc"] == [b"a", b"b", b"c"]
+    again, second = publish(store, RECIPE, files, {}, {"seconds": 2})
+    assert (again, second) == (made, False)
+    assert find(store, RECIPE.key, {}) == made
+    assert _objects(store) == {ref.name for ref in made.files.values()}
+    stale, third = publish(store, RECIPE, refs, {"i": "d"}, {})
+    assert third
+    assert _objects(store) == {ref.name for ref in refs.values()}
+    assert find(store, RECIPE.key, {"i": "d"}) == stale
+
+
+def test_a_loser_drops_what_it_uploaded_before(store: Store, tmp_path: Path) -> None:
+    winner, _ = publish(store, RECIPE, {"w": _file(tmp_path, "w", b"1")}, {}, {})
+    ref = store.upload_file(f"{new_attempt(RECIPE.key)}/w", _file(tmp_path, "v", b"2"))
+    assert publish(store, RECIPE, {"w": ref}, {}, {}) == (winner, False)
+    assert _objects(store) == {winner.files["w"].name}
+
+
+def test_references_that_are_not_this_artifacts_are_refused(store: Store, tmp_path: Path) -> None:
+    path = _file(tmp_path, "w", b"1")
+    elsewhere = store.upload_file(f"{new_attempt('0' * 64)}/w", path)
+    with pytest.raises(ValueError, match="not in a folder of this artifact"):
+        publish(store, RECIPE, {"w": elsewhere}, {}, {})
+    gone = store.upload_file(f"{new_attempt(RECIPE.key)}/w", path)
+    store.delete(gone.name)
+    with pytest.raises(StoreError, match="is not there"):
+        publish(store, RECIPE, {"w": gone}, {}, {})
+    kept = store.upload_file(f"{new_attempt(RECIPE.key)}/w", path)
+    with pytest.raises(StoreError, match="cannot read"):
+        publish(store, RECIPE, {"w": kept, "v": tmp_path / "absent"}, {}, {})
+    assert store.get(kept.name) == b"1"
+    with pytest.raises(ValueError, match="not a recipe key"):
+        new_attempt("../x")
 
 
 def test_hostile_manifests_are_refused(store: Store, tmp_path: Path) -> None:

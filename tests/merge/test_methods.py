@@ -1,213 +1,261 @@
-"""Each method against a dense reference written here, TIES also against PEFT's; candidates, grouping and trimming."""
+"""Each method, through lift, combine and lower, against a dense reference, over any tree, and golden."""
 
-import pickle
-import warnings
+import hashlib
+import random
+from collections.abc import Callable, Sequence
 
-import peft.utils.merge_utils as peft_merge
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from infra.errors import MergeError
-from merge.methods import METHODS, Candidate, LiftSpec, group_candidates, lift, lower, trim
-from merge.statistics import combine
+from merge.lift import LIFT_VERSION, LiftInput, lift
+from merge.methods import LOWER_VERSION, METHODS, lower
+from merge.specs import Candidate, candidate_lift, check_weights, plan_reductions
+from merge.statistics import STATISTICS_VERSION, TensorStatistics, combine
+from tests.merge.dense_reference import NUMEL, REFERENCES, SHAPE, Expert, Experts, make_experts
 from workers.support import SparseTensor
 
-SHAPE = (5, 8)
-NUMEL = 40
+Join = Callable[[Sequence[TensorStatistics]], TensorStatistics]
 
 
-def make_experts(seed: int, n: int, per_expert: int) -> list[SparseTensor]:
-    """Dyadic values, zeros and equal magnitudes among them."""
-    g = torch.Generator().manual_seed(seed)
-    made = []
-    for _ in range(n):
-        indices = torch.randperm(NUMEL, generator=g)[:per_expert].sort().values
-        values = torch.randint(-16, 17, (per_expert,), generator=g) / 64
-        made.append(SparseTensor(SHAPE, indices, values))
-    return made
-
-
-def merge(experts: list[SparseTensor], candidate: Candidate, spec: LiftSpec | None = None) -> torch.Tensor:
-    """Through statistics, as a dense vector."""
-    if spec is None:
-        (spec,) = group_candidates([candidate])
-    result = lower(combine([lift(e, spec) for e in experts]), len(experts), candidate)
+def merge(experts: Experts, candidate: Candidate, join: Join = combine, beside: Sequence[Candidate] = ()) -> Tensor:
+    """Through all rounds, as a dense vector; `beside` are candidates that share the reductions."""
+    check_weights(candidate, list(experts))
+    done: dict[Candidate, SparseTensor] = {}
+    for reduction in plan_reductions([candidate, *beside]):
+        spec = reduction.spec
+        if spec.extra is not None and candidate not in reduction.candidates:
+            continue
+        read = done[spec.reference] if spec.reference else None
+        total = join(
+            [
+                lift(LiftInput(e.tensor, "w", name, spec.weight_of(name), read, e.fisher, e.gram), spec)
+                for name, e in experts.items()
+            ]
+        )
+        for each in reduction.candidates:
+            done[each] = lower(total, len(experts), each, done[each.reference] if each.reference else None)
+    result = done[candidate]
     assert result.values.dtype == torch.float32
+    result.check()
     return torch.zeros(NUMEL).index_copy_(0, result.indices, result.values)
 
 
-def dense(e: SparseTensor) -> torch.Tensor:
-    return torch.zeros(NUMEL).index_copy_(0, e.indices, e.values)
-
-
-def reference_trim(e: SparseTensor, density: float) -> SparseTensor:
-    """The k largest by (magnitude, earlier index), one by one."""
-    pairs = sorted(zip(e.indices.tolist(), e.values.tolist(), strict=True), key=lambda p: (-abs(p[1]), p[0]))
-    kept = sorted(pairs[: max(1, int(density * len(pairs)))])
-    return SparseTensor(e.shape, torch.tensor([i for i, _ in kept]), torch.tensor([v for _, v in kept]))
-
-
-def reference_ties(experts: list[SparseTensor], scale: float, density: float) -> torch.Tensor:
-    out = torch.zeros(NUMEL)
-    stack = [dense(reference_trim(e, density)).tolist() for e in experts]
-    for position in range(NUMEL):
-        values = [row[position] for row in stack]
-        sign = 1 if sum(values) >= 0 else -1
-        agreeing = [v for v in values if v * sign > 0]
-        if agreeing:
-            out[position] = scale * (sum(agreeing) / len(agreeing))
-    return out
-
-
-def reference(experts: list[SparseTensor], candidate: Candidate) -> torch.Tensor:
-    total = torch.stack([dense(e) for e in experts]).sum(0)
-    if candidate.method == "mean":
-        return total / len(experts)
-    if candidate.method == "overlap_mean":
-        held = torch.zeros(NUMEL)
-        for e in experts:
-            held[e.indices] += 1
-        return torch.where(held > 0, total / held.clamp(min=1), 0)
-    if candidate.method == "task_arithmetic":
-        return candidate.params["lambda"] * total
-    return reference_ties(experts, candidate.params["lambda"], candidate.params["density"])
-
-
-CANDIDATES = [
-    Candidate("mean"),
-    Candidate("overlap_mean"),
-    Candidate("task_arithmetic", {"lambda": 0.75}),
-    Candidate("ties", {"lambda": 1.5}),
-    Candidate("ties", {"density": 0.3}),
-    Candidate("ties", {"density": 0.01}),
+# Parameters that are dyadic where a tree must give the bits of the flat join.
+CASES: list[tuple[str, dict, bool]] = [
+    ("mean", {}, False),
+    ("weighted_mean", {}, True),
+    ("overlap_mean", {}, False),
+    ("overlap_mean", {}, True),
+    ("task_arithmetic", {"lambda": 0.75}, False),
+    ("task_arithmetic", {}, True),
+    ("ties", {"lambda": 1.5}, False),
+    ("ties", {"density": 0.3}, False),
+    ("ties", {"density": 0.4, "density_of": "tensor"}, True),
+    ("dare_linear", {"seed": 3}, False),
+    ("dare_linear", {"density": 0.25}, True),
+    ("dare_ties", {}, False),
+    ("dare_ties", {"seed": 1}, True),
+    ("della", {"epsilon": 0}, True),
+    ("della_linear", {"density": 0.25, "epsilon": 0}, False),
+    ("breadcrumbs", {"density": 0.5, "gamma": 0.2}, False),
+    ("breadcrumbs", {"density": 0.7, "gamma": 0.6, "density_of": "tensor"}, True),
+    ("breadcrumbs_ties", {"density": 0.5, "gamma": 0.1, "density_of": "tensor"}, False),
+    ("breadcrumbs_ties", {"density": 0.5}, True),
+    ("magmax", {"lambda": 0.5}, False),
+    ("consensus", {"threshold": 0.5}, False),
+    ("consensus_ties", {"threshold": 0.5, "at_least": 1, "density": 0.4}, False),
+    ("fisher_on_support", {}, False),
+    ("fisher_on_support", {}, True),
+    ("regmean", {"off_diagonal": 0.5}, False),
+    ("sce_selection", {"density": 0.5}, False),
+    ("sce", {}, False),
+    ("sce", {"density": 0.3}, False),
+    ("emr", {}, False),
+    ("tall", {}, False),
 ]
+NOT_DYADIC = [("della", {"epsilon": 0.2}, False), ("della_linear", {"density": 0.7, "epsilon": 0.3}, True)]
 
 
-@pytest.mark.parametrize("candidate", CANDIDATES, ids=str)
-@given(st.integers(0, 2**32), st.integers(1, 9), st.integers(1, NUMEL))
-@settings(max_examples=25, deadline=None)
-def test_methods_equal_a_dense_reference(candidate, seed, n, per_expert):
-    experts = make_experts(seed, n, per_expert)
-    expected = reference(experts, candidate)
-    torch.testing.assert_close(merge(experts, candidate), expected, rtol=1e-6, atol=1e-9)
-    for spec, members in group_candidates(CANDIDATES).items():
-        if candidate in members:  # the reduction shared by all gives the same
-            torch.testing.assert_close(merge(experts, candidate, spec), expected, rtol=1e-6, atol=1e-9)
+def candidate_for(case: tuple[str, dict, bool], n: int) -> Candidate:
+    """The case with dyadic weights of `n` experts that sum to 1, the last one 0 where there are three or more."""
+    method, params, weighted = case
+    if not weighted:
+        return Candidate(method, params)
+    rest = [2.0 ** -(i + 1) for i in range(n - 1)]
+    weights = [*rest, 1 - sum(rest)]
+    if n > 2:
+        weights[-2:] = [weights[-2] + weights[-1], 0.0]
+    return Candidate(method, params, {f"e{i}": w for i, w in enumerate(weights)})
+
+
+def test_every_method_cites_its_paper_and_has_a_reference_and_a_case():
+    assert set(REFERENCES) == set(METHODS) == {method for method, _, _ in CASES}
+    assert all("arXiv " in method.paper for method in METHODS.values())
+    for name, method in METHODS.items():
+        if method.weights is not None:
+            assert any(case == name and weighted for case, _, weighted in CASES + NOT_DYADIC), name
+
+
+@pytest.mark.parametrize("case", CASES + NOT_DYADIC, ids=str)
+@given(st.integers(0, 2**32), st.integers(1, 7), st.integers(1, NUMEL), st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_methods_equal_a_dense_reference(case, seed, n, per_expert, full):
+    experts, candidate = make_experts(seed, n, per_expert, full), candidate_for(case, n)
+    expected = torch.tensor(REFERENCES[candidate.method](experts, candidate))
+    torch.testing.assert_close(merge(experts, candidate), expected, rtol=2e-6, atol=1e-6)
+
+
+def random_tree(rng: random.Random) -> Join:
+    """Joins in a tree of random shape, fan-ins and order."""
+
+    def join(items: Sequence[TensorStatistics]) -> TensorStatistics:
+        left = list(items)
+        while len(left) > 1:
+            rng.shuffle(left)
+            take = rng.randint(2, min(4, len(left)))
+            left = [*left[take:], combine(left[:take])]
+        return left[0]
+
+    return join
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@given(st.integers(0, 2**32), st.integers(2, 7), st.integers(1, NUMEL), st.booleans())
+@settings(max_examples=10, deadline=None)
+def test_any_tree_gives_the_bits_of_the_flat_join_on_dyadic_values(case, seed, n, per_expert, full):
+    experts, candidate = make_experts(seed, n, per_expert, full), candidate_for(case, n)
+    assert torch.equal(merge(experts, candidate), merge(experts, candidate, random_tree(random.Random(seed))))
+
+
+def test_candidates_that_share_reductions_do_not_change_each_other():
+    experts = make_experts(5, 4, 20, True)
+    everything = [Candidate(method, params) for method, params, weighted in CASES if not weighted]
+    for candidate in everything:
+        alone, beside = merge(experts, candidate), merge(experts, candidate, beside=everything)
+        assert torch.equal(alone, beside), str(candidate)
 
 
 def test_a_missing_expert_counts_in_the_mean():
-    (e,) = make_experts(0, 1, 10)
-    (spec,) = group_candidates([Candidate("mean")])
-    merged = lower(lift(e, spec), 4, Candidate("mean"))
-    assert torch.equal(merged.values, e.values / 4)
+    (e,) = make_experts(0, 1, 10).values()
+    mean = Candidate("mean")
+    merged = lower(lift(LiftInput(e.tensor, "w", "e0"), candidate_lift(mean)), 4, mean)
+    assert torch.equal(merged.values, e.tensor.values / 4)
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("density", [1.0, 0.5, 0.1])
-def test_ties_equals_peft_on_full_supports(seed, density):
-    """PEFT trims over the whole tensor, breaks ties of magnitude in no fixed order and has no λ: with full supports,
-    distinct magnitudes and λ = 1 its definition (zero total elects +, zeros vote for nothing) is ours."""
-    g = torch.Generator().manual_seed(seed)
-    rows = [torch.randn(NUMEL, generator=g) for _ in range(5)]
-    if density == 1:  # exact cancellation (a zero total) and stored zeros
-        rows = [rows[0], -rows[0], torch.zeros(NUMEL)]
-    full = [SparseTensor(SHAPE, torch.arange(NUMEL), row) for row in rows]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns that density 1 prunes nothing
-        theirs = peft_merge.ties(rows, torch.ones(len(rows)), density)
-    torch.testing.assert_close(merge(full, Candidate("ties", {"density": density})), theirs)
+def test_regmean_of_a_tensor_without_every_gram_matrix_is_the_mean():
+    experts = make_experts(1, 3, 12)
+    experts["e1"] = Expert(experts["e1"].tensor, experts["e1"].fisher, None)
+    torch.testing.assert_close(merge(experts, Candidate("regmean")), merge(experts, Candidate("mean")))
 
 
-@given(st.integers(1, 200), st.floats(0.001, 1.0), st.integers(0, 2**32))
-@settings(max_examples=80, deadline=None)
-def test_trim_keeps_exactly_k_with_ties_to_the_lower_index(n, density, seed):
-    values = torch.randint(-4, 5, (n,), generator=torch.Generator().manual_seed(seed)) / 8
-    kept = trim(values, density)
-    order = sorted(range(n), key=lambda i: (-abs(float(values[i])), i))
-    assert kept.tolist() == sorted(order[: max(1, int(density * n))])
+def test_regmean_keeps_the_experts_outputs_on_separate_inputs():
+    """Inputs of two experts that span different directions: each expert's outputs are kept exactly."""
+    deltas = [torch.randint(-8, 9, SHAPE, generator=torch.Generator().manual_seed(i)) / 8 for i in range(2)]
+    inputs = [torch.zeros(6, SHAPE[1]) for _ in range(2)]
+    inputs[0][:, :4] = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
+    inputs[1][:, 4:] = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
+    experts = {
+        f"e{i}": Expert(SparseTensor(SHAPE, torch.arange(NUMEL), d.view(-1)), torch.ones(NUMEL), x.T @ x)
+        for i, (d, x) in enumerate(zip(deltas, inputs, strict=True))
+    }
+    merged = merge(experts, Candidate("regmean", {"off_diagonal": 1})).view(SHAPE)
+    for delta, x in zip(deltas, inputs, strict=True):
+        torch.testing.assert_close(x @ merged.T, x @ delta.T, rtol=1e-4, atol=1e-4)
 
 
-def test_empty_support_lifts_to_nothing():
-    e = SparseTensor(SHAPE, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
-    for density in (1.0, 0.2):
-        assert lift(e, LiftSpec(("sum",), density)).indices.numel() == 0
+def test_regmean_with_singular_gram_matrices_is_finite_and_keeps_equal_experts():
+    """One input example for eight inputs: all directions but one are free; experts that agree are not changed."""
+    x = torch.randn(1, SHAPE[1], generator=torch.Generator().manual_seed(0))
+    delta = torch.randn(NUMEL, generator=torch.Generator().manual_seed(1))
+    one = Expert(SparseTensor(SHAPE, torch.arange(NUMEL), delta), torch.ones(NUMEL), x.T @ x)
+    merged = merge({"e0": one, "e1": one}, Candidate("regmean", {"off_diagonal": 1}))
+    torch.testing.assert_close(merged, delta, rtol=1e-5, atol=1e-5)
+
+
+def test_sce_reads_nothing_where_the_selection_lacks_the_tensor():
+    (e,) = make_experts(0, 1, 10).values()
+    candidate = Candidate("sce")
+    lifted = lift(LiftInput(e.tensor, "w", "e0"), candidate_lift(candidate))
+    assert lifted.indices.numel() == lower(lifted, 1, candidate).indices.numel() == 0
+
+
+def test_an_empty_support_lifts_to_nothing_in_every_method():
+    empty = SparseTensor(SHAPE, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    for case in CASES + NOT_DYADIC:
+        candidate = candidate_for(case, 1)
+        merged = merge({"e0": Expert(empty, torch.zeros(0), None)}, candidate)
+        assert not merged.any(), str(candidate)
+
+
+def golden_experts() -> Experts:
+    made = {}
+    for number in range(3):
+        indices = torch.tensor([i for i in range(NUMEL) if (i * 7 + number) % 5 < 3])
+        values = ((indices * 37 + number * 11) % 129 - 64) / 64
+        fisher = (indices % 7 + 1 + number) / 8
+        gram = torch.eye(SHAPE[1]) * (number + 1) + torch.ones(SHAPE[1], SHAPE[1]) / 4
+        made[f"e{number}"] = Expert(SparseTensor(SHAPE, indices, values), fisher, gram)
+    return made
+
+
+GOLDEN = {
+    "mean {}": "1b4a166fee8b",
+    "weighted_mean {} weighted": "316d309f427d",
+    "overlap_mean {}": "cdd5796213ad",
+    "overlap_mean {} weighted": "974a6de0ce71",
+    "task_arithmetic {'lambda': 0.75}": "55044a583f56",
+    "task_arithmetic {} weighted": "35cc403cf29b",
+    "ties {'lambda': 1.5}": "99bc35deb36c",
+    "ties {'density': 0.3}": "7425a73b0ed4",
+    "ties {'density': 0.4, 'density_of': 'tensor'} weighted": "b9c9b66974d8",
+    "dare_linear {'seed': 3}": "ff10e15cd75f",
+    "dare_linear {'density': 0.25} weighted": "0f297f44bcaa",
+    "dare_ties {}": "3866e0c277b3",
+    "dare_ties {'seed': 1} weighted": "5b66a44138eb",
+    "della {'epsilon': 0} weighted": "7375e0c45187",
+    "della_linear {'density': 0.25, 'epsilon': 0}": "452ccf8ff91e",
+    "breadcrumbs {'density': 0.5, 'gamma': 0.2}": "ad0eeb45f2d2",
+    "breadcrumbs {'density': 0.7, 'gamma': 0.6, 'density_of': 'tensor'} weighted": "c3fface9e848",
+    "breadcrumbs_ties {'density': 0.5, 'gamma': 0.1, 'density_of': 'tensor'}": "7d87c7ce3d08",
+    "breadcrumbs_ties {'density': 0.5} weighted": "7b0a3a1cdff6",
+    "magmax {'lambda': 0.5}": "34e4ddb127fd",
+    "consensus {'threshold': 0.5}": "c41a39980032",
+    "consensus_ties {'threshold': 0.5, 'at_least': 1, 'density': 0.4}": "3b295fe7c6a1",
+    "fisher_on_support {}": "309cf1f0fa91",
+    "fisher_on_support {} weighted": "2bc2e390b92f",
+    "regmean {'off_diagonal': 0.5}": "acceb05cfc4a",
+    "sce_selection {'density': 0.5}": "21b0a5c876b1",
+    "sce {}": "0c011ed3b810",
+    "sce {'density': 0.3}": "64c8a00ea58d",
+    "emr {}": "b02fc1e253f9",
+    "tall {}": "e240f504d677",
+    "della {'epsilon': 0.2}": "b366a5e7709c",
+    "della_linear {'density': 0.7, 'epsilon': 0.3} weighted": "b25af4e0d009",
+}
+
+
+def test_results_do_not_change_without_a_version():
+    """If this fails, raise LIFT_VERSION, STATISTICS_VERSION or LOWER_VERSION, whichever changed, and the digests."""
+    assert (LIFT_VERSION, STATISTICS_VERSION, LOWER_VERSION) == (2, 2, 2)
+    digests = {}
+    for case in CASES + NOT_DYADIC:
+        candidate = candidate_for(case, 3)
+        merged = merge(golden_experts(), candidate)
+        if candidate.method == "regmean":  # solved in double precision by LAPACK: not the same bits everywhere
+            merged = (merged * 2**12).round() + 0.0
+        key = f"{candidate.method} {case[1]}{' weighted' if case[2] else ''}"
+        digests[key] = hashlib.sha256(merged.numpy().tobytes()).hexdigest()[:12]
+    assert digests == GOLDEN
 
 
 def test_values_that_are_not_finite_are_refused():
-    with pytest.raises(MergeError, match="NaN or infinity"):
-        lift(SparseTensor((2,), torch.arange(2), torch.tensor([1.0, float("nan")])), LiftSpec(("sum",)))
-
-
-def test_candidates_without_trimming_share_one_reduction():
-    groups = group_candidates(CANDIDATES)
-    assert [spec.density for spec in groups] == [1.0, 0.3, 0.01]
-    first = next(iter(groups))
-    assert groups[first] == CANDIDATES[:4]
-    assert set(first.statistics) == {
-        "positive_mass",
-        "negative_mass",
-        "positive_count",
-        "negative_count",
-        "zero_count",
-    }
-    assert LiftSpec.from_dict(first.to_dict()) == first
-
-
-def test_a_reduction_holds_no_more_than_its_candidates_read():
-    def needs(*methods: str) -> list[tuple[str, ...]]:
-        return [spec.statistics for spec in group_candidates([Candidate(m) for m in methods])]
-
-    assert needs("mean", "task_arithmetic") == [("sum",)]
-    assert needs("mean", "overlap_mean") == [("count", "sum")]
-    assert needs("ties", "mean") == [("negative_count", "negative_mass", "positive_count", "positive_mass")]
-    assert list(group_candidates([Candidate("mean"), Candidate("mean")]).values()) == [[Candidate("mean")]]
-
-
-def test_candidates_are_canonical_hashable_and_picklable():
-    a = Candidate("ties", {"density": 1, "lambda": 1})
-    assert a == Candidate("ties")
-    assert hash(a) == hash(Candidate("ties"))
-    assert a.to_json() == '{"method":"ties","params":{"density":1.0,"lambda":1.0}}'
-    assert Candidate.from_dict(a.to_dict()) == a
-    assert Candidate.from_dict({"method": "mean"}) == Candidate("mean")
-    assert pickle.loads(pickle.dumps(a)) == a
-    assert Candidate("ties", {"lambda": 0.5}) != a
-    assert all(Candidate(method) for method in METHODS)
-
-
-@pytest.mark.parametrize(
-    ("method", "params", "message"),
-    [
-        ("tie", {}, "unknown merge method 'tie'; did you mean 'ties'"),
-        ("slerp-x", {}, "Accepted: mean, overlap_mean"),
-        ("ties", {"lamda": 1}, "no parameter 'lamda'; did you mean 'lambda'"),
-        ("mean", {"lambda": 1}, "Accepted: none"),
-        ("ties", {"density": 0}, "above 0 to 1"),
-        ("ties", {"density": 1.5}, "above 0 to 1"),
-        ("ties", {"lambda": float("nan")}, "accepted: a number"),
-        ("ties", {"lambda": "big"}, "accepted: a number"),
-        ("ties", {"lambda": True}, "accepted: a number"),
-    ],
-)
-def test_bad_candidates_are_refused(method, params, message):
-    with pytest.raises(MergeError, match=message):
-        Candidate(method, params)
-
-
-@pytest.mark.parametrize("data", [{}, {"statistics": "sum", "density": 1}, {"statistics": ["sum"], "density": True}])
-def test_bad_lift_descriptions_are_refused(data):
-    with pytest.raises(MergeError, match="not a description"):
-        LiftSpec.from_dict(data)
-
-
-def test_bad_lift_specs_are_refused():
-    with pytest.raises(MergeError, match="did you mean 'count'"):
-        LiftSpec(("counts",))
-    with pytest.raises(MergeError, match="trim density"):
-        LiftSpec(("sum",), 0.0)
-    with pytest.raises(MergeError, match="distinct"):
-        LiftSpec(())
-    with pytest.raises(MergeError, match="method, params"):
-        Candidate.from_dict({"method": "ties", "lambda": 1})
+    spec = candidate_lift(Candidate("mean"))
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(MergeError, match="NaN or infinity"):
+            lift(LiftInput(SparseTensor((2,), torch.arange(2), torch.tensor([1.0, bad])), "w", "e"), spec)
+    huge = SparseTensor((2,), torch.arange(2), torch.tensor([3e38, 3e38]))  # the sum overflows, the values do not
+    assert lift(LiftInput(huge, "w", "e"), spec).arrays["sum"].tolist() == huge.values.tolist()

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from merge.methods import Candidate
-from merge.reduce import flat_merge
+from merge.adapter_file import AdapterDelta, AdapterWriter
+from merge.reduce import ExpertChild, flat_merge
+from merge.specs import Candidate
 from workers.adapter import AdapterMeta, AdapterReader, FileSource, LowRank, save_adapter
 from workers.support import SparseTensor
 
@@ -55,7 +56,8 @@ def ties(deltas: list[torch.Tensor]) -> torch.Tensor:
 def test_kinds_merge_as_their_dense_deltas(tmp_path: Path, method: str) -> None:
     sources, deltas, supports = make(tmp_path)
     candidate = Candidate(method, {"lambda": 0.5} if method == "task_arithmetic" else {})
-    info = flat_merge(sources, candidate, tmp_path / "out")
+    experts = [ExpertChild(name, AdapterDelta(source, name)) for name, source in sources.items()]
+    info = flat_merge(experts, [candidate], lambda c: AdapterWriter(tmp_path / "out"))[candidate]
     assert info.experts == ("full", "lora", "sparse")
     merged = AdapterReader(FileSource(tmp_path / "out"))
     assert (merged.meta.kind, merged.meta.format_version) == ("sparse", 2)

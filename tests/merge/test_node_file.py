@@ -10,14 +10,21 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from infra.errors import AdapterError, MergeError
-from merge.methods import LiftSpec, lift
+from merge.lift import LiftInput, lift
 from merge.node_file import NodeMeta, StatisticsReader, StatisticsWriter
-from merge.statistics import STATISTICS, TensorStatistics, combine
-from merge.stream_file import RangedReader, SafetensorsWriter
+from merge.specs import Candidate, LiftSpec
+from merge.statistics import TensorStatistics, combine
+from merge.stream_file import DTYPES, LocalFile, RangedReader, SafetensorsWriter
 from workers.support import SparseTensor
 
 SIGNED = LiftSpec(("positive_mass", "negative_mass", "positive_count", "negative_count", "zero_count"))
-ALL = LiftSpec(tuple(STATISTICS))
+ALL = LiftSpec((*SIGNED.statistics, "sum", "count", "square_sum", "positive_max", "negative_max"))
+TRIMMED = LiftSpec(("count", "sum"), "trim", (("density", 0.5), ("density_of", "support")))
+GRAM = LiftSpec(("gram", "gram_count", "gram_product", "sum"), options=(("off_diagonal", 0.5),))
+WEIGHTED = LiftSpec(ALL.statistics, weights=tuple((f"e{i}", i / 64) for i in range(300)))
+LATER = LiftSpec(
+    ("agreement_count",), options=(("threshold", 0.4),), reference=Candidate("task_arithmetic", {"lambda": 1.0})
+)
 
 
 class Memory:
@@ -41,15 +48,20 @@ def joined(seed: int, shape: tuple[int, ...], density: float, experts: int, spec
     g = torch.Generator().manual_seed(seed)
     numel = int(torch.tensor(shape).prod())
     made = []
-    for _ in range(experts):
+    for expert in range(experts):
         indices = (torch.rand(numel, generator=g) < density).nonzero().view(-1)
         values = torch.randint(-8, 9, (indices.numel(),), generator=g) / 64
-        made.append(lift(SparseTensor(shape, indices, values), spec))
+        gram = None
+        if len(shape) == 2 and spec.extra and expert % 2:
+            x = torch.randint(-2, 3, (4, shape[1]), generator=g).float()
+            gram = x.T @ x
+        tensor = SparseTensor(shape, indices, values)
+        made.append(lift(LiftInput(tensor, "w", "e", spec.weight_of(f"e{expert}"), tensor, None, gram), spec))
     return combine(made)
 
 
 def write(path, tensors: dict[str, TensorStatistics], spec: LiftSpec, experts: int = 3) -> bytes:
-    meta = NodeMeta(spec, "b" * 64, tuple(f"e{i}" for i in range(experts)))
+    meta = NodeMeta.of(spec, "b" * 64, [f"e{i}" for i in range(experts)])
     with StatisticsWriter(path, meta, {n: t.shape for n, t in tensors.items()}) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
@@ -58,7 +70,7 @@ def write(path, tensors: dict[str, TensorStatistics], spec: LiftSpec, experts: i
 
 
 def check_same(a: TensorStatistics, b: TensorStatistics) -> None:
-    assert (a.shape, a.experts) == (b.shape, b.experts)
+    assert (a.shape, a.experts, a.weighted) == (b.shape, b.experts, b.weighted)
     assert torch.equal(a.indices, b.indices)
     assert set(a.arrays) == set(b.arrays)
     for name in a.arrays:
@@ -66,10 +78,10 @@ def check_same(a: TensorStatistics, b: TensorStatistics) -> None:
         assert torch.equal(a.arrays[name], b.arrays[name]), name
 
 
-SPECS = [SIGNED, ALL, LiftSpec(("sum",)), LiftSpec(("zero_count",)), LiftSpec(("count", "sum"), 0.5)]
+SPECS = [SIGNED, ALL, LiftSpec(("sum",)), LiftSpec(("zero_count",)), TRIMMED, GRAM, WEIGHTED, LATER]
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("experts", [3, 300])
 def test_round_trip(tmp_path, spec, experts):
     tensors = {
@@ -84,7 +96,8 @@ def test_round_trip(tmp_path, spec, experts):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "node"]
     source = Memory(data)
     reader = StatisticsReader(source)
-    assert reader.meta == NodeMeta(spec, "b" * 64, tuple(f"e{i}" for i in range(experts)))
+    assert reader.meta == NodeMeta.of(spec, "b" * 64, [f"e{i}" for i in range(experts)])
+    reader.meta.check(spec, "it")
     assert reader.names == sorted(tensors)
     for name, tensor in tensors.items():
         before = len(source.reads)
@@ -109,19 +122,33 @@ def test_masses_are_stored_where_their_count_is_not_zero(tmp_path):
 
 
 def test_an_error_leaves_no_file(tmp_path):
-    meta = NodeMeta(SIGNED, "b" * 64, ("a",))
+    meta = NodeMeta.of(SIGNED, "b" * 64, ["a"])
     other = joined(0, (5,), 1.0, 1, LiftSpec(("sum",)))
     writer = StatisticsWriter(tmp_path / "n", meta, {"w": (5,)})
     with writer, pytest.raises(MergeError, match="not those of the node"):
         writer.add("w", other)
+    signed = joined(0, (5,), 1.0, 1, SIGNED)
+    writer = StatisticsWriter(tmp_path / "n", meta, {"w": (5,)})
+    with writer, pytest.raises(MergeError, match="weighted and unweighted"):
+        writer.add("w", TensorStatistics(signed.shape, signed.indices, signed.arrays, 1, weighted=True))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_masses_without_their_count_are_not_lost(tmp_path):
+    """A weight can vanish in fp32 where the mass it gave does not."""
+    tensor = joined(1, (30, 40), 0.3, 3, WEIGHTED)
+    held = tensor.arrays["positive_mass"] > 0
+    tensor.arrays["positive_count"][held.nonzero()[0]] = 0
+    data = write(tmp_path / "node", {"w": tensor}, WEIGHTED)
+    check_same(StatisticsReader(Memory(data)).load("w"), tensor)
 
 
 @given(st.data())
 @settings(max_examples=250, deadline=None)
 def test_corrupted_bytes_never_give_an_invalid_tensor(tmp_path_factory, data):
-    tensors = {"a": joined(0, (6, 8), 0.3, 3, SIGNED), "b": joined(1, (4,), 1.0, 3, SIGNED)}
-    good = write(tmp_path_factory.getbasetemp() / "fuzz", tensors, SIGNED)
+    spec = data.draw(st.sampled_from([SIGNED, GRAM, WEIGHTED]))
+    tensors = {"a": joined(0, (6, 8), 0.3, 3, spec), "b": joined(1, (4,), 1.0, 3, spec)}
+    good = write(tmp_path_factory.getbasetemp() / "fuzz", tensors, spec)
     bad = bytearray(good)
     if data.draw(st.booleans()):
         bad = bad[: data.draw(st.integers(0, len(good) - 1))]
@@ -133,7 +160,9 @@ def test_corrupted_bytes_never_give_an_invalid_tensor(tmp_path_factory, data):
         for name in reader.names:
             tensor = reader.load(name)
             assert tensor.indices.numel() == 0 or 0 <= int(tensor.indices[0]) <= int(tensor.indices[-1]) < tensor.numel
-            assert all(a.numel() == tensor.indices.numel() for a in tensor.arrays.values())
+            for key, array in tensor.arrays.items():
+                assert key == "gram" or key == "gram_count" or array.shape == tensor.indices.shape
+                assert array.dtype != torch.float32 or bool(torch.isfinite(array).all())
     except (MergeError, AdapterError):
         pass
 
@@ -171,6 +200,12 @@ def table(header, name, position, value):
         lambda h: h["__metadata__"].update(format="other"),
         lambda h: h["__metadata__"].update(version="999"),
         lambda h: h["__metadata__"].update(lift="{}"),
+        lambda h: h["__metadata__"].update(lift="3"),
+        lambda h: h["__metadata__"].update(lift=h["__metadata__"]["lift"].replace("positive_mass", "positive_max")),
+        lambda h: h["__metadata__"].update(lift=h["__metadata__"]["lift"].replace("false", "true")),
+        lambda h: h["__metadata__"].update(reference="[]"),
+        lambda h: h["__metadata__"].pop("reference"),
+        lambda h: h.pop("w#positive_mass"),
         lambda h: h["__metadata__"].update(experts="[]"),
         lambda h: h["__metadata__"].pop("tensors"),
         lambda h: h["__metadata__"].update(tensors="["),
@@ -182,6 +217,14 @@ def test_hostile_headers_are_refused(tmp_path, change):
     assert StatisticsReader(Memory(rewrite(data, lambda h: None))).load("w").experts == 3
     with pytest.raises((MergeError, AdapterError)):
         StatisticsReader(Memory(rewrite(data, change))).load("w")
+
+
+@pytest.mark.parametrize("change", [{"shape": [10, 160]}, {"shape": [1600]}, {"dtype": "I32"}])
+def test_hostile_matrices_are_refused(tmp_path, change):
+    data = write(tmp_path / "node", {"w": joined(0, (30, 40), 0.2, 3, GRAM)}, GRAM)
+    assert StatisticsReader(Memory(rewrite(data, lambda h: None))).load("w").arrays["gram"].shape == (40, 40)
+    with pytest.raises(MergeError, match="gram of 'w'"):
+        StatisticsReader(Memory(rewrite(data, lambda h: h["w#gram"].update(change)))).load("w")
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path):
@@ -203,8 +246,38 @@ def test_the_stream_writer_guards_its_header(tmp_path):
     with SafetensorsWriter(tmp_path / "f", 800) as writer:
         writer.write("w", torch.ones(2, 3, dtype=torch.bfloat16))
         writer.close({"a": "b"})
-    reader = RangedReader(Memory((tmp_path / "f").read_bytes()), "f")
+    for source in (Memory((tmp_path / "f").read_bytes()), LocalFile(tmp_path / "f")):
+        reader = RangedReader(source, "f")
+        assert torch.equal(reader.read("w"), torch.ones(2, 3, dtype=torch.bfloat16))
+        assert (
+            b"".join(reader.chunks(*reader.data_range)) == torch.ones(6).bfloat16().view(torch.uint8).numpy().tobytes()
+        )
     assert reader.metadata == {"a": "b"}
     assert torch.equal(reader.read("w"), torch.ones(2, 3, dtype=torch.bfloat16))
     with pytest.raises(MergeError, match="no entry"):
         reader.read("x")
+
+
+def test_pieces_that_lie_unaligned_are_read(tmp_path):
+    pieces = {f"x{n}": torch.arange(3).to(dtype) for n, (dtype, _) in enumerate(DTYPES.values())}
+    pieces["a"] = torch.zeros(1, dtype=torch.uint8)
+    with SafetensorsWriter(tmp_path / "f", 4000) as writer:
+        for name, tensor in sorted(pieces.items()):
+            writer.write(name, tensor)
+        writer.close({})
+    found = RangedReader(LocalFile(tmp_path / "f"), "f").read_many(list(pieces))
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in pieces.items()
+    )
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path):
+    with SafetensorsWriter(tmp_path / "f", 800) as writer:
+        writer.write("w", torch.ones(100))
+        writer.close({})
+    reader = RangedReader(LocalFile(tmp_path / "f"), "f")
+    (tmp_path / "f").write_bytes((tmp_path / "f").read_bytes()[:-10])
+    with pytest.raises(MergeError, match="asked for 400 bytes, got 390"):
+        reader.read("w")
+    with pytest.raises(MergeError, match="ends at byte"):
+        list(reader.chunks(*reader.data_range))

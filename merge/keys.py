@@ -1,0 +1,49 @@
+"""Keys of everything that merging makes: the one place that says what is in them and what is not.
+
+In a key: what is lifted, the inputs' keys in the order of the tree, the weights of the experts that are a node's direct
+children, the merge that a later round refers to, the method that lowers, algorithm and file versions. Not in a key:
+names of experts, the number of tasks that a node is split over, fan-in (the tree shows in the children), paths.
+"""
+
+from collections.abc import Sequence
+
+from infra.artifacts import Recipe
+from merge.checkpoint_file import CHECKPOINT_VERSION
+from merge.mask_file import MASK_FILE_VERSION
+from merge.per_task import PER_TASK_VERSION
+from merge.reduce import NODE_VERSIONS, ROOT_VERSIONS
+from merge.specs import Candidate, LiftSpec
+
+
+def node_recipe(
+    spec: LiftSpec,
+    children: Sequence[str],
+    weights: Sequence[float] = (),
+    extras: Sequence[str] = (),
+    reference: str | None = None,
+) -> Recipe:
+    """A node is a function of what is lifted and of its children.
+
+    `children` are their keys in the order of the tree; `weights` and `extras` (keys of Fisher or Gram artifacts) are
+    those of the children that are experts, in the same order; `reference` is the key of the merge that lift reads.
+    """
+    own = {"weights": list(weights) if spec.weighted else None, "reference": reference}
+    body = {"lift": spec.recipe(), "versions": NODE_VERSIONS, **own}
+    return Recipe("node", 1, body, (*children, *extras, *([reference] if reference else [])))
+
+
+def merged_recipe(candidate: Candidate, root: str) -> Recipe:
+    """A merged adapter is a function of the root's statistics (`root`: key of that node) and of the lowering method."""
+    return Recipe("merged", 1, {**candidate.recipe(), "versions": ROOT_VERSIONS}, (root,))
+
+
+def task_mask_recipe(candidate: Candidate, merged: str, expert: str) -> Recipe:
+    """A task's mask is a function of the unified adapter and of the task's expert."""
+    versions = {"mask": PER_TASK_VERSION, "file": MASK_FILE_VERSION}
+    return Recipe("task_mask", 1, {**candidate.recipe(), "versions": versions}, (merged, expert))
+
+
+def checkpoint_recipe(merged_digest: str, base_sha256: str, dtype: str, shard_bytes: int) -> Recipe:
+    """A full checkpoint is a function of the bytes of base and merged adapter, its dtype and the size of its shards."""
+    body = {"merged": merged_digest, "base": base_sha256, "dtype": dtype, "shard_bytes": shard_bytes}
+    return Recipe("checkpoint", CHECKPOINT_VERSION, body)

@@ -1,0 +1,169 @@
+"""One small pure function per merge method: from the joined statistics of one tensor to the merged δ.
+
+In a weighted reduction every δ was multiplied by its expert's weight and counts hold sums of weights, so that the same
+functions serve both.
+
+Not here: which method uses which function (`merge.methods`), per-task masks (`merge.per_task`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from merge.parameters import Params, number
+from merge.sparsify import kept, trim
+from merge.statistics import TensorStatistics, values_at
+from workers.support import SparseTensor
+
+_SIGNED = "positive_mass"
+
+
+@dataclass(frozen=True)
+class Root:
+    """What is lowered: a tensor's joined statistics, all experts merged, and the earlier round's δ of the tensor."""
+
+    statistics: TensorStatistics
+    experts: int
+    reference: SparseTensor | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.statistics.arrays[name]
+
+
+def total(root: Root) -> Tensor:
+    """Σδ, fp32 [n]."""
+    if _SIGNED in root.statistics.arrays:
+        return root["positive_mass"] + root["negative_mass"]
+    return root["sum"]
+
+
+def count(root: Root) -> Tensor:
+    """Experts (or the sum of their weights) whose support holds the position, fp32 [n]."""
+    if "count" in root.statistics.arrays:
+        return root["count"].float()
+    return root["positive_count"].float() + root["negative_count"].float() + root["zero_count"].float()
+
+
+def mean(root: Root, params: Params) -> Tensor:
+    """Σδ / N: a position that an expert lacks counts as 0."""
+    return total(root) / root.experts
+
+
+def overlap_mean(root: Root, params: Params) -> Tensor:
+    """Σδ / count; weighted: Σwδ / Σw over the experts that hold the position."""
+    return total(root) / _divisor(count(root), root.statistics.weighted)
+
+
+def total_delta(root: Root, params: Params) -> Tensor:
+    """Σδ, and in a weighted reduction Σwδ."""
+    return total(root)
+
+
+def scaled_sum(root: Root, params: Params) -> Tensor:
+    """λ Σδ."""
+    return number(params, "lambda") * total(root)
+
+
+def ties(root: Root, params: Params) -> Tensor:
+    """λ times the mean of the δ that agree with the elected sign (TIES, steps 2 and 3).
+
+    The sign with the larger total mass is elected, zero counting as positive (as in mergekit and PEFT); values that are
+    zero vote for nothing and are not averaged. Weighted: the masses are Σwδ and the mean divides by Σw.
+    """
+    up, down = root["positive_mass"], root["negative_mass"]
+    elected = up + down  # 0 only where both are equal, as fp32 has subnormal numbers
+    mass = torch.maximum(up, -down).copysign_(elected)
+    agreeing = _choose(elected >= 0, root["positive_count"], root["negative_count"])
+    return mass.div_(_divisor(agreeing, root.statistics.weighted)).mul_(number(params, "lambda"))
+
+
+def magmax(root: Root, params: Params) -> Tensor:
+    """λ times the δ of largest magnitude (MagMax); of two of opposite sign and one magnitude, the positive one."""
+    up, down = root["positive_max"], root["negative_max"]
+    return torch.maximum(up, down).copysign_(up - down).mul_(number(params, "lambda"))
+
+
+def elect(root: Root, params: Params) -> Tensor:
+    """The unified δ of EMR: the sign of Σδ (zero counts as positive) and the largest magnitude that agrees with it."""
+    return _choose(total(root) >= 0, root["positive_max"], -root["negative_max"]) + 0.0
+
+
+def consensus(root: Root, params: Params) -> Tensor:
+    """λ times the earlier round's δ where the TALL masks of at least `at_least` experts hold, 0 elsewhere."""
+    agreed = root["agreement_count"].int() >= int(number(params, "at_least"))
+    merged = values_at(root.reference, root.statistics.indices)
+    return merged.mul(number(params, "lambda")).mul_(agreed.float()).add_(0.0)
+
+
+def fisher_mean(root: Root, params: Params) -> Tensor:
+    """Σfδ / Σf over the experts that hold the position: the base outside a support carries no mass."""
+    return root["fisher_mass"] / _divisor(root["fisher"], True)
+
+
+def sce_selection(root: Root, params: Params) -> SparseTensor:
+    """Σδ on the positions that SCE selects: of those whose δ vary over the N experts, the share of largest variance.
+
+    k = max(1, ⌊density · n⌋) of the n positions with a variance, ties to the lower position, as in mergekit; all
+    positions of the union at density 1. An expert that lacks a position has δ = 0 there.
+    """
+    statistics, merged, density = root.statistics, total(root), number(params, "density")
+    if density == 1:
+        return SparseTensor(statistics.shape, statistics.indices, merged)
+    squares = root["square_sum"].double() * root.experts
+    variance = squares - merged.double().square()  # times N²
+    # below the rounding of the fp32 sums a variance cannot be told from none
+    varies = variance > torch.finfo(torch.float32).eps * root.experts * squares
+    keep = kept(density, int(varies.sum())) if bool(varies.any()) else 0
+    chosen = trim(torch.where(varies, variance, 0.0), keep) if keep else torch.zeros(0, dtype=torch.int64)
+    return SparseTensor(statistics.shape, statistics.indices[chosen], merged[chosen])
+
+
+def sce(root: Root, params: Params) -> Tensor:
+    """Σ wδ / Σ w over the experts that agree with the elected sign, w their share of the selected positions' energy."""
+    return root["agreeing_mass"] / _divisor(root["agreeing_weight"], True)
+
+
+def regmean(root: Root, params: Params) -> Tensor:
+    """The W with Σ ‖X_i W - X_i W_i‖² least, on δ: (Σ δ_i G̃_i) (Σ G̃_i)^-1, in double precision.
+
+    Where an expert has no Gram matrix of the tensor's inputs: the mean. Directions of the inputs that no expert has
+    seen are left at the mean, too: the problem is solved for the distance from it, with the inputs scaled to the same
+    variance first, and eigenvalues below fp32 rounding ignored.
+    """
+    mean_delta = mean(root, params)
+    if not root["gram_count"].numel() or int(root["gram_count"]) < root.experts:
+        return mean_delta
+    gram = root["gram"].double()
+    seen = gram.diagonal() > 0
+    scale = torch.where(seen, gram.diagonal().clamp(min=0).rsqrt(), 0.0)
+    gram = gram * scale * scale[:, None]
+    start = mean_delta.view(root.statistics.shape).double()
+    residual = root["gram_product"].view(root.statistics.shape).double() - start @ root["gram"].double()
+    return (start + _solve(gram, residual * scale, seen) * scale).float().view(-1)
+
+
+def _solve(gram: Tensor, right: Tensor, seen: Tensor) -> Tensor:
+    """X with X·gram = right (least norm where gram is singular), gram fp64 [n, n] of unit diagonal where `seen`."""
+    smallest = gram.shape[0] * torch.finfo(torch.float32).eps
+    factor, failed = torch.linalg.cholesky_ex(gram + torch.diag((~seen).double()))
+    if not bool(failed) and float(factor.diagonal().min()) ** 2 > smallest:
+        return torch.cholesky_solve(right.T, factor).T
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    inverse = torch.where(values > smallest, 1 / values, 0.0)
+    return right @ (vectors * inverse) @ vectors.T
+
+
+def _choose(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """`torch.where` for finite values and counts, without branches: on random signs these cost three times as much."""
+    if yes.is_floating_point():
+        chosen = condition.to(yes.dtype)
+        return yes * chosen + no * (1 - chosen)
+    return (yes - no) * condition.to(yes.dtype) + no  # unsigned differences wrap around, and back
+
+
+def _divisor(counts: Tensor, weighted: bool) -> Tensor:
+    """Counts or sums of weights, fp32, and 1 where they are 0: nothing divided by nothing is no change."""
+    return counts + (counts == 0).float() if weighted else counts.clamp(min=1).float()

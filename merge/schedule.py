@@ -1,0 +1,324 @@
+"""Which merge job can run when: a state machine over the tree, several reductions and rounds. No Ray, no threads.
+
+A node can run when its children exist; a later round's nodes wait for the merge that their lift reads, too, and nodes
+with Fisher or Gram artifacts for those. What exists in the store is found here, so that only missing work becomes a
+job. A caller adds experts as they appear, runs the jobs it is given, however it likes, and reports their results
+(`merge.local` with threads, the pipeline with Ray). Names, keys and references pass through, never tensors.
+
+Not here: running jobs, retries, and Fisher or Gram artifacts, which training data makes (`workers.importance`).
+"""
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from infra.artifacts import Manifest, Recipe, find
+from infra.errors import MergeError
+from infra.store import Store
+from merge.children import Part
+from merge.jobs import (
+    ChildRef,
+    FinishJob,
+    Job,
+    JobResult,
+    NodeJob,
+    PartOutput,
+    Ref,
+    RootJob,
+    TaskMaskJob,
+    consumed,
+    manifests_of,
+)
+from merge.keys import merged_recipe, node_recipe, task_mask_recipe
+from merge.methods import METHODS
+from merge.specs import Candidate, LiftSpec, Reduction
+from merge.tree import Leaf, Node, build_tree, post_order
+
+NODES, MASKS = "merge_nodes", "task_masks"
+"""What is counted: combines of the tree, roots included, and per-task masks."""
+
+
+@dataclass(frozen=True)
+class _Children:
+    """A node's children by name (experts) or number (nodes), in order, and the number of its parent (root: itself)."""
+
+    of: tuple[str | int, ...]
+    label: str
+    parent: int
+
+
+class MergeSchedule:
+    """Attributes: `merged` (candidates, those that later rounds read included, in the order in which they were made),
+    `masks` ((candidate, expert) of methods with per-task masks), `extras` (kinds of artifact that every expert needs
+    beside its adapter: "fisher", "gram"), `open` (nodes to do), `made` and `reused` (counts of `NODES` and `MASKS`)."""
+
+    def __init__(
+        self,
+        store: Store,
+        reductions: Sequence[Reduction],
+        names: Sequence[str],
+        fan_in: int,
+        base_sha256: str,
+        base_weights: str | None = None,
+        parts: int = 1,
+    ) -> None:
+        """`base_weights` is the object name of the base's weights, for the rounding loss; `parts`, how many jobs the
+        tensors of one node are split over. Raises MergeError for names or a fan-in that make no tree."""
+        self._store, self._reductions, self._parts = store, tuple(reductions), parts
+        self._base_sha256, self._base_weights = base_sha256, base_weights
+        self._nodes, self._leaf_parents = _flatten(build_tree(names, fan_in))
+        self._root = len(self._nodes) - 1
+        self._numbers = {node.label: number for number, node in enumerate(self._nodes)}
+        self._missing = [[len(node.of) for node in self._nodes] for _ in self._reductions]
+        self._weights = [dict(reduction.spec.weights or ()) for reduction in self._reductions]
+        self._references: dict[int, Ref] = {}  # of reductions whose lift reads an earlier merge, once that exists
+        self._experts: dict[str, Ref] = {}
+        self._extras: dict[tuple[str, str], Ref] = {}
+        self._made_nodes: dict[tuple[int, int], Ref] = {}
+        self._held: dict[int, list[int]] = defaultdict(list)  # ready but for the reduction's reference
+        self._sharing: dict[str, list[tuple[int, int]]] = {}  # nodes whose key is being made
+        self._outputs: dict[tuple[int, int], list[PartOutput | None]] = {}
+        self.extras = frozenset(r.spec.extra for r in self._reductions if r.spec.extra)
+        self.merged: dict[Candidate, Manifest] = {}
+        self.masks: dict[tuple[Candidate, str], Manifest] = {}
+        self.open = len(self._reductions) * len(self._nodes)
+        self.made: Counter[str] = Counter()
+        self.reused: Counter[str] = Counter()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every node and every mask exists."""
+        masks = len(self._leaf_parents) * sum(METHODS[candidate.method].per_task for candidate in self.merged)
+        return not self.open and len(self.masks) == masks
+
+    # -- events -------------------------------------------------------------------------------------------------
+
+    def add_expert(self, name: str, ref: Ref) -> list[Job]:
+        """An expert exists; returns the jobs that can run now."""
+        if name not in self._leaf_parents or name in self._experts:
+            known = "was added already" if name in self._experts else "is not part of this merge"
+            raise MergeError(f"expert {name!r} {known}")
+        self._experts[name] = ref
+        return self._arrived(
+            name,
+            (
+                number
+                for number, reduction in enumerate(self._reductions)
+                if reduction.spec.extra is None or (name, reduction.spec.extra) in self._extras
+            ),
+        )
+
+    def add_extra(self, name: str, kind: str, ref: Ref) -> list[Job]:
+        """An expert's Fisher or Gram artifact exists; returns the jobs that can run now."""
+        if kind not in self.extras or name not in self._leaf_parents or (name, kind) in self._extras:
+            raise MergeError(f"a {kind} artifact of expert {name!r} is not wanted")
+        self._extras[name, kind] = ref
+        if name not in self._experts:
+            return []
+        return self._arrived(name, (n for n, reduction in enumerate(self._reductions) if reduction.spec.extra == kind))
+
+    def finished(self, job: Job, result: JobResult) -> list[Job]:
+        """A job is done; returns the jobs that can run now."""
+        if isinstance(job, TaskMaskJob):
+            ((manifest, made),) = manifests_of(result)
+            self._count(MASKS, made)
+            self.masks[job.candidate, job.expert] = manifest
+            return []
+        whole = job.whole if isinstance(job, FinishJob) else job
+        slot = whole.reduction, self._numbers[whole.label]
+        if isinstance(result, PartOutput):
+            return self._part_finished(slot, whole, result)
+        found = manifests_of(result)
+        if isinstance(whole, RootJob):
+            self._count(NODES, any(made for _, made in found))
+            self.open -= 1
+            candidates = [candidate for candidate, _ in whole.candidates]
+            merges = zip(candidates, (manifest for manifest, _ in found), strict=True)
+            return [later for candidate, manifest in merges for later in self._merged(candidate, manifest)]
+        ((manifest, made),) = found
+        ready = []
+        for number, (reduction, node) in enumerate(self._sharing.pop(whole.recipe.key)):
+            self._count(NODES, made and number == 0)
+            ready += self._node_exists(reduction, node, Ref.of(manifest))
+        return self._start(ready)
+
+    # -- what follows -------------------------------------------------------------------------------------------
+
+    def _arrived(self, name: str, reductions: Iterable[int]) -> list[Job]:
+        """A leaf is complete for these reductions."""
+        parent = self._leaf_parents[name]
+        return self._start([slot for number in reductions for slot in self._child_exists(number, parent)])
+
+    def _child_exists(self, reduction: int, parent: int) -> list[tuple[int, int]]:
+        """The parent, if that was its last missing child."""
+        self._missing[reduction][parent] -= 1
+        return [(reduction, parent)] if not self._missing[reduction][parent] else []
+
+    def _node_exists(self, reduction: int, node: int, ref: Ref) -> list[tuple[int, int]]:
+        self.open -= 1
+        self._made_nodes[reduction, node] = ref
+        return self._child_exists(reduction, self._nodes[node].parent)
+
+    def _start(self, slots: Iterable[tuple[int, int]]) -> list[Job]:
+        """Jobs for nodes whose children exist; what the store has is followed up to where something is missing."""
+        jobs: list[Job] = []
+        ready = deque(slots)
+        while ready:
+            reduction, node = ready.popleft()
+            if self._reductions[reduction].spec.reference is not None and reduction not in self._references:
+                self._held[reduction].append(node)
+            elif node == self._root:
+                jobs += self._start_root(reduction)
+            else:
+                found = self._start_node(reduction, node)
+                jobs += found if isinstance(found, list) else []
+                ready += self._node_exists(reduction, node, found) if isinstance(found, Ref) else []
+        return jobs
+
+    def _start_node(self, reduction: int, node: int) -> list[Job] | Ref:
+        """Jobs for an inner node, or where it is."""
+        children, recipe = self._inputs(reduction, node)
+        if recipe.key in self._sharing:
+            self._sharing[recipe.key].append((reduction, node))
+            return []
+        found = find(self._store, recipe.key, consumed(children, self._references.get(reduction)))
+        if found is not None:
+            self._count(NODES, made=False)
+            return Ref.of(found)
+        self._sharing[recipe.key] = [(reduction, node)]
+        job = NodeJob(
+            reduction=reduction,
+            label=self._nodes[node].label,
+            spec=self._local_spec(reduction, children),
+            children=children,
+            base_sha256=self._base_sha256,
+            reference=self._references.get(reduction),
+            recipe=recipe,
+        )
+        return self._split((reduction, node), job)
+
+    def _start_root(self, reduction: int) -> list[Job]:
+        children, root = self._inputs(reduction, self._root)
+        read = consumed(children, self._references.get(reduction))
+        missing: list[tuple[Candidate, Recipe]] = []
+        jobs: list[Job] = []
+        for candidate in self._reductions[reduction].candidates:
+            recipe = merged_recipe(candidate, root.key)
+            found = find(self._store, recipe.key, read)
+            if found is None:
+                missing.append((candidate, recipe))
+            else:
+                jobs += self._merged(candidate, found)
+        if not missing:
+            self._count(NODES, made=False)
+            self.open -= 1
+            return jobs
+        job = RootJob(
+            reduction=reduction,
+            label=self._nodes[self._root].label,
+            spec=self._reductions[reduction].spec,
+            children=children,
+            base_sha256=self._base_sha256,
+            reference=self._references.get(reduction),
+            base_weights=self._base_weights,
+            candidates=tuple(missing),
+        )
+        return [*jobs, *self._split((reduction, self._root), job)]
+
+    def _merged(self, candidate: Candidate, manifest: Manifest) -> list[Job]:
+        """A candidate exists: its task masks and the rounds that read it can follow."""
+        self.merged[candidate] = manifest
+        jobs: list[Job] = []
+        if METHODS[candidate.method].per_task:
+            for name in self._leaf_parents:
+                jobs += self._start_mask(candidate, name)
+        for number, reduction in enumerate(self._reductions):
+            if reduction.spec.reference == candidate:
+                self._references[number] = Ref.of(manifest)
+                jobs += self._start([(number, node) for node in self._held.pop(number, [])])
+        return jobs
+
+    def _start_mask(self, candidate: Candidate, name: str) -> list[Job]:
+        unified, expert = Ref.of(self.merged[candidate]), self._experts[name]
+        recipe = task_mask_recipe(candidate, unified.key, expert.key)
+        found = find(self._store, recipe.key, {unified.key: unified.digest, expert.key: expert.digest})
+        if found is not None:
+            self._count(MASKS, made=False)
+            self.masks[candidate, name] = found
+            return []
+        return [TaskMaskJob(name, candidate, recipe, unified, expert)]
+
+    # -- parts --------------------------------------------------------------------------------------------------
+
+    def _split(self, slot: tuple[int, int], job: NodeJob | RootJob) -> list[Job]:
+        if self._parts == 1:
+            return [job]
+        self._outputs[slot] = [None] * self._parts
+        return [replace(job, part=Part(number, self._parts)) for number in range(self._parts)]
+
+    def _part_finished(self, slot: tuple[int, int], job: NodeJob | RootJob, output: PartOutput) -> list[Job]:
+        assert job.part is not None
+        outputs = self._outputs[slot]
+        outputs[job.part.index] = output
+        done = tuple(each for each in outputs if each is not None)
+        if len(done) < self._parts:
+            return []
+        del self._outputs[slot]
+        return [FinishJob(replace(job, part=None), done)]
+
+    # -- inputs -------------------------------------------------------------------------------------------------
+
+    def _inputs(self, reduction: int, node: int) -> tuple[tuple[ChildRef, ...], Recipe]:
+        """A node's children, which are asked for once, and its recipe."""
+        spec = self._reductions[reduction].spec
+        children = []
+        for child in self._nodes[node].of:
+            if isinstance(child, str):
+                extra = self._extras[child, spec.extra] if spec.extra else None
+                children.append(ChildRef("expert", child, self._experts[child], extra))
+            else:
+                ref = self._made_nodes.pop((reduction, child))
+                children.append(ChildRef("node", self._nodes[child].label, ref, experts=tuple(self._below(child))))
+        experts = [child for child in children if child.kind == "expert"]
+        reference = self._references.get(reduction)
+        recipe = node_recipe(
+            spec,
+            [child.ref.key for child in children],
+            [self._weights[reduction][child.name] for child in experts] if spec.weighted else (),
+            [child.extra.key for child in experts if child.extra],
+            reference.key if reference else None,
+        )
+        return tuple(children), recipe
+
+    def _below(self, node: int) -> Iterator[str]:
+        """Names of a node's experts, in the order of the tree."""
+        for child in self._nodes[node].of:
+            if isinstance(child, str):
+                yield child
+            else:
+                yield from self._below(child)
+
+    def _local_spec(self, reduction: int, children: Sequence[ChildRef]) -> LiftSpec:
+        """The reduction's spec with the weights of these children only: a job of a large merge stays small."""
+        spec = self._reductions[reduction].spec
+        if not spec.weighted:
+            return spec
+        own = self._weights[reduction]
+        return replace(spec, weights=tuple((c.name, own[c.name]) for c in children if c.kind == "expert"))
+
+    def _count(self, what: str, made: bool) -> None:
+        (self.made if made else self.reused)[what] += 1
+
+
+def _flatten(tree: Node) -> tuple[list[_Children], dict[str, int]]:
+    """The tree's nodes by number, children before parents, and every expert's parent."""
+    order = post_order(tree)
+    numbers = {node.label: number for number, node in enumerate(order)}
+    parents: dict[str | int, int] = {numbers[tree.label]: numbers[tree.label]}
+    children: list[tuple[str | int, ...]] = []
+    for number, node in enumerate(order):
+        of = tuple(child.name if isinstance(child, Leaf) else numbers[child.label] for child in node.children)
+        children.append(of)
+        parents.update(dict.fromkeys(of, number))
+    nodes = [_Children(of, order[number].label, parents[number]) for number, of in enumerate(children)]
+    return nodes, {child: number for child, number in parents.items() if isinstance(child, str)}

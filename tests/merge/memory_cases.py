@@ -1,0 +1,125 @@
+"""Merges whose memory is measured: `python -m tests.merge.memory_cases FOLDER CASE...` prints each case's peak in bytes
+beyond what the imports take. Every case runs in a fork of its own."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from merge.adapter_file import AdapterDelta, AdapterWriter
+from merge.checkpoint_file import BaseCheckpoint, CheckpointDelta, CheckpointFiles, CheckpointWriter, FolderTarget
+from merge.reduce import ExpertChild, NodeChild, Part, reduce_node, reduce_root
+from merge.specs import Candidate, plan_reductions
+from merge.stream_file import LocalFile
+from workers.adapter import AdapterMeta, save_adapter
+from workers.memory import give_back, peak_bytes, reset_peak
+from workers.support import SparseTensor
+
+BASE = "b" * 64
+SIDE = 512
+FILES = 4
+CANDIDATES = [Candidate("mean"), Candidate("ties")]
+
+
+def adapters(folder: Path, layers: int) -> list[Path]:
+    """A few adapters with four matrices a layer at 5 %, for any number of experts."""
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for number in range(FILES):
+        paths.append(folder / f"{layers}-{number}")
+        g = torch.Generator().manual_seed(number)
+        tensors = {}
+        for name in (
+            f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(layers) for part in "qkvo"
+        ):
+            indices = torch.randint(SIDE * SIDE, (SIDE * SIDE // 20,), generator=g).unique()
+            tensors[name] = SparseTensor((SIDE, SIDE), indices, torch.randn(indices.numel(), generator=g))
+        save_adapter(paths[-1], tensors, AdapterMeta(BASE))
+    return paths
+
+
+def experts(folder: Path, layers: int, n: int) -> list[ExpertChild]:
+    paths = [folder / f"{layers}-{number % FILES}" for number in range(n)]
+    return [ExpertChild(f"e{at}", AdapterDelta(LocalFile(path), f"e{at}")) for at, path in enumerate(paths)]
+
+
+def root(folder: Path, children, part: Part | None = None) -> None:
+    (reduction,) = plan_reductions(CANDIDATES)
+    sinks = {c: AdapterWriter(folder / f"{os.getpid()}-{at}") for at, c in enumerate(CANDIDATES)}
+    reduce_root(children, reduction.spec, sinks, BASE, part=part)
+
+
+def flat(folder: Path, n: int, layers: int, parts: int) -> None:
+    """A flat merge of n adapters, of one of `parts` shares of the tensors; all headers are read and kept."""
+    root(folder, experts(folder, layers, n), Part(0, parts))
+
+
+def node(folder: Path, layers: int) -> None:
+    """Two nodes of three experts each, and the root of the two."""
+    (reduction,) = plan_reductions(CANDIDATES)
+    files = []
+    for number in range(2):
+        files.append(folder / f"node-{os.getpid()}-{number}")
+        own = experts(folder, layers, 6)[3 * number : 3 * number + 3]
+        reduce_node(own, reduction.spec, files[-1], BASE)
+    root(folder, [NodeChild(str(at), (LocalFile(path),)) for at, path in enumerate(files)])
+
+
+def checkpoint(folder: Path, seed: int, tensors: int) -> Path:
+    """A base (seed 0) or a fine-tuned checkpoint of fp32 matrices."""
+    where = folder / f"checkpoint-{tensors}-{seed}"
+    where.mkdir(exist_ok=True)
+    g = torch.Generator().manual_seed(seed)
+    save_file({f"w{at}": torch.randn(1024, 1024, generator=g) for at in range(tensors)}, where / "model.safetensors")
+    return where
+
+
+def full(folder: Path, n: int, tensors: int) -> None:
+    """n full checkpoints merged into a full checkpoint."""
+    base = BaseCheckpoint.in_folder(folder / f"checkpoint-{tensors}-0", BASE)
+    children = [
+        ExpertChild(
+            f"e{at}",
+            CheckpointDelta(CheckpointFiles.in_folder(folder / f"checkpoint-{tensors}-{1 + at % 2}"), base, f"e{at}"),
+        )
+        for at in range(n)
+    ]
+    ties = Candidate("ties")
+    (reduction,) = plan_reductions([ties])
+    sink = CheckpointWriter(base, FolderTarget(folder / f"out-{os.getpid()}"), torch.bfloat16, 10_000_000)
+    reduce_root(children, reduction.spec, {ties: sink}, BASE)
+
+
+def run(folder: Path, case: str) -> int:
+    """The peak of one case beyond the start, in bytes."""
+    name, *numbers = case.split(":")
+    give_back()
+    reset_peak()
+    before = peak_bytes()
+    {"flat": flat, "node": node, "full": full}[name](folder, *map(int, numbers))
+    return peak_bytes() - before
+
+
+def main() -> None:
+    folder, cases = Path(sys.argv[1]), sys.argv[2:]
+    for layers in {int(case.split(":")[1 + case.startswith("flat")]) for case in cases if not case.startswith("full")}:
+        adapters(folder, layers)
+    for tensors in {int(case.split(":")[2]) for case in cases if case.startswith("full")}:
+        for seed in range(3):
+            checkpoint(folder, seed, tensors)
+    for case in cases:
+        reader, writer = os.pipe()
+        if not os.fork():
+            os.write(writer, json.dumps([case, run(folder, case)]).encode())
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as answer:
+            print(answer.read(), flush=True)
+        os.wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,331 @@
+"""Merge jobs on a real store: the tree gives what one flat merge gives, and only what changed is made again."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from infra.artifacts import find
+from infra.errors import AdapterError, StoreError
+from infra.store import Store, StoreSource
+from merge.adapter_file import AdapterDelta, AdapterWriter
+from merge.jobs import (
+    FinishJob,
+    Job,
+    NodeJob,
+    Ref,
+    RootJob,
+    TaskMaskJob,
+    export_checkpoint,
+    export_job,
+    manifests_of,
+    run_job,
+)
+from merge.local import run_threads
+from merge.mask_file import MaskedAdapter, MaskReader
+from merge.reduce import ExpertChild, flat_merge
+from merge.schedule import MASKS, NODES, MergeSchedule
+from merge.specs import Candidate, plan_reductions
+from merge.stream_file import LocalFile
+from merge.tree import build_tree, path_to, post_order
+from tests.workers.tiny import tiny_model, tiny_tokenizer
+from workers.adapter import AdapterMeta, AdapterReader, FileSource, save_adapter
+from workers.base import prepare_base, upload_base
+from workers.importance_file import FisherWriter, GramWriter, ImportanceMeta
+from workers.support import SparseTensor
+
+BASE = "b" * 64
+SHAPES = {"l0.v.weight": (8, 12), "l0.up.weight": (16, 12), "l1.v.weight": (8, 16)}
+NAMES = [f"task{number}" for number in range(7)]
+EVEN = dict.fromkeys(NAMES, 1 / 8) | {NAMES[0]: 1 / 4}
+CANDIDATES = (
+    Candidate("mean"),
+    Candidate("task_arithmetic", {"lambda": 0.5}),
+    Candidate("ties", {"density": 0.5}),
+    Candidate("weighted_mean", {}, EVEN),
+    Candidate("dare_linear", {"density": 0.5, "seed": 3}),
+    Candidate("magmax"),
+    Candidate("consensus"),
+    Candidate("sce", {"density": 0.5}),
+    Candidate("fisher_on_support"),
+    Candidate("regmean"),
+    Candidate("emr"),
+)
+
+
+class Experts:
+    """Experts of random supports and dyadic values, with Fisher and Gram files, on disk and in the store."""
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        self.store, self.folder = store, folder
+        self.paths: dict[str, Path] = {}
+        self.refs: dict[str, Ref] = {}
+        self.extras: dict[tuple[str, str], Ref] = {}
+        self.extra_paths: dict[tuple[str, str], Path] = {}
+        weights = folder / "model.safetensors"
+        g = torch.Generator().manual_seed(99)
+        save_file({name: torch.randn(shape, generator=g).bfloat16() for name, shape in SHAPES.items()}, weights)
+        store.upload_file("bases/b/model.safetensors", weights)
+
+    def make(self, name: str, seed: int) -> None:
+        g = torch.Generator().manual_seed(seed)
+        path = self.folder / f"{name}-{seed}.safetensors"
+        tensors = {}
+        for tensor, shape in SHAPES.items():
+            numel = shape[0] * shape[1]
+            indices = torch.randperm(numel, generator=g)[: numel // 3].sort().values
+            values = torch.randint(1, 33, (indices.numel(),), generator=g) / 64
+            tensors[tensor] = SparseTensor(shape, indices, values * torch.where(values * 64 % 2 == 0, 1, -1))
+        save_adapter(path, tensors, AdapterMeta(BASE))
+        self.paths[name], self.refs[name] = path, self.put(path, f"expert {seed}")
+        about = ImportanceMeta(BASE, hashlib.sha256(path.read_bytes()).hexdigest(), 4)
+        fisher, gram = self.folder / f"{name}-{seed}.fisher", self.folder / f"{name}-{seed}.gram"
+        with FisherWriter(fisher, about, list(tensors)) as writer:
+            for tensor, delta in tensors.items():
+                writer.add(tensor, torch.rand(delta.indices.numel(), generator=g) + 0.1)
+            writer.close()
+        with GramWriter(gram, about, list(tensors)) as grams:
+            for tensor, shape in SHAPES.items():
+                x = torch.randn(32, shape[1], generator=g)
+                grams.add([tensor], x.T @ x)
+            grams.close()
+        for kind, file in (("fisher", fisher), ("gram", gram)):
+            self.extras[name, kind], self.extra_paths[name, kind] = self.put(file, f"{kind} {seed}"), file
+
+    def put(self, path: Path, what: str) -> Ref:
+        key = hashlib.sha256(what.encode()).hexdigest()
+        file = self.store.upload_file(f"objects/{key}/1/file", path)
+        return Ref(key, file.sha256, (file,))
+
+    def merge(
+        self, names: Sequence[str], candidates: Sequence[Candidate], fan_in: int = 2, parts: int = 1
+    ) -> tuple[MergeSchedule, list[Job]]:
+        """Run the whole schedule; returns it and the jobs that were run."""
+        reductions = plan_reductions(candidates)
+        schedule = MergeSchedule(
+            self.store, reductions, names, fan_in, BASE, "bases/b/model.safetensors", parts
+        )  # fmt: skip
+        extras = {(n, kind): self.extras[n, kind] for kind in schedule.extras for n in names}
+        done: list[Job] = []
+        run_threads(schedule, self.store, {n: self.refs[n] for n in names}, 2, extras, done.append)
+        assert schedule.complete
+        return schedule, done
+
+    def flat(self, names: Sequence[str], candidate: Candidate) -> AdapterReader:
+        kind = next((r.spec.extra for r in plan_reductions([candidate]) if r.spec.extra), None)
+        children = [
+            ExpertChild(
+                name,
+                AdapterDelta(LocalFile(self.paths[name]), name, self.refs[name].key),
+                FileSource(self.extra_paths[name, kind]) if kind else None,
+            )
+            for name in names
+        ]
+        out = self.folder / f"flat-{candidate.method}.safetensors"
+        flat_merge(children, [candidate], lambda _: AdapterWriter(out), BASE, scratch=self.folder)
+        return AdapterReader(FileSource(out))
+
+    def merged(self, schedule: MergeSchedule, candidate: Candidate) -> AdapterReader:
+        return AdapterReader(StoreSource(self.store, schedule.merged[candidate].files["adapter"].name))
+
+
+@pytest.fixture
+def experts(store: Store, tmp_path: Path) -> Experts:
+    made = Experts(store, tmp_path)
+    for number, name in enumerate(NAMES):
+        made.make(name, number)
+    return made
+
+
+def labels(jobs: Sequence[Job]) -> Counter[str]:
+    return Counter(job.label for job in jobs if isinstance(job, NodeJob | RootJob))
+
+
+def path_labels(names: Sequence[str], name: str) -> Counter[str]:
+    return Counter(node.label for node in path_to(build_tree(names, 2), name))
+
+
+def changed(before: Sequence[str], after: Sequence[str]) -> Counter[str]:
+    """Labels of nodes that another set of experts changes: the root, and inner nodes that were none before."""
+    *old, _ = post_order(build_tree(before, 2))
+    *inner, root = post_order(build_tree(after, 2))
+    return Counter([root.label, *(node.label for node in inner if node not in old)])
+
+
+def test_the_tree_gives_what_a_flat_merge_gives_and_a_second_run_makes_nothing(experts: Experts) -> None:
+    schedule, _ = experts.merge(NAMES, CANDIDATES)
+    exact = {"mean", "task_arithmetic", "ties", "weighted_mean", "dare_linear", "magmax", "consensus", "emr"}
+    for candidate in CANDIDATES:
+        one, flat = experts.merged(schedule, candidate), experts.flat(NAMES, candidate)
+        assert one.names == flat.names == sorted(SHAPES)
+        for name in one.names:
+            left, right = one.load(name), flat.load(name)
+            assert torch.equal(left.indices, right.indices), (candidate, name)
+            if candidate.method in exact:
+                assert torch.equal(left.values, right.values), (candidate, name)
+            else:
+                torch.testing.assert_close(left.values, right.values, rtol=1e-4, atol=1e-6)
+        meta = schedule.merged[candidate].meta
+        assert (meta["method"], meta["experts"]) == (candidate.method, len(NAMES))
+        assert meta["rounding_loss_bfloat16"] > 0
+        assert meta["delta_norm"] > 0
+    again, jobs = experts.merge(NAMES, CANDIDATES)
+    assert jobs == []
+    assert again.made == Counter()
+    assert again.reused == schedule.made
+    assert {c: m.digest for c, m in again.merged.items()} == {c: m.digest for c, m in schedule.merged.items()}
+
+
+def test_a_mask_for_every_task_of_emr(experts: Experts) -> None:
+    emr = CANDIDATES[-1]
+    schedule, jobs = experts.merge(NAMES, [emr])
+    assert schedule.made[MASKS] == len(NAMES) == sum(isinstance(job, TaskMaskJob) for job in jobs)
+    unified = experts.merged(schedule, emr)
+    for name in NAMES:
+        manifest = schedule.masks[emr, name]
+        reader = MaskReader(StoreSource(experts.store, manifest.files["mask"].name))
+        masked = MaskedAdapter(unified, reader, schedule.merged[emr].files["adapter"].sha256)
+        own = AdapterReader(FileSource(experts.paths[name]))
+        mass = sum(float(own.load(tensor).values.abs().sum()) for tensor in own.names)
+        kept = sum(float(masked.load(tensor).values.abs().sum()) for tensor in masked.names)
+        assert kept == pytest.approx(mass, rel=1e-5)  # the scale restores the expert's L1 norm
+
+
+def test_parts_of_a_node_give_the_same_bytes(experts: Experts, store: Store) -> None:
+    candidates = CANDIDATES[1:4] + CANDIDATES[7:8]
+    schedule, done = experts.merge(NAMES, candidates, parts=3)
+    other = Store(store.bucket, store.endpoint, f"{store.prefix}-whole")
+    whole = Experts(other, experts.folder)
+    for number, name in enumerate(NAMES):
+        whole.make(name, number)
+    plain, _ = whole.merge(NAMES, candidates)
+    for candidate in candidates:
+        one, two = schedule.merged[candidate], plain.merged[candidate]
+        assert one.key == two.key
+        assert one.files["adapter"].sha256 == two.files["adapter"].sha256
+        for figure in ("delta_norm", "density", "rounding_loss_bfloat16"):
+            assert one.meta[figure] == pytest.approx(two.meta[figure])
+    left = {name.rpartition("/")[2] for name in store.list("objects/")}
+    assert left <= {"file", "adapter", "statistics-00000", "statistics-00001", "statistics-00002"}
+    roots = [manifest for manifest in schedule.merged.values()]
+    for manifest in roots:
+        assert [name for name in store.list(f"objects/{manifest.key}/")] == [manifest.files["adapter"].name]
+    finishes = [job for job in done if isinstance(job, FinishJob) and isinstance(job.whole, RootJob)]
+    assert finishes
+    for job in finishes:  # the worker died before its answer was seen: the call is repeated, the parts are gone
+        repeated = manifests_of(run_job(store, job))
+        assert not any(made for _, made in repeated)
+        assert {found.digest for found, _ in repeated} <= {manifest.digest for manifest in roots}
+    again, jobs = experts.merge(NAMES, candidates, parts=2)  # how a node is split is in no key
+    assert (jobs, again.reused) == ([], schedule.made)
+
+
+def test_changing_one_expert_remakes_its_path_and_all_of_later_rounds(experts: Experts) -> None:
+    candidates = [CANDIDATES[0], CANDIDATES[2], CANDIDATES[6]]
+    experts.merge(NAMES, candidates)
+    experts.make(NAMES[3], 100)
+    _, jobs = experts.merge(NAMES, candidates)
+    rounds = {number: reduction.round for number, reduction in enumerate(plan_reductions(candidates))}
+    for number, round_ in rounds.items():
+        own = labels([job for job in jobs if isinstance(job, NodeJob | RootJob) and job.reduction == number])
+        everything = Counter(node.label for node in post_order(build_tree(NAMES, 2)))
+        assert own == (path_labels(NAMES, NAMES[3]) if round_ == 1 else everything)
+
+
+def test_adding_and_removing_an_expert_remake_what_differs(experts: Experts) -> None:
+    mean = [CANDIDATES[0]]
+    experts.merge(NAMES[:-1], mean)
+    _, jobs = experts.merge(NAMES, mean)
+    assert labels(jobs) == changed(NAMES[:-1], NAMES)
+    assert set(labels(jobs)) <= set(path_labels(NAMES, NAMES[-1]))
+    fewer = [name for name in NAMES if name != NAMES[2]]
+    schedule, jobs = experts.merge(fewer, mean)
+    assert labels(jobs) == changed(NAMES, fewer)
+    flat = experts.flat(fewer, mean[0])
+    for name in SHAPES:
+        assert torch.equal(experts.merged(schedule, mean[0]).load(name).values, flat.load(name).values)
+
+
+def test_another_scale_lowers_the_root_alone(experts: Experts) -> None:
+    experts.merge(NAMES, [Candidate("task_arithmetic", {"lambda": 0.5})])
+    schedule, jobs = experts.merge(NAMES, [Candidate("task_arithmetic", {"lambda": scale}) for scale in (0.5, 0.25)])
+    (root,) = jobs
+    assert isinstance(root, RootJob)
+    assert [candidate.params["lambda"] for candidate, _ in root.candidates] == [0.25]
+    assert (schedule.made[NODES], schedule.reused[NODES]) == (1, len(post_order(build_tree(NAMES, 2))) - 1)
+
+
+def test_names_are_in_no_key(experts: Experts) -> None:
+    """Renamed experts lie elsewhere in the tree, but a merge of two has one node, whatever they are called."""
+    first, _ = experts.merge(NAMES[:2], CANDIDATES[:1])
+    renamed = {"x" + name: name for name in NAMES[:2]}
+    order = [child.name for child in build_tree(list(renamed), 2).children]
+    if [renamed[name] for name in order] != [child.name for child in build_tree(NAMES[:2], 2).children]:
+        renamed = dict(zip(renamed, reversed(list(renamed.values())), strict=True))
+    for new, old in renamed.items():
+        experts.paths[new], experts.refs[new] = experts.paths[old], experts.refs[old]
+    second, jobs = experts.merge(list(renamed), CANDIDATES[:1])
+    assert jobs == []
+    assert second.merged[CANDIDATES[0]].key == first.merged[CANDIDATES[0]].key
+
+
+def test_a_lost_file_is_made_again(experts: Experts, store: Store) -> None:
+    schedule, jobs = experts.merge(NAMES, CANDIDATES[:1])
+    inner = next(job for job in jobs if isinstance(job, NodeJob))
+    found = find(store, inner.recipe.key, {c.ref.key: c.ref.digest for c in inner.children})
+    assert found is not None
+    store.delete(found.files["statistics"].name)
+    again, jobs = experts.merge(NAMES, CANDIDATES[:1])
+    assert [job.label for job in jobs] == [inner.label]  # the same bytes again: nothing above it changes
+    assert again.merged == schedule.merged
+
+
+def test_corrupted_and_missing_inputs_end_the_merge_with_their_reason(experts: Experts, store: Store) -> None:
+    (file,) = experts.refs[NAMES[1]].files
+    data = bytearray(store.get(file.name))
+    data[-1] ^= 0xFF
+    store.put(file.name, bytes(data))
+    with pytest.raises(StoreError, match="corrupt"):
+        experts.merge(NAMES, CANDIDATES[:1])
+    store.put(file.name, bytes(data[:100]))
+    with pytest.raises((StoreError, AdapterError)):
+        experts.merge(NAMES, CANDIDATES[:1], parts=2)
+
+
+def test_a_checkpoint_is_exported_and_found(experts: Experts, tmp_path: Path, store: Store) -> None:
+    folder = tmp_path / "tiny"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    base = prepare_base(f"path:{folder}", tmp_path / "cache")
+    upload_base(store, base)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    path = tmp_path / "adapter.safetensors"
+    delta = SparseTensor((32, 32), torch.tensor([0, 5]), torch.tensor([0.5, -0.25]))
+    save_adapter(path, {name: delta}, AdapterMeta(base.sha256))
+    ref = experts.put(path, "one")
+    schedule = MergeSchedule(store, plan_reductions(CANDIDATES[:1]), ["one"], 2, base.sha256)
+    run_threads(schedule, store, {"one": ref}, 1)
+    merged = schedule.merged[CANDIDATES[0]]
+    assert merged.meta["rounding_loss_bfloat16"] is None  # no base was given
+    job = export_job(merged, base.sha256, "float32", 1 << 30)
+    manifest, made = export_checkpoint(store, job)
+    assert made
+    assert {"config.json", "model.safetensors"} <= set(manifest.files)
+    local: Mapping[str, Path] = {
+        label: store.download_file(file, tmp_path / "out" / label) for label, file in manifest.files.items()
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    expected = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32).get_parameter(name).detach().clone()
+    expected.view(-1)[delta.indices] += delta.values
+    assert torch.equal(loaded.get_parameter(name), expected)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("a").input_ids
+    assert json.loads(local["config.json"].read_text())["architectures"]
+    again, made = export_checkpoint(store, export_job(merged, base.sha256, "float32", 1 << 30))
+    assert (again, made) == (manifest, False)
+    assert export_job(merged, base.sha256, "bfloat16", 1 << 30).recipe.key != job.recipe.key

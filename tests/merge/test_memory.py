@@ -1,0 +1,49 @@
+"""Peak memory of a merge depends on its largest tensor: not on the number of experts, nor on the size of the model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MIB = 1 << 20
+EXPERTS = [f"flat:{n}:30:30" for n in (5, 20, 100, 1000)]
+LAYERS = ["flat:5:30:1", "flat:5:90:1", "node:30", "node:90"]
+FULL = ["full:3:4", "full:12:4", "full:3:16"]
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """Peak bytes by case, beyond what the imports take."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.merge.memory_cases", tmp_path_factory.mktemp("memory"), *EXPERTS, *LAYERS, *FULL],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(line) for line in done.stdout.splitlines())
+
+
+def test_it_does_not_grow_with_the_experts(peaks):
+    """A thousand experts' tensors would take 260 MB, their tables as Python objects 125 MB; they take 15 MB."""
+    few = peaks[EXPERTS[0]]
+    assert few < 60 * MIB
+    assert peaks[EXPERTS[1]] < few + 12 * MIB
+    assert peaks[EXPERTS[2]] < few + 14 * MIB
+    assert peaks[EXPERTS[3]] < few + 12 * MIB + 1000 * 25_000
+
+
+def test_it_does_not_grow_with_the_model(peaks):
+    """Three times the layers: more than 300 MB of statistics more."""
+    assert peaks[LAYERS[1]] < peaks[LAYERS[0]] + 16 * MIB
+    assert peaks[LAYERS[3]] < peaks[LAYERS[2]] + 20 * MIB
+
+
+def test_full_checkpoints_are_not_held(peaks):
+    """Twelve of them are 200 MB, and so are three of four times the size."""
+    assert peaks[FULL[1]] < peaks[FULL[0]] + 60 * MIB
+    assert peaks[FULL[2]] < peaks[FULL[0]] + 60 * MIB
