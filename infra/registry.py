@@ -1,79 +1,30 @@
-"""MLflow, through its server only: runs, metrics in batches, and adapters as registered models.
+"""MLflow, through its server only: reachability, names of registered models, runs and their metrics in batches.
 
-Covers a quick reachability check, parent and child runs, idempotent registration with tags, a description and the
-alias ``champion``, and marking what is still running as killed. Does not cover promotion: ``champion`` points at the
-version that was registered last. Uses ``MlflowClient`` and no fluent global state, so threads and Ray tasks may call
+Covers a quick reachability check, parent and child runs, and marking what is still running as killed. Registered
+models are `infra.model_registry`. Uses ``MlflowClient`` and no fluent global state, so threads and Ray tasks may call
 it concurrently; retries are bounded by the MLFLOW_HTTP_REQUEST_* variables.
 """
 
-import importlib.metadata
 import math
 import os
 import re
-import shutil
-import tempfile
-import threading
 import time
 import urllib.parse
-import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import requests
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunStatus, RunTag, ViewType
-from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from infra import adapter_model
 from infra.errors import ConfigError, RegistryError
-from infra.store import split_uri
 
-ALIAS = "champion"
-KEY_TAG, DIGEST_TAG = "factory.key", "factory.digest"
-_ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("infra", "workers")
-_REQUIREMENTS = (
-    "mlflow", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "boto3", "filelock",
-    "psutil", "requests", "rouge-score",
-)  # fmt: skip
-_SAVE_LOCK = threading.Lock()  # MLflow's loader of models from code keeps global state
 _BATCH = 1000  # MLflow's limit of metrics in one log_batch call
 _PARAMS = 100  # and of parameters or tags
-
-
-@dataclass(frozen=True)
-class RegisteredAdapter:
-    """An adapter to register: which, how it is prompted, and where it came from.
-
-    ``name`` is the registered model's (see ``model_name``); ``adapter_uri`` the ``s3://`` URI of the adapter file, of
-    which only a reference is kept; ``digest`` the artifact's; ``adapter_sha256`` (optional) that of the adapter file,
-    verified on loading. ``heads`` of a classifier: task to ``adapter`` (URI of the file that holds its head),
-    ``sha256``, ``labels`` and ``prompt_template``. ``max_input_tokens`` truncates an input on the left, as in training.
-    ``prompt_wrapper`` holds ``{prompt}``, ``prompt_template`` holds ``{input}``.
-    """
-
-    name: str
-    task: str
-    key: str
-    digest: str
-    adapter_uri: str
-    base_sha256: str
-    base_name: str
-    prompt_wrapper: str
-    prompt_template: str
-    max_new_tokens: int
-    dtype: str
-    run_id: str
-    description: str
-    tags: dict[str, str] = field(default_factory=dict)
-    adapter_sha256: str = ""
-    max_input_tokens: int | None = None
-    heads: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def tracking_uri() -> str:
@@ -172,7 +123,7 @@ def start_run(
             mlflow.set_terminated(run.info.run_id, "FAILED")
             raise
     except MlflowException as error:
-        raise _failed(f"start the run {name!r}", error) from error
+        raise failed(f"start the run {name!r}", error) from error
     return str(run.info.run_id)
 
 
@@ -204,7 +155,7 @@ def log_history(run_id: str, metrics: Iterable[Mapping[str, float]]) -> None:
         for start in range(0, len(rows), _BATCH):
             mlflow.log_batch(run_id, metrics=rows[start : start + _BATCH])
     except MlflowException as error:
-        raise _failed(f"log metrics of run {run_id}", error) from error
+        raise failed(f"log metrics of run {run_id}", error) from error
 
 
 def is_active(run_id: str) -> bool:
@@ -220,7 +171,7 @@ def log_folder(run_id: str, folder: Path, name: str) -> None:
     try:
         client().log_artifacts(run_id, str(folder), name)
     except MlflowException as error:
-        raise _failed(f"store {name!r} with run {run_id}", error) from error
+        raise failed(f"store {name!r} with run {run_id}", error) from error
 
 
 def set_tags(run_id: str, tags: Mapping[str, Any]) -> None:
@@ -231,7 +182,7 @@ def set_tags(run_id: str, tags: Mapping[str, Any]) -> None:
         for start in range(0, len(items), _PARAMS):
             mlflow.log_batch(run_id, tags=items[start : start + _PARAMS])
     except MlflowException as error:
-        raise _failed(f"tag run {run_id}", error) from error
+        raise failed(f"tag run {run_id}", error) from error
 
 
 def finish_run(run_id: str, status: str) -> None:
@@ -241,7 +192,7 @@ def finish_run(run_id: str, status: str) -> None:
     try:
         client().set_terminated(run_id, status)
     except MlflowException as error:
-        raise _failed(f"finish run {run_id}", error) from error
+        raise failed(f"finish run {run_id}", error) from error
 
 
 def kill_running_children(parent_run_id: str) -> int:
@@ -255,153 +206,10 @@ def kill_running_children(parent_run_id: str) -> int:
         with ThreadPoolExecutor(max_workers=8) as pool:
             list(pool.map(lambda run: mlflow.set_terminated(run.info.run_id, killed), runs))
     except MlflowException as error:
-        raise _failed(f"mark the children of run {parent_run_id} as killed", error) from error
+        raise failed(f"mark the children of run {parent_run_id} as killed", error) from error
     return len(runs)
 
 
-# -- models ------------------------------------------------------------------------------------------------------
-
-
-def register(adapter: RegisteredAdapter) -> tuple[int, bool]:
-    """Register the adapter, or find the version that already has its key and digest; alias it.
-
-    Returns the version and whether this call made it.
-
-    Raises RegistryError, naming the model.
-    """
-    mlflow = client()
-    try:
-        _ensure_model(mlflow, adapter)
-        found, made = _find(mlflow, adapter), None
-        if found is None:
-            source = _log_model(mlflow, adapter)
-            made = mlflow.create_model_version(
-                adapter.name,
-                source,
-                run_id=adapter.run_id,
-                tags=_tags(adapter),
-                description=adapter.description,
-                await_creation_for=30,
-            )
-            # Two that registered the same at once agree on the first; the other goes.
-            found = _find(mlflow, adapter)
-            if found is None:
-                raise RegistryError(f"version {made.version} of the model {adapter.name!r} vanished meanwhile")
-            if int(found.version) != int(made.version):
-                mlflow.delete_model_version(adapter.name, made.version)
-        mlflow.set_registered_model_alias(adapter.name, ALIAS, found.version)
-    except MlflowException as error:
-        raise _failed(f"register the model {adapter.name!r}", error) from error
-    return int(found.version), made is not None and int(found.version) == int(made.version)
-
-
-def _ensure_model(mlflow: MlflowClient, adapter: RegisteredAdapter) -> None:
-    tags = {"factory.task": adapter.task, "factory.base": adapter.base_name}
-    try:
-        mlflow.create_registered_model(adapter.name, tags=tags, description=adapter.description)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-        task = mlflow.get_registered_model(adapter.name).tags.get("factory.task")
-        if task is not None and task != adapter.task:
-            raise RegistryError(
-                f"the model {adapter.name!r} is registered for the task {task!r}, not for {adapter.task!r}; "
-                "rename the task or choose another suite name"
-            ) from error
-        mlflow.update_registered_model(adapter.name, adapter.description)
-
-
-def _find(mlflow: MlflowClient, adapter: RegisteredAdapter) -> ModelVersion | None:
-    where = f"name = '{_quoted(adapter.name)}' and tags.`{KEY_TAG}` = '{_quoted(adapter.key)}'"
-    versions = [
-        version
-        for version in mlflow.search_model_versions(where, max_results=1000)
-        if version.status == "READY"
-        and version.tags.get(DIGEST_TAG) == adapter.digest
-        and version.tags.get("factory.adapter_uri") == adapter.adapter_uri
-    ]
-    return min(versions, key=lambda version: int(version.version), default=None)
-
-
-def _quoted(text: str) -> str:
-    if "'" in text:
-        raise RegistryError(f"the name {text!r} contains a quote; names without one are accepted")
-    return text
-
-
-def _tags(adapter: RegisteredAdapter) -> dict[str, str]:
-    return {
-        **adapter.tags,
-        KEY_TAG: adapter.key,
-        DIGEST_TAG: adapter.digest,
-        "factory.task": adapter.task,
-        "factory.adapter_uri": adapter.adapter_uri,
-        "factory.base": adapter.base_name,
-        "factory.base_sha256": adapter.base_sha256,
-    }
-
-
-def model_config(adapter: RegisteredAdapter) -> dict[str, Any]:
-    """What ``infra.adapter_model`` needs to load the adapter: references and prompting, no bytes."""
-    bucket, name = split_uri(adapter.adapter_uri)
-    prefix, found, _ = name.rpartition("objects/")
-    heads = {task: {**head, "adapter": _object_name(head["adapter"])} for task, head in adapter.heads.items()}
-    return {
-        "bucket": bucket,
-        "prefix": prefix.strip("/") if found else "",
-        "adapter": _object_name(adapter.adapter_uri),
-        "adapter_uri": adapter.adapter_uri,
-        "adapter_sha256": adapter.adapter_sha256,
-        "digest": adapter.digest,
-        "base_sha256": adapter.base_sha256,
-        "prompt_wrapper": adapter.prompt_wrapper,
-        "prompt_template": adapter.prompt_template,
-        "max_new_tokens": adapter.max_new_tokens,
-        "max_input_tokens": adapter.max_input_tokens,
-        "dtype": adapter.dtype,
-        "heads": heads,
-    }
-
-
-def _object_name(uri: str) -> str:
-    """Name of an object inside its store: from ``objects/`` on, where the URI has that."""
-    _, name = split_uri(uri)
-    _, found, rest = name.rpartition("objects/")
-    return f"objects/{rest}" if found else name
-
-
-def _log_model(mlflow: MlflowClient, adapter: RegisteredAdapter) -> str:
-    """Store the pyfunc model (code and configuration, a few KB) with the run; returns its URI."""
-    import mlflow.pyfunc as pyfunc
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema
-
-    columns = ["task", "input"] if len(adapter.heads) > 1 else [None]
-    inputs = Schema([ColSpec("string", name) for name in columns])
-    folder = tempfile.mkdtemp(prefix="factory-model-")
-    target = f"models/{adapter.digest[:16]}-{uuid.uuid4().hex[:8]}"  # never the place of another version of this run
-    try:
-        path = Path(folder) / "model"
-        with _SAVE_LOCK:
-            pyfunc.save_model(
-                path,
-                python_model=adapter_model.__file__,
-                code_paths=[str(_ROOT / package) for package in _PACKAGES],
-                model_config=model_config(adapter),
-                signature=ModelSignature(inputs, Schema([ColSpec("string")])),
-                pip_requirements=requirements(),
-                metadata={"key": adapter.key, "digest": adapter.digest, "task": adapter.task},
-            )
-        mlflow.log_artifacts(adapter.run_id, str(path), target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return f"{mlflow.get_run(adapter.run_id).info.artifact_uri}/{target}"
-
-
-def requirements() -> list[str]:
-    """Pinned requirements of a registered model, as installed here, without local version labels (``+cpu``)."""
-    return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _REQUIREMENTS]
-
-
-def _failed(what: str, error: MlflowException) -> RegistryError:
+def failed(what: str, error: MlflowException) -> RegistryError:
+    """The error for something that the server could not do."""
     return RegistryError(f"the MLflow server at {tracking_uri()} could not {what}: {error}")

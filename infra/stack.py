@@ -21,7 +21,7 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -94,8 +94,13 @@ def default_home() -> Path:
     return Path(os.environ.get("FACTORY_HOME") or ".factory").resolve()
 
 
-def up(home: str | Path | None = None, num_cpus: int | None = None, object_store_mib: int = 512) -> StackState:
-    """Start what is not running and wait until everything answers; healthy services are left alone.
+def up(
+    home: str | Path | None = None,
+    num_cpus: int | None = None,
+    object_store_mib: int = 512,
+    only: Sequence[str] = SERVICES,
+) -> StackState:
+    """Start those services of `only` that do not run and wait until they answer; healthy services are left alone.
 
     ``num_cpus`` and ``object_store_mib`` apply to a Ray head that is started now. Raises StackError with the end of
     the failing service's log; services started by this call are stopped then.
@@ -106,15 +111,17 @@ def up(home: str | Path | None = None, num_cpus: int | None = None, object_store
         # The second lock is per user, not per home: ports are free until the services that got them listen.
         state = load(root)
         running = state.running() if state else dict.fromkeys(SERVICES, False)
-        missing = [name for name in SERVICES if not (running[name] and state and _answers(state, name))]
+        missing = [name for name in only if not (running[name] and state and _answers(state, name))]
         if state is not None and not missing:
             return state
         if state is not None:
             crashed = [state.ports[port] for name in missing if name in state.services for port in _PORTS[name]]
             _stop(state, missing)
             processes.wait_free(crashed, 5.0)
-        wanted = {port: number for name in missing for port, number in _PORTS[name].items()}
         kept = {} if state is None else state.ports
+        # A service that is not wanted now gets its ports too: environments name all addresses.
+        portless = [name for name in SERVICES if name in missing or not kept.keys() >= _PORTS[name].keys()]
+        wanted = {port: number for name in portless for port, number in _PORTS[name].items()}
         taken = [number for port, number in kept.items() if port not in wanted]
         try:
             chosen = processes.choose_ports({p: kept.get(p, n) for p, n in wanted.items()}, _PAIRED, taken)

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,13 @@ from workers.base import fetch_base
 from workers.cache import cache_dir
 from workers.classification import ClassifySpec, evaluate_labels, head_state, set_head
 from workers.devices import spread
-from workers.inplace import apply_delta
+from workers.inplace import DeltaSource, apply_delta
 from workers.model import load_classifier, load_classifier_tokenizer, load_model, load_tokenizer
 from workers.rows import load_rows
 from workers.scoring import EvaluateSpec, evaluate_rows
+
+KEPT_HEADS = 64
+"""Heads of classification that an evaluator remembers, with the files they came from."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class EvaluationJob:
     """Classification: the adapter file whose head is used; None takes the untrained head that an expert starts from."""
     head_seed: int = 0
     """Classification: seed of the untrained head."""
+    mask: FileRef | None = None
+    """A task's mask file of `adapter` (EMR, TALL): only what the mask keeps is added, scaled as it says."""
 
 
 class Evaluator:
@@ -65,12 +71,13 @@ class Evaluator:
         self._tokenizer = load_classifier_tokenizer(self._path) if classifies else load_tokenizer(self._path)
         model = load_classifier(self._path, 2, self._dtype) if classifies else load_model(self._path, self._dtype)
         self._model = spread(model, devices)
-        self._applied: tuple[str, str] | None = None
+        self._applied: tuple[str, str | None, str] | None = None
+        self._heads: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
         self._undo: Callable[[], None] = lambda: None
 
     def evaluate(self, job: EvaluationJob, batch_size: int) -> tuple[Manifest, bool]:
         """Score and publish; the manifest's `meta` holds the scores of every row."""
-        self._swap(job.adapter, job.weights_dtype)
+        self._swap(job.adapter, job.mask, job.weights_dtype)
         start = time.perf_counter()
         rows = load_rows(self._store, job.rows)
         if isinstance(job.spec, ClassifySpec):
@@ -106,28 +113,45 @@ class Evaluator:
         """The tensors of the head that the job names."""
         if job.head is None:
             return head_state(load_classifier(self._path, labels, self._dtype, job.head_seed))
-        with self._opened(job.head) as reader:
-            return {name: reader.load_head(name) for name in reader.head_names}
+        if job.head.name not in self._heads:
+            with self._opened(job.head):
+                pass
+        return self._heads[job.head.name]
 
     @contextlib.contextmanager
     def _opened(self, adapter: FileRef) -> Iterator[AdapterReader]:
-        """A verified local copy of an adapter of this base."""
+        """A verified local copy of an adapter of this base. Its head is kept, so that the file is not fetched again."""
         with tempfile.TemporaryDirectory(prefix="factory-adapter-") as folder:
-            local = Path(folder) / "adapter.safetensors"
-            self._store.download_file(adapter, local)
-            reader = AdapterReader(FileSource(local))
+            reader = AdapterReader(self._fetched(adapter, Path(folder)))
             check_base(reader, self._base_sha256)
+            self._heads[adapter.name] = {name: reader.load_head(name) for name in reader.head_names}
+            if len(self._heads) > KEPT_HEADS:
+                self._heads.popitem(last=False)
             yield reader
 
-    def _swap(self, adapter: FileRef | None, weights_dtype: str) -> None:
+    def _fetched(self, ref: FileRef, folder: Path) -> FileSource:
+        return FileSource(self._store.download_file(ref, folder / Path(ref.name).name))
+
+    def _swap(self, adapter: FileRef | None, mask: FileRef | None, weights_dtype: str) -> None:
         """Make the model base + adapter, touching nothing if it already is."""
-        wanted = (adapter.name, weights_dtype) if adapter else None
+        wanted = (adapter.name, mask.name if mask else None, weights_dtype) if adapter else None
         if wanted == self._applied:
             return
         self._undo()
         self._undo, self._applied = (lambda: None), None
         if adapter is None:
             return
-        with self._opened(adapter) as reader:
-            self._undo = apply_delta(self._model, reader, getattr(torch, weights_dtype)).restore
+        with self._opened(adapter) as reader, self._masked(reader, adapter, mask) as changes:
+            self._undo = apply_delta(self._model, changes, getattr(torch, weights_dtype)).restore
         self._applied = wanted
+
+    @contextlib.contextmanager
+    def _masked(self, reader: AdapterReader, adapter: FileRef, mask: FileRef | None) -> Iterator[DeltaSource]:
+        """The adapter as it is, or only what the task's mask keeps of it."""
+        if mask is None:
+            yield reader
+            return
+        from merge.mask_file import MaskedAdapter, MaskReader  # a format of merges: nothing else here knows them
+
+        with tempfile.TemporaryDirectory(prefix="factory-mask-") as folder:
+            yield MaskedAdapter(reader, MaskReader(self._fetched(mask, Path(folder))), adapter.sha256)

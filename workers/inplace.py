@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import nn
 
 from infra.errors import AdapterError, ConfigError, FactoryError
-from workers.adapter import AdapterReader
 from workers.generations import Layout, empty_layout, find_group, rebuild, transplant
 from workers.hooks import check_module, swap_forward
 from workers.sparse_linear import ObservedLinear, Part, Slot
@@ -292,6 +291,15 @@ def _in_flat_order(shape: tuple[int, ...], block: Block | None, parts: list[Part
     return SparseTensor(shape, indices, values.view(-1, block[1])[order].reshape(-1))
 
 
+class DeltaSource(Protocol):
+    """An open file with a delta of each of its ``names``: an adapter, or a merged one under a task's mask."""
+
+    @property
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def load(self, name: str) -> SparseTensor: ...
+
+
 class Undo:
     """The originals that :func:`apply_delta` replaced; a context manager that restores on leaving."""
 
@@ -319,19 +327,19 @@ class Undo:
 
 
 def apply_delta(
-    model: nn.Module, tensors: Mapping[str, SparseTensor] | AdapterReader, round_to: torch.dtype | None = None
+    model: nn.Module, tensors: Mapping[str, SparseTensor] | DeltaSource, round_to: torch.dtype | None = None
 ) -> Undo:
     """Swap a delta into the weights for evaluation: W := round(W + delta) on the support, tensor by tensor.
 
-    ``tensors``: parameter name to delta, or an open adapter. With ``round_to``, changed weights take the values that
-    they would have in that dtype, whatever the model's own. Keeps the originals of the support only. ``AdapterError``
-    for unknown, tied or differently shaped parameters and invalid positions; the model is then left as it was.
+    ``tensors``: parameter name to delta, or an open file of them. With ``round_to``, changed weights take the values
+    that they would have in that dtype, whatever the model's own. Keeps the originals of the support only.
+    ``AdapterError`` for unknown, tied or differently shaped parameters and invalid positions; the model is then left
+    as it was.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    reader = tensors if isinstance(tensors, AdapterReader) else None
-    names = reader.names if reader is not None else sorted(tensors)  # type: ignore[arg-type]
+    names = sorted(tensors) if isinstance(tensors, Mapping) else tensors.names
     for name in names:
-        shape = tuple(reader.shape(name) if reader is not None else tensors[name].shape)  # type: ignore[index]
+        shape = tuple(tensors[name].shape if isinstance(tensors, Mapping) else tensors.shape(name))
         if name not in parameters:
             raise AdapterError(f"the adapter changes {name!r}, which the model does not have")
         weight = parameters[name]
@@ -344,7 +352,7 @@ def apply_delta(
     undo = Undo()
     try:
         for name in names:
-            tensor = reader.load(name) if reader is not None else tensors[name]  # type: ignore[index]
+            tensor = tensors[name] if isinstance(tensors, Mapping) else tensors.load(name)
             tensor.check(name)
             flat = parameters[name].detach().view(-1)
             small = torch.int32 if tensor.numel < 2**31 else torch.int64

@@ -60,8 +60,7 @@ def read_peft(folder: Path, base: BaseLayout) -> Imported:
     path = folder / TENSORS
     try:
         with safe_open(path, "pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            modules, head = _sort_keys(shapes, config, base, path)
+            modules, head = _sort_keys(_shapes(file), config, base, path)
             own = _own_positions(file.metadata() or {})
             tensors: dict[str, SparseTensor | LowRank] = {}
             for module, keys in sorted(modules.items()):
@@ -73,9 +72,24 @@ def read_peft(folder: Path, base: BaseLayout) -> Imported:
                     tensors[name] = _read_shira(name, parts, base.shapes[name], own.get(name))
             heads = {name: file.get_tensor(key) for name, key in head.items()}
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: cannot be read ({error}); pickled adapters (.bin) are not accepted") from error
+        raise _unreadable(path, error) from error
     kind = "lora" if config["peft_type"] == "LORA" else "sparse"
     return Imported(tensors, heads, kind, {"source": "peft", "peft_type": config["peft_type"], "r": config["r"]})
+
+
+def peft_shapes(folder: Path, base: BaseLayout) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Shapes of the weights that the adapter in ``folder`` changes, by name, and the names of its head's tensors.
+
+    Checked as by :func:`read_peft`, but for the tensors' contents, which are not read.
+    """
+    config = _read_config(folder)
+    path = folder / TENSORS
+    try:
+        with safe_open(path, "pt") as file:
+            modules, head = _sort_keys(_shapes(file), config, base, path)
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+    return {name: base.shapes[name] for name in sorted(f"{module}.weight" for module in modules)}, sorted(head)
 
 
 def write_peft(reader: AdapterReader, base: BaseLayout, folder: Path) -> None:
@@ -112,6 +126,14 @@ def _peft_config(config: dict[str, Any], base: BaseLayout) -> Any:
 
 
 # -- reading --
+
+
+def _shapes(file: Any) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+def _unreadable(path: Path, error: Exception) -> AdapterError:
+    return AdapterError(f"{path}: cannot be read ({error}); pickled adapters (.bin) are not accepted")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

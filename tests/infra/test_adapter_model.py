@@ -1,5 +1,6 @@
-"""The registered model as a classifier, loaded from a real object store; generation is tested in test_registry."""
+"""The registered models as classifiers, loaded from a real object store; generation is in test_model_registry."""
 
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,9 +9,11 @@ import pandas as pd
 import pytest
 import torch
 
-from infra.adapter_model import AdapterModel, as_tasks, as_texts
+from infra.adapter_model import AdapterModel
+from infra.checkpoint_model import CheckpointModel
 from infra.digests import file_sha256
 from infra.store import Store
+from infra.text_model import as_tasks, as_texts
 from tests.workers.tiny import tiny_encoder, tiny_encoder_tokenizer
 from workers.adapter import AdapterMeta, AdapterReader, FileSource, save_adapter
 from workers.base import prepare_base, upload_base
@@ -86,6 +89,26 @@ class _Published:
         model.load_context(SimpleNamespace(model_config=config))
         return model
 
+    def load_checkpoint(self, heads: dict[str, Any]) -> CheckpointModel:
+        """The merge as a full checkpoint of several shards."""
+        body = tiny_encoder()
+        apply_delta(body, AdapterReader(FileSource(self._folder / "merged.safetensors")))
+        folder = self._folder / "checkpoint"
+        body.save_pretrained(folder, max_shard_size="20KB")
+        tiny_encoder_tokenizer().save_pretrained(folder)
+        files = {
+            path.name: asdict(self._store.upload_file(f"objects/c/{path.name}", path)) for path in folder.iterdir()
+        }
+        assert len([name for name in files if name.endswith(".safetensors")]) > 1
+        model = CheckpointModel()
+        config = {
+            "bucket": self._store.bucket, "prefix": self._store.prefix, "files": files, "digest": "c" * 64,
+            "base_sha256": self.base.sha256, "dtype": "float32", "prompt_wrapper": "{prompt}?",
+            "prompt_template": "{input}", "max_new_tokens": 4, "max_input_tokens": None, "heads": heads,
+        }  # fmt: skip
+        model.load_context(SimpleNamespace(model_config=config))
+        return model
+
     def expected(self, adapter: str, task: str) -> list[str]:
         model = load_classifier(self.base.path, len(LABELS[task]), torch.float32)
         apply_delta(model, AdapterReader(FileSource(self._folder / f"{adapter}.safetensors")))
@@ -110,6 +133,8 @@ def test_a_registered_classifier_predicts(store: Store, tmp_path: Path, monkeypa
     expected = [answers[task][at] for at, task in enumerate(tasks)]
     assert merge.predict(None, pd.DataFrame({"input": TEXTS, "task": tasks})) == expected
     assert merge.predict(None, pd.DataFrame({"input": TEXTS, "task": tasks})) == expected
+    whole = made.load_checkpoint(made.heads)
+    assert whole.predict(None, pd.DataFrame({"input": TEXTS, "task": tasks})) == expected
     with pytest.raises(ValueError, match="tasks: sentiment, topic"):
         merge.predict(None, TEXTS)
     damaged = {**made.heads, "topic": {**made.heads["topic"], "sha256": "0" * 64}}

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import torch
 
 from infra.artifacts import Recipe
 from infra.digests import file_sha256
-from infra.errors import AdapterError, StoreError
+from infra.errors import AdapterError, MergeError, StoreError
 from infra.store import FileRef
-from tests.workers.tiny import WRAPPER, tiny_model, tiny_tokenizer
+from merge.mask_file import MaskMeta, MaskWriter
+from tests.workers.tiny import WRAPPER, tiny_encoder, tiny_encoder_tokenizer, tiny_model, tiny_tokenizer
 from workers.adapter import AdapterMeta, save_adapter
 from workers.base import PreparedBase, prepare_base
+from workers.classification import ClassifySpec, head_state
 from workers.evaluator import EvaluationJob, Evaluator
 from workers.inplace import apply_delta
+from workers.model import load_classifier
 from workers.rows import Row, fingerprint, rows_object, rows_to_jsonl
 from workers.scoring import EvaluateSpec
 from workers.support import SparseTensor
@@ -182,6 +186,84 @@ def test_scores_follow_the_weights(evaluator: Evaluator, files: Files, base: Pre
     plain = outputs(None, "1")
     assert outputs(one, "2") != plain
     assert outputs(None, "3") == plain
+
+
+# -- task masks --
+
+
+def put_mask(files: Files, folder: Path, name: str, unified: FileRef, base: str, scale: float, every: int) -> FileRef:
+    """A mask that keeps each `every`-th position of the support."""
+    meta = MaskMeta(name, {"method": "emr", "params": {}}, base, unified.sha256)
+    with MaskWriter(folder / name, meta, dict.fromkeys(UP, 300)) as writer:
+        for tensor in UP:
+            writer.add(tensor, torch.arange(300) % every == 0)
+        writer.close(scale)
+    return files.upload_file(name, folder / name)
+
+
+def test_a_task_mask_is_applied_and_taken_off(
+    evaluator: Evaluator, files: Files, base: PreparedBase, tmp_path: Path
+) -> None:
+    whole = delta(1, UP)
+    unified = put(files, tmp_path, "unified", whole, base.sha256)
+    masks = {every: put_mask(files, tmp_path, f"mask{every}", unified, base.sha256, 1.5, every) for every in (2, 3)}
+    before = weights(evaluator)
+    evaluator.evaluate(job(unified), 4)
+    for every in (2, 3):
+        evaluator.evaluate(replace(job(unified, key=str(every)), mask=masks[every]), 4)
+        kept = torch.arange(300) % every == 0
+        seen = {name: SparseTensor(t.shape, t.indices[kept], t.values[kept] * 1.5) for name, t in whole.items()}
+        assert same(weights(evaluator), added(before, seen))
+    downloads = files.downloads
+    evaluator.evaluate(replace(job(unified, key="again"), mask=masks[3]), 4)
+    assert files.downloads == downloads
+    evaluator.evaluate(job(unified, key="unmasked"), 4)
+    assert same(weights(evaluator), added(before, whole))
+    other = put(files, tmp_path, "other", delta(2, UP), base.sha256)
+    with pytest.raises(MergeError, match="is over the merged adapter"):
+        evaluator.evaluate(replace(job(other, key="wrong"), mask=masks[2]), 4)
+    assert same(weights(evaluator), before)
+
+
+# -- classification --
+
+
+def test_the_file_of_an_expert_is_fetched_once_for_its_change_and_its_head(
+    files: Files, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FACTORY_CACHE", str(cache))
+    tiny_encoder().save_pretrained(tmp_path / "bert")
+    tiny_encoder_tokenizer().save_pretrained(tmp_path / "bert")
+    encoder = prepare_base(f"path:{tmp_path / 'bert'}", cache)
+    labelled = [Row(row.id, row.input, (("a", "b")[at % 2],)) for at, row in enumerate(ROWS)]
+    files.data[rows_object(fingerprint(labelled))] = rows_to_jsonl(labelled)
+    query = "bert.encoder.layer.0.attention.self.query.weight"
+    change = {query: SparseTensor((32, 32), torch.arange(32), torch.ones(32))}
+    refs = {}
+    for seed, name in enumerate(("expert", "other", "merged")):
+        head = head_state(load_classifier(encoder.path, 2, torch.float32, seed)) if name != "merged" else None
+        save_adapter(tmp_path / name, change, AdapterMeta(encoder.sha256), head=head)
+        refs[name] = files.upload_file(name, tmp_path / name)
+    spec = ClassifySpec("accuracy", ("a", "b"), wrapper="{prompt}", max_input_tokens=20)
+    evaluator = Evaluator(files, encoder.sha256, "float32", True, ["cpu"], threads=1)  # type: ignore[arg-type]
+
+    def downloads(adapter: str, head: str) -> int:
+        before = files.downloads
+        recipe = Recipe("evaluation", 1, {"adapter": adapter, "head": head})
+        rows = rows_object(fingerprint(labelled))
+        evaluator.evaluate(
+            EvaluationJob(recipe, "task", "test", rows, spec, "x", refs[adapter], "float32", head=refs[head]), 4
+        )
+        expected = load_classifier(encoder.path, 2, torch.float32, ("expert", "other").index(head))
+        found = head_state(evaluator._model)
+        assert all(torch.equal(found[name], tensor) for name, tensor in head_state(expected).items())
+        return files.downloads - before
+
+    assert downloads("expert", "expert") == 1
+    assert downloads("merged", "expert") == 1
+    assert downloads("merged", "other") == 1
+    assert downloads("other", "other") == 1
+    assert downloads("other", "expert") == 0
 
 
 # -- refusals --

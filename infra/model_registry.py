@@ -1,0 +1,291 @@
+"""Registered models: adapters and full checkpoints, by reference, with what they were made of.
+
+Covers idempotent registration (the same key, digest and place is the same version) with tags, a description, a
+lineage and the alias ``champion``, and finding the version of a key. Does not cover promotion: ``champion`` points at
+the version that was registered last. What a registered model does when it is loaded is `infra.adapter_model` and
+`infra.checkpoint_model`; the server and its runs are `infra.registry`.
+"""
+
+import importlib.metadata
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from infra.errors import RegistryError
+from infra.lineage import LINEAGE_FILE, TAG_LENGTH, Lineage
+from infra.registry import client, failed
+from infra.store import FileRef, split_uri
+
+ALIAS = "champion"
+KEY_TAG, DIGEST_TAG = "factory.key", "factory.digest"
+_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = ("infra", "workers")
+_REQUIREMENTS = (
+    "mlflow", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "boto3", "filelock",
+    "psutil", "requests", "rouge-score",
+)  # fmt: skip
+_SAVE_LOCK = threading.Lock()  # MLflow's loader of models from code keeps global state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registration:
+    """A model to register: which, how it is prompted, and where it came from.
+
+    ``name`` is the registered model's (see ``infra.registry.model_name``); ``digest`` the artifact's. ``heads`` of a
+    classifier: task to ``adapter`` (URI of the file that holds its head), ``sha256``, ``labels`` and
+    ``prompt_template``. ``max_input_tokens`` truncates an input on the left, as in training. ``prompt_wrapper`` holds
+    ``{prompt}``, ``prompt_template`` holds ``{input}``. ``lineage`` is that of a merge.
+    """
+
+    name: str
+    task: str
+    key: str
+    digest: str
+    base_sha256: str
+    base_name: str
+    prompt_wrapper: str
+    prompt_template: str
+    max_new_tokens: int
+    dtype: str
+    run_id: str
+    description: str
+    tags: dict[str, str] = field(default_factory=dict)
+    max_input_tokens: int | None = None
+    heads: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lineage: Lineage | None = None
+    code: ClassVar[str]
+    """File beside this one that MLflow runs when the model is loaded."""
+
+    def place(self) -> tuple[str, str]:
+        """Tag name and URI of where the bytes are."""
+        raise NotImplementedError
+
+    def references(self) -> dict[str, Any]:
+        """What the code needs to find the bytes."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisteredAdapter(Registration):
+    """An adapter, added to its base when it is loaded.
+
+    ``adapter_uri`` is the ``s3://`` URI of the adapter file, of which only a reference is kept; ``adapter_sha256``
+    (optional) that of the file, verified on loading.
+    """
+
+    adapter_uri: str
+    adapter_sha256: str = ""
+    code = "adapter_model.py"
+
+    def place(self) -> tuple[str, str]:
+        return "factory.adapter_uri", self.adapter_uri
+
+    def references(self) -> dict[str, Any]:
+        return {
+            "adapter": _object_name(self.adapter_uri),
+            "adapter_uri": self.adapter_uri,
+            "adapter_sha256": self.adapter_sha256,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisteredCheckpoint(Registration):
+    """A full checkpoint: a folder with config.json, tokenizer and safetensors shards in the object store.
+
+    ``checkpoint_uri`` is the folder's ``s3://`` URI; ``files``: name inside the folder to its reference in the store,
+    as in the artifact's manifest. ``base_sha256`` is the base that it was merged on.
+    """
+
+    checkpoint_uri: str
+    files: Mapping[str, FileRef]
+    code = "checkpoint_model.py"
+
+    def place(self) -> tuple[str, str]:
+        return "factory.checkpoint_uri", self.checkpoint_uri
+
+    def references(self) -> dict[str, Any]:
+        return {
+            "checkpoint_uri": self.checkpoint_uri,
+            "files": {name: asdict(ref) for name, ref in self.files.items()},
+        }
+
+
+def register(model: Registration) -> tuple[int, bool]:
+    """Register the model, or find the version that already has its key, digest and place; alias it.
+
+    Returns the version and whether this call made it. A version keeps the lineage that it was registered with.
+
+    Raises RegistryError, naming the model.
+    """
+    mlflow = client()
+    try:
+        _ensure_model(mlflow, model)
+        found, made = _find(mlflow, model), None
+        if found is None:
+            source = _log_model(mlflow, model)
+            made = mlflow.create_model_version(
+                model.name,
+                source,
+                run_id=model.run_id,
+                tags=_tags(model),
+                description=_description(model),
+                await_creation_for=30,
+            )
+            # Two that registered the same at once agree on the first; the other goes.
+            found = _find(mlflow, model)
+            if found is None:
+                raise RegistryError(f"version {made.version} of the model {model.name!r} vanished meanwhile")
+            if int(found.version) != int(made.version):
+                mlflow.delete_model_version(model.name, made.version)
+        mlflow.set_registered_model_alias(model.name, ALIAS, found.version)
+    except MlflowException as error:
+        raise failed(f"register the model {model.name!r}", error) from error
+    return int(found.version), made is not None and int(found.version) == int(made.version)
+
+
+def registered_versions(wanted: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """``models:/<name>/<version>`` of each registered name whose (key, digest) is registered; the others are left out.
+
+    Of several versions of one key and digest the first is meant, as in ``register``. Raises RegistryError.
+    """
+    mlflow = client()
+
+    def find(name: str) -> ModelVersion | None:
+        key, digest = wanted[name]
+        return _first(mlflow, name, key, {DIGEST_TAG: digest})
+
+    try:
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            found = dict(zip(wanted, pool.map(find, wanted), strict=True))
+    except MlflowException as error:
+        raise failed("look for registered versions", error) from error
+    return {name: f"models:/{name}/{version.version}" for name, version in found.items() if version is not None}
+
+
+def _ensure_model(mlflow: MlflowClient, model: Registration) -> None:
+    tags = {"factory.task": model.task, "factory.base": model.base_name}
+    try:
+        mlflow.create_registered_model(model.name, tags=tags, description=_description(model))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        task = mlflow.get_registered_model(model.name).tags.get("factory.task")
+        if task is not None and task != model.task:
+            raise RegistryError(
+                f"the model {model.name!r} is registered for the task {task!r}, not for {model.task!r}; "
+                "rename the task or choose another suite name"
+            ) from error
+        mlflow.update_registered_model(model.name, _description(model))
+
+
+def _description(model: Registration) -> str:
+    """The description with the lineage's lines, as long as MLflow takes it."""
+    lineage = f"\n{model.lineage.text()}" if model.lineage else ""
+    room = TAG_LENGTH - len(lineage)
+    own = model.description if len(model.description) <= room else model.description[: room - 2] + " …"
+    return own + lineage
+
+
+def _find(mlflow: MlflowClient, model: Registration) -> ModelVersion | None:
+    return _first(mlflow, model.name, model.key, {DIGEST_TAG: model.digest, **dict([model.place()])})
+
+
+def _first(mlflow: MlflowClient, name: str, key: str, tags: Mapping[str, str]) -> ModelVersion | None:
+    """The first version of this key that is ready and has these tags."""
+    where = f"name = '{_quoted(name)}' and tags.`{KEY_TAG}` = '{_quoted(key)}'"
+    versions = [
+        version
+        for version in mlflow.search_model_versions(where, max_results=1000)
+        if version.status == "READY" and all(version.tags.get(tag) == value for tag, value in tags.items())
+    ]
+    return min(versions, key=lambda version: int(version.version), default=None)
+
+
+def _quoted(text: str) -> str:
+    if "'" in text:
+        raise RegistryError(f"the name {text!r} contains a quote; names without one are accepted")
+    return text
+
+
+def _tags(model: Registration) -> dict[str, str]:
+    return {
+        **model.tags,
+        **(model.lineage.tags() if model.lineage else {}),
+        KEY_TAG: model.key,
+        DIGEST_TAG: model.digest,
+        "factory.task": model.task,
+        **dict([model.place()]),
+        "factory.base": model.base_name,
+        "factory.base_sha256": model.base_sha256,
+    }
+
+
+def model_config(model: Registration) -> dict[str, Any]:
+    """What the model's code needs when it is loaded: references and prompting, no bytes."""
+    bucket, name = split_uri(model.place()[1])
+    prefix, found, _ = name.rpartition("objects/")
+    return {
+        "bucket": bucket,
+        "prefix": prefix.strip("/") if found else "",
+        **model.references(),
+        "digest": model.digest,
+        "base_sha256": model.base_sha256,
+        "prompt_wrapper": model.prompt_wrapper,
+        "prompt_template": model.prompt_template,
+        "max_new_tokens": model.max_new_tokens,
+        "max_input_tokens": model.max_input_tokens,
+        "dtype": model.dtype,
+        "heads": {task: {**head, "adapter": _object_name(head["adapter"])} for task, head in model.heads.items()},
+    }
+
+
+def _object_name(uri: str) -> str:
+    """Name of an object inside its store: from ``objects/`` on, where the URI has that."""
+    _, name = split_uri(uri)
+    _, found, rest = name.rpartition("objects/")
+    return f"objects/{rest}" if found else name
+
+
+def _log_model(mlflow: MlflowClient, model: Registration) -> str:
+    """Store the pyfunc model (code and configuration, a few KB) with the run; returns its URI."""
+    import mlflow.pyfunc as pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema
+
+    columns = ["task", "input"] if len(model.heads) > 1 else [None]
+    inputs = Schema([ColSpec("string", name) for name in columns])
+    folder = tempfile.mkdtemp(prefix="factory-model-")
+    target = f"models/{model.digest[:16]}-{uuid.uuid4().hex[:8]}"  # never the place of another version of this run
+    try:
+        path = Path(folder) / "model"
+        with _SAVE_LOCK:
+            pyfunc.save_model(
+                path,
+                python_model=str(_ROOT / "infra" / model.code),
+                code_paths=[str(_ROOT / package) for package in _PACKAGES],
+                model_config=model_config(model),
+                signature=ModelSignature(inputs, Schema([ColSpec("string")])),
+                pip_requirements=requirements(),
+                metadata={"key": model.key, "digest": model.digest, "task": model.task},
+            )
+        if model.lineage:
+            (path / LINEAGE_FILE).write_text(model.lineage.to_json())
+        mlflow.log_artifacts(model.run_id, str(path), target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return f"{mlflow.get_run(model.run_id).info.artifact_uri}/{target}"
+
+
+def requirements() -> list[str]:
+    """Pinned requirements of a registered model, as installed here, without local version labels (``+cpu``)."""
+    return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _REQUIREMENTS]
