@@ -23,6 +23,7 @@ from workers.metrics import CLASSIFICATION_METRICS, METRICS
 DType = Literal["float32", "bfloat16"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Weights = dict[str, float] | Literal["training_rows"]
 
 
 class Section(BaseModel):
@@ -166,12 +167,33 @@ class TrainConfig(Section):
 
 
 class CandidateConfig(Section):
-    """One merge method; a list as a parameter's value stands for one candidate per element."""
+    """A merge method. A list, of a parameter's values or of weights, stands for one candidate per element."""
 
     method: str
     """Name of a method in `merge/methods.py`."""
-    params: dict[str, float | Annotated[list[float], Field(min_length=1)]] = {}
+    params: dict[str, float | str | Annotated[list[float | str], Field(min_length=1)]] = {}
     """The method's parameters."""
+    weights: Weights | Annotated[list[Weights], Field(min_length=1)] | None = None
+    """A weight for every held-in task, for methods that take weights; `training_rows`: in proportion to the rows that
+    the experts are trained on, with sum 1."""
+
+
+class SearchConfig(Section):
+    """How the best candidate is found: successive halving over the held-in tasks (`pipeline/search.py`)."""
+
+    evaluations: Positive | None = None
+    """Budget: most scores of one candidate on the validation split of one task. Candidates that do worse on the first
+    tasks are dropped. Null: every candidate is scored on every task. Methods that need the task at inference are never
+    chosen and not counted."""
+
+
+class ExportConfig(Section):
+    """The chosen merge as a full checkpoint."""
+
+    dtype: DType = "bfloat16"
+    """Type of its weights."""
+    shard_gib: Annotated[float, Field(gt=0)] = 5.0
+    """Size of its files in GiB, at most (but for a single larger tensor)."""
 
 
 class MergeConfig(Section):
@@ -181,6 +203,12 @@ class MergeConfig(Section):
     """Radix of the merge tree: most children of a node."""
     candidates: Annotated[list[CandidateConfig], Field(min_length=1)]
     """Methods tried; the one with the best mean validation score is chosen, ties to the earlier."""
+    search: SearchConfig = SearchConfig()
+    """How many scores the choice may take."""
+    importance_rows: Positive = 256
+    """Training rows on which Fisher and Gram matrices are measured, for the methods that need them; at most all."""
+    export: ExportConfig | None = None
+    """Also store the chosen merge as a full checkpoint; null: as an adapter only."""
 
 
 class EvaluateConfig(Section):
@@ -216,8 +244,10 @@ class ResourcesConfig(Section):
     """One evaluation actor."""
     node: WorkerResources = WorkerResources(cpus=0, memory_gib=1.5)
     """One merge node; 0 CPUs, so that merging never keeps an expert waiting."""
+    node_tasks: Positive = 1
+    """Ray tasks that the tensors of one merge node are split over."""
     concurrent_nodes: Positive = 2
-    """Merge nodes at a time."""
+    """Ray tasks of merge nodes at a time."""
     concurrent_registrations: Positive = 2
     """Registrations in MLflow at a time."""
     retries: Annotated[int, Field(ge=0)] = 3

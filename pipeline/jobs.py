@@ -1,9 +1,6 @@
 """What workers are asked to do: jobs of names and numbers, made from a run's inputs. `pipeline.run` hands them out."""
 
-from typing import Literal
-
 from infra.artifacts import Manifest, Recipe
-from merge.jobs import ChildRef
 from pipeline import recipes
 from pipeline.config import PipelineConfig
 from pipeline.outcome import Inputs
@@ -11,6 +8,7 @@ from pipeline.tasks import TaskData
 from workers.classification import ClassifySpec
 from workers.evaluator import EvaluationJob
 from workers.expert import ExpertJob
+from workers.importance import ImportanceJob
 from workers.scoring import EvaluateSpec
 from workers.shared_support import PooledTask, SupportJob, SupportRef
 
@@ -64,10 +62,22 @@ def expert_job(inputs: Inputs, task: str, recipe: Recipe, support: SupportRef | 
     )
 
 
-def child_ref(manifest: Manifest, kind: Literal["expert", "node"], name: str) -> ChildRef:
-    """An expert or a node as the child of a merge node."""
-    file = manifest.files["adapter" if kind == "expert" else "statistics"]
-    return ChildRef(manifest.key, manifest.digest, kind, name, file)
+def importance_job(inputs: Inputs, task: str, recipe: Recipe, expert: Manifest) -> ImportanceJob:
+    """Measure the Fisher diagonal or the Gram matrices of one expert."""
+    config, data = inputs.config, inputs.tasks[task]
+    return ImportanceJob(
+        task=task,
+        recipe=recipe,
+        base_sha256=inputs.base.sha256,
+        adapter=expert.files["adapter"],
+        expert_key=expert.key,
+        expert_digest=expert.digest,
+        train_rows=data.object_name("train"),
+        rows=config.merge.importance_rows,
+        prompt=recipes.prompt_spec(config, data),
+        max_target_tokens=config.prompt.max_target_tokens,
+        labels=data.labels if config.objective == "classification" else None,
+    )
 
 
 def evaluation_job(
@@ -79,19 +89,21 @@ def evaluation_job(
     expert: Manifest | None,
     few_shot: int = 0,
     weights_dtype: str | None = None,
+    mask: Manifest | None = None,
 ) -> EvaluationJob:
     """Score one model on one split of one task.
 
-    `manifest` is the expert or merge that is scored, None for the base. `expert` is the task's own expert, whose head a
-    classification takes; None takes the head that the expert started from.
+    `manifest` is the expert or merge that is scored, None for the base; `mask` the task's mask of that merge. `expert`
+    is the task's own expert, whose head a classification takes; None takes the head that the expert started from.
     """
     config, data = inputs.config, inputs.tasks[task]
     classifies = config.objective == "classification"
     spec = _evaluation_spec(inputs, data, few_shot)
     dtype = config.evaluate.compute_dtype
     seed = recipes.train_spec(config, data).seed
+    change = mask or manifest  # a mask names the adapter that it is a mask of
     recipe = recipes.evaluation_recipe(
-        manifest.digest if manifest else inputs.base.sha256, data, split, spec, dtype, weights_dtype or dtype,
+        change.digest if change else inputs.base.sha256, data, split, spec, dtype, weights_dtype or dtype,
         expert.digest if expert else seed,
     )  # fmt: skip
     return EvaluationJob(
@@ -105,6 +117,7 @@ def evaluation_job(
         weights_dtype=weights_dtype or dtype,
         head=expert.files["adapter"] if expert and classifies else None,
         head_seed=seed,
+        mask=mask.files["mask"] if mask else None,
     )
 
 

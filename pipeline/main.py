@@ -32,6 +32,7 @@ from pipeline.preflight import Prepared, check_services, prepare_inputs
 from pipeline.replicates import combine
 from pipeline.results import (
     build_results,
+    candidates_csv,
     report_markdown,
     results_json,
     summary_lines,
@@ -105,10 +106,11 @@ def start_run(prepared: Prepared) -> str:
 def publish_report(
     prepared: Prepared, run_id: str, results: dict[str, Any], folder: Path | None, console: Console
 ) -> None:
-    """Write results.json, report.md and config.yaml to the store, to MLflow and to `folder`; print the table."""
+    """Write results, report, candidates and configuration to the store, MLflow and `folder`; print the scores."""
     files = {
         "results.json": results_json(results),
         "report.md": report_markdown(results),
+        "candidates.csv": candidates_csv(results),
         "config.yaml": dump_config(prepared.config),
     }
     for name, text in files.items():

@@ -1,12 +1,15 @@
 """What a run starts from and what it ends with: plain records between preflight, run, registration and results."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from infra.artifacts import Manifest
 from infra.store import Store
-from merge.methods import Candidate
+from merge.specs import Candidate
+from pipeline.candidates import Candidates
 from pipeline.config import PipelineConfig
+from pipeline.search import Rung, Standing
 from pipeline.tasks import TaskData
 from workers.base import PreparedBase
 
@@ -22,7 +25,7 @@ class Inputs:
     """Object name of the base's weights."""
     tasks: dict[str, TaskData]
     max_new_tokens: dict[str, int]
-    candidates: tuple[Candidate, ...]
+    candidates: Candidates
     run_id: str
     """MLflow's id of the parent run, also the name of the run's folder in the store."""
     registers: bool = True
@@ -36,6 +39,10 @@ class Counters:
     experts: int = 0
     merge_nodes: int = 0
     evaluations: int = 0
+    importances: int = 0
+    """Fisher and Gram artifacts of experts."""
+    task_masks: int = 0
+    checkpoints: int = 0
 
 
 @dataclass
@@ -47,8 +54,18 @@ class Outcome:
     scores: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
     """(model, split, task) -> meta of the evaluation; a model is base, few_shot, expert, merged, serving, or a
     candidate as JSON."""
+    masks: dict[tuple[Candidate, str], Manifest] = field(default_factory=dict)
+    """Task masks of candidates that need the task at inference."""
+    rungs: tuple[Rung, ...] = ()
+    standings: dict[Candidate, Standing] = field(default_factory=dict)
+    """Of the candidates that may be chosen."""
     chosen: Candidate | None = None
-    validation: dict[Candidate, float] = field(default_factory=dict)
+    per_task: dict[str, Candidate] = field(default_factory=dict)
+    """Of each method that needs the task at inference the candidate with the best mean validation score."""
+    checkpoint: Manifest | None = None
+    """The chosen merge as a full checkpoint."""
+    versions: dict[str, int] = field(default_factory=dict)
+    """Registered version of each expert and, as `merged`, of the merge."""
     made: Counters = field(default_factory=Counters)
     reused: Counters = field(default_factory=Counters)
     spans: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -56,6 +73,10 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     slots: int = 1
+
+    def mean(self, candidate: Candidate, split: str) -> float:
+        """Mean score of a candidate over all held-in tasks, each with an expert."""
+        return math.fsum(self.scores[candidate.to_json(), split, t]["score"] for t in self.experts) / len(self.experts)
 
 
 def span(spans: list[tuple[float, float]]) -> float:

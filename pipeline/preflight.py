@@ -6,6 +6,7 @@ splits, base, modules and blocks, then disk, memory and cluster.
 
 import shutil
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,15 +18,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from infra import registry
 from infra.errors import ConfigError, FactoryError
 from infra.store import Store
-from merge.methods import Candidate
+from merge.specs import plan_reductions
+from pipeline.candidates import Candidates, list_candidates, merge_plan
 from pipeline.cluster import GIB, slots_of
 from pipeline.config import PipelineConfig
 from pipeline.outcome import Inputs
 from pipeline.recipes import expert_spec, prompt_spec, shares_scored_support, train_spec
+from pipeline.registration import CHECKPOINT, MERGED
 from pipeline.tasks import TaskData, load_tasks
 from workers.base import PreparedBase, prepare_base, upload_base
 from workers.cache import cache_dir
 from workers.classification import encode_labelled
+from workers.importance import GRAM_BYTES
 from workers.kinds import LoraSpec, check_whole
 from workers.losses import CHUNK_LOGITS
 from workers.masks import MaskSpec, accumulator_bytes, trainable_elements, unit_of
@@ -42,23 +46,10 @@ BYTES_PER_VALUE = {"element": 24, "block": 20, "lora": 16}
 
 def check_services(config: PipelineConfig, store: Store) -> None:
     """Names, candidates, object store and MLflow: cheap checks that need no data."""
-    registry.model_names(config.suite, [*config.held_in, "merged"])
-    candidates(config)
+    registry.model_names(config.suite, [*config.held_in, MERGED, CHECKPOINT])
+    list_candidates(config)
     store.check()
     registry.check()
-
-
-def candidates(config: PipelineConfig) -> tuple[Candidate, ...]:
-    """Candidates of the configuration, lists of parameter values expanded, in order and without repeats."""
-    expanded: dict[Candidate, None] = {}
-    for entry in config.merge.candidates:
-        grids: list[dict[str, float]] = [{}]
-        for name, value in entry.params.items():
-            choices = value if isinstance(value, list) else [value]
-            grids = [{**grid, name: choice} for grid in grids for choice in choices]
-        for grid in grids:
-            expanded[Candidate(entry.method, grid)] = None
-    return tuple(expanded)
 
 
 @dataclass(frozen=True)
@@ -90,6 +81,7 @@ class Prepared:
     base: PreparedBase
     tasks: dict[str, TaskData]
     max_new_tokens: dict[str, int]
+    candidates: Candidates
     cost: Cost
 
     def inputs(self, run_id: str) -> Inputs:
@@ -100,7 +92,7 @@ class Prepared:
             base_weights=f"bases/{self.base.sha256}/{WEIGHTS}",
             tasks=self.tasks,
             max_new_tokens=self.max_new_tokens,
-            candidates=candidates(self.config),
+            candidates=self.candidates,
             run_id=run_id,
         )
 
@@ -183,7 +175,9 @@ def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Pr
             name: min(limit, data.config.max_new_tokens or target_token_cap(tokenizer, data.splits["train"]))
             for name, data in tasks.items()
         }
-    return Prepared(config, store, base, tasks, caps, cost)
+    listed = list_candidates(config, {name: len(tasks[name].splits["train"]) for name in config.held_in})
+    console.print(merge_plan(config, listed), highlight=False, markup=False)
+    return Prepared(config, store, base, tasks, caps, listed, cost)
 
 
 def expected_cost(config: PipelineConfig, base: PreparedBase, tasks: dict[str, TaskData]) -> Cost:
@@ -217,10 +211,18 @@ def expected_cost(config: PipelineConfig, base: PreparedBase, tasks: dict[str, T
     worker = PROCESS_GIB * GIB + parameters * width + state_bytes + activations
     dense = config.expert != "sparse"
     union = adapted * (1 if dense else 1 - (1 - config.mask.density) ** len(config.held_in))
-    store_bytes = (
-        parameters * 2 + len(config.held_in) * trainable * 3.2 + union * (4.2 * len(candidates(config)) + 2 * 11)
-    )
-    cache_bytes = parameters * (2 + width) + union * 4.2 * len(candidates(config))
+    listed = list_candidates(config).all
+    reductions = plan_reductions(listed)
+    extras = {reduction.spec.extra for reduction in reductions}
+    measuring, measured = _importance_bytes(config, model, trainable, extras)
+    if measured:  # one row at a time, in fp32
+        worker = max(worker, PROCESS_GIB * GIB + parameters * 4 + measuring + longest * saved * 4)
+    merges = union * 4.2 * len(listed)
+    nodes = union * 2 * 11 * len(reductions)
+    exported = parameters * 4 if config.merge.export else 0
+    experts = len(config.held_in) * (trainable * 3.2 + measured)
+    store_bytes = parameters * 2 + experts + merges + nodes + exported
+    cache_bytes = parameters * (2 + width) + merges
     return Cost(trainable, adapted, parameters, tokens, int(worker), int(store_bytes), int(cache_bytes))
 
 
@@ -263,6 +265,18 @@ def _trained(config: PipelineConfig, model: Any, data: TaskData) -> tuple[int, i
         trainable = sum(spec.rank * sum(target.module.weight.shape) for target in targets.values())
         return trainable, adapted, trainable * (BYTES_PER_VALUE["lora"] + 4 * copies)
     return adapted, adapted, adapted * (BYTES_PER_VALUE["block"] + 4 * copies)
+
+
+def _importance_bytes(
+    config: PipelineConfig, model: Any, trainable: int, extras: Collection[str | None]
+) -> tuple[int, int]:
+    """Bytes of the sums while an expert's Fisher or Gram matrices are measured, and of their files. At most: weights
+    that share an input share a Gram matrix."""
+    squares = 0
+    if "gram" in extras:
+        squares = sum(t.module.weight.shape[1] ** 2 for t in find_targets(model, config.mask.modules).values())
+    fisher = trainable if "fisher" in extras else 0
+    return max(8 * fisher, min(8 * squares, GRAM_BYTES)), 2 * fisher + 2 * squares
 
 
 def check_room(config: PipelineConfig, cost: Cost) -> None:

@@ -1,4 +1,4 @@
-"""Keys: which recipe every artifact of a run has. The one place that says what is in a key and what is not.
+"""Keys of experts and scores: the one place that says what is in them and what is not. Those of merges: `merge.keys`.
 
 In a key: base identity, data fingerprints, prompt, mask, optimisation, compute dtype, seed, algorithm versions and the
 keys of the inputs. Not in a key: names of tasks, resources, retries, paths, endpoints, library versions.
@@ -6,15 +6,14 @@ keys of the inputs. Not in a key: names of tasks, resources, retries, paths, end
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from infra.artifacts import Recipe, canonical_json
-from merge.methods import Candidate, LiftSpec
-from merge.reduce import NODE_VERSIONS, ROOT_VERSIONS
 from pipeline.config import PipelineConfig
 from pipeline.tasks import TaskData
 from workers.classification import CLASSIFICATION_VERSION, ClassifySpec
+from workers.importance import IMPORTANCE_VERSION
 from workers.kinds import ExpertSpec, FullSpec, LoraSpec
 from workers.masks import MaskSpec
 from workers.metrics import METRIC_VERSION
@@ -123,14 +122,9 @@ def expert_recipe(config: PipelineConfig, base_sha256: str, data: TaskData, supp
     return Recipe("expert", TRAIN_VERSION, body, (support,) if support else ())
 
 
-def node_recipe(lift: LiftSpec, children: Sequence[str]) -> Recipe:
-    """A node of the merge tree is a function of what is lifted and of its children, in the order of the tree."""
-    return Recipe("node", 1, {"lift": lift.to_dict(), "versions": NODE_VERSIONS}, tuple(children))
-
-
-def merged_recipe(candidate: Candidate, root: str) -> Recipe:
-    """A merged adapter is a function of the root's statistics and of the method that lowers them."""
-    return Recipe("merged", 1, {**candidate.to_dict(), "versions": ROOT_VERSIONS}, (root,))
+def importance_recipe(config: PipelineConfig, kind: str, expert: str) -> Recipe:
+    """A Fisher or Gram artifact is a function of its expert (`expert`: its key), whose key holds rows and prompt."""
+    return Recipe(kind, IMPORTANCE_VERSION, {"rows": config.merge.importance_rows}, (expert,))
 
 
 def evaluation_recipe(

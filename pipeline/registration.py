@@ -5,13 +5,17 @@ from typing import Any
 from ray import ObjectRef
 
 from infra.artifacts import Manifest
-from infra.registry import RegisteredAdapter, model_name
+from infra.lineage import Ancestor, Lineage
+from infra.model_registry import RegisteredAdapter, RegisteredCheckpoint, Registration
+from infra.registry import model_name
 from pipeline import remote
 from pipeline.config import PipelineConfig
 from pipeline.outcome import Inputs, Outcome
 
 MERGED = "merged"
 """Task name under which the merge is registered."""
+CHECKPOINT = "merged-checkpoint"
+"""Task name under which the merge as a full checkpoint is registered."""
 
 
 def register_expert(inputs: Inputs, task: str, manifest: Manifest, score: dict[str, Any]) -> ObjectRef:
@@ -39,21 +43,66 @@ def register_expert(inputs: Inputs, task: str, manifest: Manifest, score: dict[s
 def register_merge(inputs: Inputs, outcome: Outcome) -> ObjectRef:
     """Register the chosen merge. Its prompt is the bare input: the caller writes the task's instruction."""
     assert outcome.chosen is not None
-    manifest = outcome.merged[outcome.chosen]
+    manifest, cap = outcome.merged[outcome.chosen], max(inputs.max_new_tokens.values())
+    adapter = _adapter(
+        inputs, MERGED, "{input}", cap, manifest, inputs.run_id, _merge_description(inputs, outcome),
+        _heads(inputs, outcome.experts), _lineage(inputs, outcome),
+    )  # fmt: skip
+    return _submit(inputs, "register merge", adapter, {})
+
+
+def register_checkpoint(inputs: Inputs, outcome: Outcome) -> ObjectRef:
+    """Register the chosen merge as a full checkpoint."""
+    manifest, config = outcome.checkpoint, inputs.config
+    assert manifest is not None
+    folder = next(iter(manifest.files.values())).name.rpartition("/")[0]
+    dtype = manifest.config["dtype"]
+    checkpoint = RegisteredCheckpoint(
+        name=model_name(config.suite, CHECKPOINT),
+        task=CHECKPOINT,
+        key=manifest.key,
+        digest=manifest.digest,
+        checkpoint_uri=inputs.store.uri(folder),
+        files=manifest.files,
+        base_sha256=inputs.base.sha256,
+        base_name=inputs.base.name,
+        prompt_wrapper=config.prompt.wrapper,
+        prompt_template="{input}",
+        max_input_tokens=config.prompt.max_input_tokens,
+        max_new_tokens=max(inputs.max_new_tokens.values()),
+        dtype=config.evaluate.compute_dtype,
+        run_id=inputs.run_id,
+        description=f"Full checkpoint, adapted weights in {dtype}. {_merge_description(inputs, outcome)}",
+        tags={"suite": config.suite, "kind": manifest.kind, "expert": config.expert},
+        heads=_heads(inputs, outcome.experts),
+        lineage=_lineage(inputs, outcome),
+    )
+    return _submit(inputs, "register checkpoint", checkpoint, {})
+
+
+def _merge_description(inputs: Inputs, outcome: Outcome) -> str:
+    assert outcome.chosen is not None
     tasks = list(inputs.config.held_in)
     mean = sum(outcome.scores["merged", "test", task]["score"] for task in tasks) / len(tasks)
-    description = (
-        f"Merge of {len(tasks)} {inputs.config.expert} experts on {inputs.base.name} by {outcome.chosen}.\n\n"
+    return (
+        f"Merge of {len(tasks)} {inputs.config.expert} experts on {inputs.base.name} by {outcome.chosen.method}.\n\n"
         f"- held-in mean on the test splits: {mean:.3f}\n"
-        f"- chosen with a mean validation score of {outcome.validation[outcome.chosen]:.3f} among "
-        f"{len(inputs.candidates)} candidates\n"
-        f"- experts: {', '.join(tasks)}\n"
-        f"- lineage: recipe {manifest.key}, digest {manifest.digest}"
+        f"- chosen with a mean validation score of {outcome.standings[outcome.chosen].mean:.3f} among "
+        f"{len(inputs.candidates.eligible)} candidates"
     )
-    cap = max(inputs.max_new_tokens.values())
-    heads = _heads(inputs, {task: outcome.experts[task] for task in tasks})
-    adapter = _adapter(inputs, MERGED, "{input}", cap, manifest, inputs.run_id, description, heads)
-    return _submit(inputs, "register merge", adapter, {})
+
+
+def _lineage(inputs: Inputs, outcome: Outcome) -> Lineage:
+    """The method, and of which registered versions the merge was made."""
+    chosen = outcome.chosen
+    assert chosen is not None
+    experts = []
+    for task in inputs.config.held_in:
+        manifest, name = outcome.experts[task], model_name(inputs.config.suite, task)
+        version = f"models:/{name}/{outcome.versions[task]}" if task in outcome.versions else None
+        experts.append(Ancestor(name, manifest.key, manifest.digest, version))
+    weights = {"weights": dict(chosen.weights)} if chosen.weights is not None else {}
+    return Lineage(chosen.method, {**chosen.params, **weights}, outcome.merged[chosen].key, tuple(experts))
 
 
 def _change(config: PipelineConfig) -> str:
@@ -93,6 +142,7 @@ def _adapter(
     run_id: str,
     description: str,
     heads: dict[str, dict[str, Any]],
+    lineage: Lineage | None = None,
 ) -> RegisteredAdapter:
     config, file = inputs.config, manifest.files["adapter"]
     return RegisteredAdapter(
@@ -113,9 +163,10 @@ def _adapter(
         description=description,
         tags={"suite": config.suite, "kind": manifest.kind, "expert": config.expert},
         heads=heads,
+        lineage=lineage,
     )
 
 
-def _submit(inputs: Inputs, name: str, adapter: RegisteredAdapter, metrics: dict[str, float]) -> ObjectRef:
-    task = remote.register_adapter.options(name=name, max_retries=inputs.config.resources.retries)
-    return task.remote(adapter, metrics, inputs.run_id)
+def _submit(inputs: Inputs, name: str, model: Registration, metrics: dict[str, float]) -> ObjectRef:
+    task = remote.register.options(name=name, max_retries=inputs.config.resources.retries)
+    return task.remote(model, metrics, inputs.run_id)

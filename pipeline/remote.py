@@ -11,13 +11,15 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
-from infra import registry
+from infra import model_registry, registry
 from infra.artifacts import Manifest
 from infra.errors import FactoryError
+from infra.model_registry import Registration
 from infra.store import Store
-from merge.jobs import NodeJob, RootJob, make_node, make_root
+from merge.jobs import ExportJob, Job, JobResult, export_checkpoint, run_job
 from workers.evaluator import EvaluationJob, Evaluator
 from workers.expert import ExpertJob, ExpertOutcome, make_expert
+from workers.importance import ImportanceJob, make_importance
 from workers.memory import freed_afterwards
 from workers.shared_support import SupportJob, make_support
 from workers.train import StepReport
@@ -64,18 +66,25 @@ def support(store: Store, job: SupportJob) -> Manifest:
         return make_support(store, job, granted_devices(), granted_threads())
 
 
-@ray.remote
-def node(store: Store, job: NodeJob) -> tuple[Manifest, bool]:
-    """Reduce one inner node of the merge tree."""
+@ray.remote(max_calls=0)
+def importance(store: Store, job: ImportanceJob) -> Manifest:
+    """Measure an expert's Fisher diagonal or Gram matrices."""
     with freed_afterwards():
-        return make_node(store, job)
+        return make_importance(store, job, granted_devices(), granted_threads())
 
 
 @ray.remote
-def root(store: Store, job: RootJob) -> dict[str, tuple[Manifest, bool]]:
-    """Reduce the root and lower every candidate."""
+def merge(store: Store, job: Job) -> JobResult:
+    """Do one job of the merge schedule."""
     with freed_afterwards():
-        return make_root(store, job)
+        return run_job(store, job)
+
+
+@ray.remote
+def export(store: Store, job: ExportJob) -> tuple[Manifest, bool]:
+    """Write a merged model as a full checkpoint."""
+    with freed_afterwards():
+        return export_checkpoint(store, job)
 
 
 @ray.remote
@@ -101,17 +110,17 @@ class Registered:
 
 
 @ray.remote(num_cpus=0, memory=512 << 20)
-def register_adapter(adapter: registry.RegisteredAdapter, metrics: dict[str, float], fallback_run: str) -> Registered:
-    """Register the adapter, or find the version that is registered already; a new version's metrics go to its run.
+def register(model: Registration, metrics: dict[str, float], fallback_run: str) -> Registered:
+    """Register the model, or find the version that is registered already; a new version's metrics go to its run.
 
     The run that trained a reused expert may have been deleted since; then `fallback_run` takes its place.
     """
-    if not registry.is_active(adapter.run_id):
-        adapter = replace(adapter, run_id=fallback_run)
-    version, made = registry.register(adapter)
+    if not registry.is_active(model.run_id):
+        model = replace(model, run_id=fallback_run)
+    version, made = model_registry.register(model)
     if made and metrics:
-        registry.log_history(adapter.run_id, [{"step": 0, **metrics}])
-    return Registered(adapter.name, version, made)
+        registry.log_history(model.run_id, [{"step": 0, **metrics}])
+    return Registered(model.name, version, made)
 
 
 def reason(error: BaseException) -> str:

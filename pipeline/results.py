@@ -4,6 +4,8 @@ Scores lie in 0-1, Matthews' correlation in -1 to 1. Summaries are unweighted me
 interval (rows resampled within tasks). The names in results.json are an interface: add, never rename.
 """
 
+import csv
+import io
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from merge.methods import Candidate
+from merge.specs import Candidate
 from pipeline.outcome import Inputs, Outcome, utilisation
 from workers.metrics import LabelScores, bootstrap_interval
 
@@ -62,11 +64,15 @@ def build_results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
         "held_in": held_in,
         "held_out": held_out,
         "summary": {"held_in": summary_in, "held_out": summary_out},
-        "candidates": [
-            {**_plain(candidate), "validation": outcome.validation[candidate]} for candidate in inputs.candidates
-        ],
+        "candidates": [_candidate(outcome, candidate) for candidate in inputs.candidates.eligible],
+        "search": {
+            "budget": config.merge.search.evaluations,
+            "evaluations": sum(standing.tasks for standing in outcome.standings.values()),
+            "rungs": [{"candidates": rung.candidates, "tasks": rung.tasks} for rung in outcome.rungs],
+        },
+        "per_task": [_per_task(outcome, candidate) for candidate in inputs.candidates.per_task],
         "chosen": {
-            **_plain(outcome.chosen),
+            **outcome.chosen.to_dict(),
             "key": chosen.key,
             "digest": chosen.digest,
             "uri": inputs.store.uri(chosen.files["adapter"].name),
@@ -74,6 +80,7 @@ def build_results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
             "serving_dtype": config.evaluate.serving_dtype,
             "rounding_loss_bfloat16": chosen.meta["rounding_loss_bfloat16"],
         },
+        "export": _export(inputs, outcome),
         "made": vars(outcome.made),
         "reused": vars(outcome.reused),
         "seconds": outcome.seconds,
@@ -121,8 +128,45 @@ def _optional(outcome: Outcome, task: str) -> dict[str, float]:
     }
 
 
-def _plain(candidate: Candidate) -> dict[str, Any]:
-    return {"method": candidate.method, "params": dict(candidate.params)}
+def _candidate(outcome: Outcome, candidate: Candidate) -> dict[str, Any]:
+    """A candidate's row: how far it came, and the mean validation score over the tasks it was scored on."""
+    standing = outcome.standings[candidate]
+    return {
+        **candidate.to_dict(),
+        "validation": standing.mean,
+        "tasks": standing.tasks,
+        "rung": standing.rung,
+        "chosen": candidate == outcome.chosen,
+    }
+
+
+def _per_task(outcome: Outcome, candidate: Candidate) -> dict[str, Any]:
+    """A candidate that needs the task at inference; test scores for each method's best on validation."""
+    row: dict[str, Any] = {**candidate.to_dict(), "validation": outcome.mean(candidate, "validation")}
+    if candidate in outcome.per_task.values():
+        model = candidate.to_json()
+        row |= {
+            "test": outcome.mean(candidate, "test"),
+            "tasks": {task: outcome.scores[model, "test", task]["score"] for task in outcome.experts},
+            "mask_bytes": {task: outcome.masks[candidate, task].files["mask"].size for task in outcome.experts},
+        }
+    return row
+
+
+def _export(inputs: Inputs, outcome: Outcome) -> dict[str, Any] | None:
+    """The chosen merge as a full checkpoint, if one was made."""
+    checkpoint = outcome.checkpoint
+    if checkpoint is None:
+        return None
+    first = next(iter(checkpoint.files.values()))
+    return {
+        "key": checkpoint.key,
+        "digest": checkpoint.digest,
+        "uri": inputs.store.uri(first.name.rpartition("/")[0] + "/"),
+        "dtype": checkpoint.config["dtype"],
+        "bytes": sum(file.size for file in checkpoint.files.values()),
+        "files": sorted(checkpoint.files),
+    }
 
 
 def _mean(rows: dict[str, dict[str, Any]] | Sequence[dict[str, float]], name: str) -> float:
@@ -185,7 +229,7 @@ def summary_lines(results: dict[str, Any]) -> list[str]:
     """What stands under the table."""
     held_in, chosen = results["summary"]["held_in"], results["chosen"]
     low, high = held_in["merged_interval"]
-    params = ", ".join(f"{name} {value:g}" for name, value in chosen["params"].items())
+    params = _parameters(chosen)
     retention = "undefined" if held_in["retention"] is None else f"{held_in['retention']:.0%}"
     lines = [
         f"chosen on validation: {chosen['method']}{f' ({params})' if params else ''}; the merge keeps {retention} of "
@@ -199,6 +243,15 @@ def summary_lines(results: dict[str, Any]) -> list[str]:
             f"merged weights rounded to {chosen['serving_dtype']}: score {held_in['merged_serving']:.3f}; "
             f"rounding to bfloat16 loses {chosen['rounding_loss_bfloat16']:.0%} of the merged change's norm"
         )
+    best = [row for row in results["per_task"] if "test" in row]
+    if best:
+        lines.append(
+            "with the task known at inference, held-in: "
+            + ", ".join(f"{row['method']} {row['test']:.3f}" for row in best)
+            + " (beside the choice, not registered)"
+        )
+    if results["export"]:
+        lines.append(f"full checkpoint in {results['export']['dtype']}: {results['export']['uri']}")
     if "seeds" in results:
         spread = results["seeds"]["summary"]["held_in"]
         lines.append(
@@ -216,6 +269,27 @@ def summary_lines(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _parameters(row: dict[str, Any]) -> str:
+    """Parameters and weights of a candidate for people."""
+    parts = [f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in row["params"].items()]
+    if "weights" in row:
+        parts.append("weights " + " ".join(f"{name}:{weight:.3g}" for name, weight in row["weights"].items()))
+    return ", ".join(parts)
+
+
+def candidates_csv(results: dict[str, Any]) -> str:
+    """The whole table of the search, those that need the task at inference last (they are in no rung)."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["method", "params", "weights", "rung", "tasks", "validation", "chosen"])
+    for row in [*results["candidates"], *results["per_task"]]:
+        scored = len(results["held_in"]) if "rung" not in row else row["tasks"]
+        weights = json.dumps(row["weights"]) if "weights" in row else ""
+        cells = [row["method"], json.dumps(row["params"]), weights, row.get("rung", ""), scored, row["validation"]]
+        writer.writerow([*cells, row.get("chosen", False)])
+    return out.getvalue()
+
+
 def report_markdown(results: dict[str, Any]) -> str:
     """report.md: table, candidates and figures of the run."""
     lines = [
@@ -231,10 +305,7 @@ def report_markdown(results: dict[str, Any]) -> str:
         cells = [f"**{cell}**" if row[0].startswith("mean of ") and cell else cell for cell in row]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *(f"- {line}" for line in summary_lines(results)), ""]
-    lines += ["## Candidates", "", "| method | parameters | mean validation score |", "|---|---|---:|"]
-    for candidate in results["candidates"]:
-        params = ", ".join(f"{name} = {value:g}" for name, value in candidate["params"].items())
-        lines.append(f"| {candidate['method']} | {params} | {candidate['validation']:.3f} |")
+    lines += _search_section(results)
     lines += [
         "",
         "## Intervals (95 %, rows resampled within tasks)",
@@ -248,6 +319,25 @@ def report_markdown(results: dict[str, Any]) -> str:
                 low, high = summary[f"{model}_interval"]
                 lines.append(f"| {group.replace('_', '-')}, {model} | {summary[model]:.3f} | {low:.3f} to {high:.3f} |")
     return "\n".join([*lines, ""])
+
+
+def _search_section(results: dict[str, Any]) -> list[str]:
+    """The candidates, and apart from them those that need the task at inference."""
+    search, tasks = results["search"], len(results["held_in"])
+    rungs = "; ".join(f"{rung['candidates']} candidates on {rung['tasks']} tasks" for rung in search["rungs"])
+    lines = ["## Candidates", "", f"{search['evaluations']} validation scores of {tasks} tasks: {rungs}.", ""]
+    lines += ["| method | parameters | rung | tasks | mean validation score | chosen |", "|---|---|---:|---:|---:|---|"]
+    for row in results["candidates"]:
+        cells = [row["method"], _parameters(row), str(row["rung"]), str(row["tasks"]), f"{row['validation']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} | {'yes' if row['chosen'] else ''} |")
+    if results["per_task"]:
+        lines += ["", "## Needs the task at inference", ""]
+        lines += ["Never chosen or registered, and not scored on held-out tasks, which have no mask.", ""]
+        lines += ["| method | parameters | mean validation score | mean test score, held-in |", "|---|---|---:|---:|"]
+        for row in results["per_task"]:
+            test = f"{row['test']:.3f}" if "test" in row else ""
+            lines.append(f"| {row['method']} | {_parameters(row)} | {row['validation']:.3f} | {test} |")
+    return lines
 
 
 def results_json(results: dict[str, Any]) -> str:

@@ -1,11 +1,11 @@
 """One run: what is missing is made, in the order in which its inputs appear.
 
-Experts start at once; a merge node starts when its children exist, while other experts still train; evaluation actors
-take the slots that experts leave. The driver holds keys, manifests and scores, never tensors.
+Experts start at once; a merge node starts when its children exist, while other experts still train
+(`pipeline.merging`); evaluation actors take the slots that experts leave. Validation scores are those that the race
+for the best merge asks for (`pipeline.search`). The driver holds keys, manifests and scores, never tensors.
 """
 
 import contextlib
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -15,14 +15,15 @@ import ray
 
 from infra.artifacts import Manifest, Recipe, find
 from infra.errors import ExpertError, FactoryError
-from merge.jobs import ChildRef, NodeJob, RootJob
-from merge.methods import Candidate, LiftSpec, group_candidates
-from merge.tree import Node, build_tree, leaf_names, post_order
+from merge.jobs import export_job
+from merge.specs import Candidate
 from pipeline import jobs, recipes, remote
-from pipeline.cluster import ray_options
+from pipeline.cluster import GIB, ray_options
 from pipeline.display import Display
+from pipeline.merging import Merging
 from pipeline.outcome import Inputs, Outcome, span
-from pipeline.registration import register_expert, register_merge
+from pipeline.registration import CHECKPOINT, MERGED, register_checkpoint, register_expert, register_merge
+from pipeline.search import Race
 from pipeline.work import ActorItem, ActorPool, Item, Lane, settle
 from workers.expert import ExpertOutcome
 from workers.shared_support import SupportRef
@@ -45,19 +46,24 @@ class Run:
         self.outcome = Outcome(slots=slots)
         resources = self.config.resources
         self._experts = Lane()
-        self._nodes = Lane(resources.concurrent_nodes)
         self._registrations = Lane(resources.concurrent_registrations)
         self._board = remote.ProgressBoard.remote()  # type: ignore[attr-defined]
         self._drain: Any = None
         self._actors = ActorPool(self._create_evaluator, ray.kill)
-        self._tree = build_tree(list(self.config.held_in), self.config.merge.fan_in)
-        self._groups = group_candidates(inputs.candidates)
-        self._node_refs: dict[tuple[LiftSpec, str], ChildRef] = {}
-        self._nodes_open: set[tuple[LiftSpec, str]] = {
-            (lift, node.label) for lift in self._groups for node in post_order(self._tree)
-        }
+        self._race = Race(
+            len(inputs.candidates.eligible),
+            list(self.config.held_in),
+            self.config.merge.search.evaluations,
+            self.config.seed,
+        )
+        self._numbers = {candidate: number for number, candidate in enumerate(inputs.candidates.eligible)}
+        self._models = [candidate.to_json() for candidate in self._numbers]  # names of candidates, kept once each
+        self._asked: dict[int, list[str]] = {}
+        self._merged: set[int] = set()
+        self._merging = Merging(
+            inputs, self.outcome, display, self._problem, self._candidate_ready, self._mask_ready
+        )  # fmt: skip
         self._problems: list[str] = []
-        self._merge_time: list[float] = []
         self._evaluate_time: list[float] = []
 
     # -- the run, top to bottom ---------------------------------------------------------------------------------
@@ -69,30 +75,36 @@ class Run:
             stack.callback(ray.kill, self._board)
             stack.callback(self._actors.close)
             stack.enter_context(self.display)
+            self._ask(self._race.wanted())
             self._start_support()
             self._start_base_evaluations()
             self._settle_until_idle()
             self.outcome.seconds["experts"] = span(list(self.outcome.spans.values()))
             self._choose()
+            self._start_export()
             self._start_test_of_chosen()
             self._settle_until_idle()
-        self.outcome.seconds["merge"] = sum(self._merge_time)
+            self._start_registration_of_merge()
+            self._settle_until_idle()
+        self.outcome.seconds["merge"] = self._merging.seconds
         self.outcome.seconds["evaluate"] = sum(self._evaluate_time)
         self.outcome.seconds["total"] = time.time() - start
         return self.outcome
 
     def _settle_until_idle(self) -> None:
-        lanes = [self._experts, self._nodes, self._registrations]
+        workers = [self._experts, self._merging.importances]
+        lanes = [*workers, self._merging.nodes, self._registrations]
         while True:
             for lane in lanes:
                 lane.start_ready()
-            self._actors.start_ready(max(0, min(self._seats, self.outcome.slots - self._experts.open)))
+            taken = sum(lane.open for lane in workers)
+            self._actors.start_ready(max(0, min(self._seats, self.outcome.slots - taken)))
             if any(lane.open for lane in lanes):
                 self._actors.release_idle()
             if not settle(lanes, self._actors, POLL_S) and not self._actors.open and not any(x.open for x in lanes):
                 break
             if self._stop.is_set():
-                for ref in self._experts.running:
+                for ref in [ref for lane in workers for ref in lane.running]:
                     ray.cancel(ref)  # what waits inside Ray would start while the driver tidies up
                 raise Stopped
             self._show_progress()
@@ -118,7 +130,7 @@ class Run:
             self.display.progress(task, report.step, steps, report.loss, rate, eta)
         done, total = len(self.outcome.experts), len(self.config.held_in)
         self.display.tick(
-            f"experts {done}/{total}, merge nodes to do {len(self._nodes_open)}, "
+            f"experts {done}/{total}, merge nodes to do {self._merging.open}, "
             f"evaluations done {self.outcome.made.evaluations + self.outcome.reused.evaluations}, "
             f"to do {self._actors.open}, registrations to do {self._registrations.open}"
         )
@@ -193,7 +205,7 @@ class Run:
     def _expert_ready(self, task: str, manifest: Manifest) -> None:
         self.outcome.experts[task] = manifest
         self._evaluate("expert", "test", task, manifest, then=lambda: self._register_expert(task, manifest))
-        self._start_ready_nodes()
+        self._merging.add_expert(task, manifest)
 
     def _register_expert(self, task: str, manifest: Manifest) -> None:
         score = self.outcome.scores["expert", "test", task]
@@ -203,6 +215,7 @@ class Run:
 
     def _register(self, name: str, make: Callable[[], Any]) -> None:
         def done(result: Any) -> None:
+            self.outcome.versions[name] = result.version
             if result.made:
                 self.display.line(f"registered {result.name} version {result.version}")
 
@@ -225,111 +238,69 @@ class Run:
             f"The other {len(self.outcome.experts)} are stored; the next run continues from there."
         )
 
-    # -- merge --------------------------------------------------------------------------------------------------
+    # -- the choice ---------------------------------------------------------------------------------------------
 
-    def _start_ready_nodes(self) -> None:
-        for lift, candidates in self._groups.items():
-            for node in post_order(self._tree):
-                slot = (lift, node.label)
-                children = self._children(lift, node)
-                if slot not in self._nodes_open or children is None:
-                    continue
-                self._nodes_open.remove(slot)
-                if node is self._tree:
-                    self._start_root(lift, candidates, children)
-                else:
-                    self._start_node(lift, node, children)
+    def _candidate_ready(self, candidate: Candidate) -> None:
+        """A merge exists: make the scores that the race has asked for meanwhile."""
+        number = self._numbers.get(candidate)
+        if number is not None:  # else a merge that is not chosen from, or that only a later round reads
+            self._merged.add(number)
+            for task in self._asked.pop(number, ()):
+                self._score(number, task)
 
-    def _children(self, lift: LiftSpec, node: Node) -> tuple[ChildRef, ...] | None:
-        """References to a node's children, or None while one is missing."""
-        found = []
-        for child in node.children:
-            if isinstance(child, Node):
-                ref = self._node_refs.get((lift, child.label))
+    def _ask(self, pairs: list[tuple[int, str]]) -> None:
+        """Have the race's next scores made, now or as soon as the merge exists."""
+        for number, task in pairs:
+            if number in self._merged:
+                self._score(number, task)
             else:
-                manifest = self.outcome.experts.get(child.name)
-                ref = jobs.child_ref(manifest, "expert", child.name) if manifest else None
-            if ref is None:
-                return None
-            found.append(ref)
-        return tuple(found)
+                self._asked.setdefault(number, []).append(task)
 
-    def _start_node(self, lift: LiftSpec, node: Node, children: tuple[ChildRef, ...]) -> None:
-        recipe = recipes.node_recipe(lift, [child.key for child in children])
+    def _score(self, number: int, task: str) -> None:
+        model, manifest = self._models[number], self.outcome.merged[self.inputs.candidates.eligible[number]]
 
-        def ready(manifest: Manifest) -> None:
-            self._node_refs[lift, node.label] = jobs.child_ref(manifest, "node", node.label)
-            self._start_ready_nodes()
+        def known() -> None:
+            self._ask(self._race.record(number, task, self.outcome.scores[model, "validation", task]["score"]))
 
-        def done(result: tuple[Manifest, bool]) -> None:
-            manifest, made = result
-            self._count_node(made, manifest)
-            self.display.line(
-                f"merge node {node.label}: {len(leaf_names(node))} experts, {manifest.meta['seconds']:.1f} s"
-            )
-            ready(manifest)
+        self._evaluate(model, "validation", task, manifest, then=known)
 
-        found = find(self.store, recipe.key, {child.key: child.digest for child in children})
-        if found is not None:
-            self.outcome.reused.merge_nodes += 1
-            ready(found)
-            return
-        job = NodeJob(node.label, recipe, lift, children, self.inputs.base.sha256)
-        options = ray_options(self.config.resources.node, self.config.resources.retries)
-        start = remote.node.options(name=f"merge node {node.label}", **options).remote
-        self._nodes.add(Item(node.label, lambda: start(self.store, job), done, self._problem("merging")))
-
-    def _start_root(self, lift: LiftSpec, candidates: list[Candidate], children: tuple[ChildRef, ...]) -> None:
-        root = recipes.node_recipe(lift, [child.key for child in children])
-        consumed = {child.key: child.digest for child in children}
-        missing = []
-        for candidate in candidates:
-            recipe = recipes.merged_recipe(candidate, root.key)
-            found = find(self.store, recipe.key, consumed)
-            if found is None:
-                missing.append((candidate, recipe))
-            else:
-                self._candidate_ready(candidate, found)
-        if not missing:
-            self.outcome.reused.merge_nodes += 1
-            return
-
-        def done(result: dict[str, tuple[Manifest, bool]]) -> None:
-            for candidate, recipe in missing:
-                manifest, made = result[recipe.key]
-                self._candidate_ready(candidate, manifest)
-            self._count_node(made, manifest)
-            self.display.line(
-                f"merge root: {len(self.config.held_in)} experts, {len(missing)} candidates, "
-                f"{manifest.meta['seconds']:.1f} s"
-            )
-
-        job = RootJob(
-            self._tree.label, lift, children, self.inputs.base.sha256, self.inputs.base_weights, tuple(missing)
-        )  # fmt: skip
-        options = ray_options(self.config.resources.node, self.config.resources.retries)
-        start = remote.root.options(name="merge root", **options).remote
-        self._nodes.add(Item("root", lambda: start(self.store, job), done, self._problem("merging")))
-
-    def _count_node(self, made: bool, manifest: Manifest) -> None:
-        (self.outcome.made if made else self.outcome.reused).merge_nodes += 1
-        self._merge_time.append(manifest.meta["seconds"])
-
-    def _candidate_ready(self, candidate: Candidate, manifest: Manifest) -> None:
-        self.outcome.merged[candidate] = manifest
-        for task in self.config.held_in:
-            self._evaluate(candidate.to_json(), "validation", task, manifest)
+    def _mask_ready(self, candidate: Candidate, task: str) -> None:
+        mask = self.outcome.masks[candidate, task]
+        self._evaluate(candidate.to_json(), "validation", task, self.outcome.merged[candidate], mask=mask)
 
     def _choose(self) -> None:
-        """The best mean validation score; `max` keeps the first of equals."""
-        for candidate in self.inputs.candidates:
-            scores = [
-                self.outcome.scores[candidate.to_json(), "validation", task]["score"] for task in self.config.held_in
-            ]
-            self.outcome.validation[candidate] = math.fsum(scores) / len(scores)
-        self.outcome.chosen = max(self.inputs.candidates, key=lambda candidate: self.outcome.validation[candidate])
-        best = self.outcome.validation[self.outcome.chosen]
-        self.display.line(f"chosen: {self.outcome.chosen} with mean validation score {best:.3f}")
+        """The winner of the race; of each method that needs the task at inference, its best parameters."""
+        outcome, listed = self.outcome, self.inputs.candidates
+        outcome.rungs = self._race.rungs
+        outcome.standings = dict(zip(listed.eligible, self._race.table(), strict=True))
+        outcome.chosen = listed.eligible[self._race.winner()]
+        best = outcome.standings[outcome.chosen].mean
+        self.display.line(f"chosen: {outcome.chosen} with mean validation score {best:.3f}")
+        for candidate in listed.per_task:
+            held = outcome.per_task.setdefault(candidate.method, candidate)
+            if outcome.mean(candidate, "validation") > outcome.mean(held, "validation"):
+                outcome.per_task[candidate.method] = candidate
+
+    def _start_export(self) -> None:
+        """The chosen merge as a full checkpoint, if one is asked for; of several seeds, the first one's."""
+        export, outcome = self.config.merge.export, self.outcome
+        assert outcome.chosen is not None
+        if export is None or not self.inputs.registers:
+            return
+        merged = outcome.merged[outcome.chosen]
+        job = export_job(merged, self.inputs.base.sha256, export.dtype, round(export.shard_gib * GIB))
+
+        def done(result: tuple[Manifest, bool]) -> None:
+            outcome.checkpoint, made = result
+            (outcome.made if made else outcome.reused).checkpoints += 1
+
+        found = find(self.store, job.recipe.key, {merged.key: merged.digest})
+        if found is not None:
+            done((found, False))
+            return
+        options = ray_options(self.config.resources.node, self.config.resources.retries)
+        start = remote.export.options(name="export", **options).remote
+        self._merging.nodes.add(Item("export", lambda: start(self.store, job), done, self._problem("export")))
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 
@@ -348,9 +319,17 @@ class Run:
         if serving is not None:
             for task in self.config.held_in:
                 self._evaluate("serving", "test", task, manifest, weights_dtype=serving)
-        self._settle_until_idle()
+        for candidate in self.outcome.per_task.values():
+            for task in self.config.held_in:  # a held-out task has no mask
+                unified, mask = self.outcome.merged[candidate], self.outcome.masks[candidate, task]
+                self._evaluate(candidate.to_json(), "test", task, unified, mask=mask)
+
+    def _start_registration_of_merge(self) -> None:
+        """After the experts' registrations: the merge's entry names their versions."""
         if self.inputs.registers:
-            self._register("merge", lambda: register_merge(self.inputs, self.outcome))
+            self._register(MERGED, lambda: register_merge(self.inputs, self.outcome))
+            if self.outcome.checkpoint is not None:
+                self._register(CHECKPOINT, lambda: register_checkpoint(self.inputs, self.outcome))
 
     def _evaluate(
         self,
@@ -361,11 +340,12 @@ class Run:
         *,
         few_shot: int = 0,
         weights_dtype: str | None = None,
+        mask: Manifest | None = None,
         then: Callable[[], None] = lambda: None,
     ) -> None:
         """Find the score of one model on one split of one task, or have it made; `then` runs when it is known."""
         expert = self.outcome.experts.get(task) if manifest else None
-        job = jobs.evaluation_job(self.inputs, model, split, task, manifest, expert, few_shot, weights_dtype)
+        job = jobs.evaluation_job(self.inputs, model, split, task, manifest, expert, few_shot, weights_dtype, mask)
 
         def known(found: Manifest, made: bool) -> None:
             (self.outcome.made if made else self.outcome.reused).evaluations += 1
@@ -384,7 +364,7 @@ class Run:
         self._actors.waiting.append(
             ActorItem(
                 name=f"{model} on {task}",
-                affinity=f"{job.adapter.name if job.adapter else ''} {job.weights_dtype}",
+                affinity=" ".join([ref.name for ref in (job.adapter, job.mask) if ref] + [job.weights_dtype]),
                 call=lambda actor: actor.evaluate.remote(job, self.config.evaluate.batch_size),
                 done=done,
                 failed=self._problem(f"scoring {model} on {task!r}"),

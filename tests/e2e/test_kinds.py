@@ -64,7 +64,7 @@ def test_every_kind_goes_through_the_whole_pipeline(pipeline: Any, tiny_config: 
     if kind == "shared":  # the support is an input of every expert, found and not selected again
         again = pipeline(config)
         assert again.results is not None
-        assert again.results["made"] == {"experts": 0, "merge_nodes": 0, "evaluations": 0}
+        assert set(again.results["made"].values()) == {0}
         assert again.results["held_in"] == results["held_in"]
 
 

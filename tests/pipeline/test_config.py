@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import ConfigError
+from pipeline.candidates import list_candidates
 from pipeline.config import dump_config, load_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "pipeline" / "configs"
@@ -14,6 +15,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "pipeline" / "configs"
 def test_shipped_configurations_load_and_survive_a_round_trip(name: str, tasks: int, tmp_path: Path) -> None:
     config = load_config(CONFIGS / name)
     assert len(config.held_in) == tasks
+    assert list_candidates(config).eligible  # methods, parameters and budget are accepted
     again = tmp_path / "again.yaml"
     again.write_text(dump_config(config))
     assert load_config(again) == config
@@ -53,6 +55,12 @@ def test_overrides_replace_fields_also_inside_lists_and_tasks() -> None:
         ("held_in.vitaminc.template=none", ["held_in.vitaminc.template", "{input}"]),
         ("prompt.wrapper=none", ["prompt.wrapper", "{prompt}"]),
         ("train.epochs=2", ["train", "exactly one of steps and epochs"]),
+        ("merge.search.evaluations=0", ["merge.search.evaluations", "greater than 0"]),
+        ("merge.search.budget=9", ["merge.search.budget", "accepted: evaluations"]),
+        ("merge.export.dtype=float16", ["merge.export.dtype", "'float32' or 'bfloat16'"]),
+        ("merge.candidates[0].weights=equal", ["merge.candidates.0.weights", "training_rows"]),
+        ("merge.importance_rows=0", ["merge.importance_rows", "greater than 0"]),
+        ("resources.node_tasks=0", ["resources.node_tasks", "greater than 0"]),
         ("merge.fan_in=3", ["merge.fan_in", "2, 4, 8 or 16"]),
         ("no-equals-sign", ["no-equals-sign", "section.field=value"]),
     ],

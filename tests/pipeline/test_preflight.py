@@ -6,16 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from rich.console import Console
 
 from infra.errors import ConfigError, FactoryError, MergeError
 from infra.store import Store
-from merge.methods import Candidate
 from pipeline import preflight
+from pipeline.candidates import Candidates
 from pipeline.cluster import GIB, ray_options, slots_of
 from pipeline.config import PipelineConfig, WorkerResources
-from pipeline.preflight import Cost, Prepared, candidates, check_room, check_services, expected_cost, measured_flops
+from pipeline.preflight import Cost, Prepared, check_room, check_services, expected_cost, measured_flops
 from pipeline.recipes import expert_spec
 from pipeline.tasks import TaskConfig, TaskData, fingerprint
 from tests.workers.tiny import WRAPPER, tiny_model, tiny_tokenizer
@@ -59,53 +58,7 @@ def tasks() -> dict[str, TaskData]:
     return {"one": data("one", 3), "two": data("two", 9)}
 
 
-# -- candidates --
-
-
-def test_lists_of_parameters_become_one_candidate_each_in_order() -> None:
-    entries = [
-        {"method": "task_arithmetic", "params": {"lambda": [0.3, 0.1]}},
-        {"method": "mean"},
-        {"method": "ties", "params": {"lambda": [1.0, 0.5], "density": [0.2, 0.8]}},
-    ]
-    assert candidates(config(merge={"candidates": entries})) == (
-        Candidate("task_arithmetic", {"lambda": 0.3}),
-        Candidate("task_arithmetic", {"lambda": 0.1}),
-        Candidate("mean"),
-        Candidate("ties", {"lambda": 1.0, "density": 0.2}),
-        Candidate("ties", {"lambda": 1.0, "density": 0.8}),
-        Candidate("ties", {"lambda": 0.5, "density": 0.2}),
-        Candidate("ties", {"lambda": 0.5, "density": 0.8}),
-    )
-
-
-def test_what_is_named_twice_is_tried_once_where_it_was_named_first() -> None:
-    entries = [
-        {"method": "ties", "params": {"lambda": [1, 0.5, 1.0]}},
-        {"method": "mean"},
-        {"method": "ties", "params": {"density": 1.0}},  # the defaults are those of the first
-        {"method": "mean"},
-    ]
-    found = candidates(config(merge={"candidates": entries}))
-    assert found == (Candidate("ties"), Candidate("ties", {"lambda": 0.5}), Candidate("mean"))
-
-
-@pytest.mark.parametrize(
-    ("entry", "expected"),
-    [
-        ({"method": "men"}, "did you mean 'mean'"),
-        ({"method": "ties", "params": {"lamda": 1}}, "did you mean 'lambda'"),
-        ({"method": "ties", "params": {"density": [0.5, 1.5]}}, "density.*1.5"),
-    ],
-)
-def test_a_wrong_candidate_is_refused(entry: dict[str, Any], expected: str) -> None:
-    with pytest.raises(MergeError, match=expected):
-        candidates(config(merge={"candidates": [entry]}))
-
-
-def test_an_empty_list_of_values_is_refused() -> None:
-    with pytest.raises(ValidationError, match="at least 1 item"):
-        candidates(config(merge={"candidates": [{"method": "ties", "params": {"lambda": []}}]}))
+# -- names --
 
 
 def test_names_and_candidates_are_checked_before_any_service() -> None:
@@ -116,6 +69,8 @@ def test_names_and_candidates_are_checked_before_any_service() -> None:
         check_services(config(held_in={"merged": TASK}), nowhere)
     with pytest.raises(MergeError, match="did you mean"):
         check_services(config(merge={"candidates": [{"method": "men"}]}), nowhere)
+    with pytest.raises(ConfigError, match="at least 2 are needed"):
+        check_services(config(merge={"candidates": [{"method": "mean"}], "search": {"evaluations": 1}}), nowhere)
 
 
 # -- sizes --
@@ -174,6 +129,14 @@ def test_more_work_costs_more(base: PreparedBase, tasks: dict[str, TaskData]) ->
     assert larger.worker_bytes > plain.worker_bytes
     more = cost(merge={"candidates": [{"method": "task_arithmetic", "params": {"lambda": [0.1, 0.2, 0.3]}}]})
     assert more.cache_bytes > plain.cache_bytes
+    second = cost(merge={"candidates": [{"method": "mean"}, {"method": "ties", "params": {"density": 0.5}}]})
+    assert second.store_bytes - plain.store_bytes > 22 * plain.adapted / 10  # another reduction stores its nodes
+    measured = cost(merge={"candidates": [{"method": "mean"}, {"method": "fisher_on_support"}, {"method": "regmean"}]})
+    grams = 2 * (4 * 32**2) * 2  # inputs of q, k, v and o in two layers, each of 32
+    three = cost(
+        merge={"candidates": [{"method": "mean"}, *({"method": "ties", "params": {"density": d}} for d in (0.5, 0.6))]}
+    )
+    assert measured.store_bytes - three.store_bytes == pytest.approx(2 * (2 * plain.trainable + grams), abs=2)
     longer = cost(train={"steps": 6, "batch_size": 4, "compute_dtype": "float32"})
     assert longer.seconds(2, 1e9) == pytest.approx(2 * plain.seconds(2, 1e9), rel=0.02)
     assert plain.seconds(1, 1e9) == pytest.approx(2 * plain.seconds(2, 1e9))
@@ -279,7 +242,9 @@ def test_options_for_ray() -> None:
 
 def prepared(chosen: PipelineConfig) -> Prepared:
     nowhere = Store("bucket", "http://127.0.0.1:9")
-    return Prepared(chosen, nowhere, PreparedBase(Path("/nowhere"), "tiny", "b" * 64, "mit"), {}, {}, SMALL)
+    return Prepared(
+        chosen, nowhere, PreparedBase(Path("/nowhere"), "tiny", "b" * 64, "mit"), {}, {}, Candidates(()), SMALL
+    )
 
 
 def test_workers_are_counted_node_by_node() -> None:

@@ -4,14 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from merge.methods import Candidate, group_candidates
 from pipeline.config import load_config
 from pipeline.recipes import (
     evaluation_recipe,
     expert_recipe,
     expert_spec,
-    merged_recipe,
-    node_recipe,
+    importance_recipe,
     shares_scored_support,
     support_recipe,
 )
@@ -57,9 +55,10 @@ def test_what_training_depends_on_changes_the_key(override: str) -> None:
     "override",
     [
         "suite=other", "resources.expert.cpus=2", "resources.expert.memory_gib=9", "resources.retries=0",
-        "resources.concurrent_nodes=5", "train.gradient_checkpointing=true",
+        "resources.concurrent_nodes=5", "resources.node_tasks=2", "train.gradient_checkpointing=true",
         "train.checkpoint_every=5", "evaluate.batch_size=3", "evaluate.few_shot=0", "merge.fan_in=2",
-        "merge.candidates=[{method: mean}]", "held_in.vitaminc.metric=exact_match",
+        "merge.candidates=[{method: mean}]", "merge.search.evaluations=99", "merge.export={}",
+        "held_in.vitaminc.metric=exact_match",
     ],
 )  # fmt: skip
 def test_what_training_does_not_depend_on_leaves_the_key(override: str) -> None:
@@ -106,13 +105,14 @@ def test_a_shared_support_is_a_function_of_all_tasks_and_an_input_of_every_exper
     assert expert.key != expert_recipe(config, BASE, data(), "0" * 64).key
 
 
-def test_nodes_and_merges_follow_their_inputs() -> None:
-    mean, scaled = Candidate("mean"), Candidate("task_arithmetic", {"lambda": 0.3})
-    (lift,) = group_candidates([mean])
-    root = node_recipe(lift, ["1" * 64, "2" * 64]).key
-    assert root != node_recipe(lift, ["1" * 64, "3" * 64]).key
-    assert merged_recipe(mean, root).key != merged_recipe(scaled, root).key
-    assert merged_recipe(mean, root).key != merged_recipe(mean, "4" * 64).key
+def test_an_importance_is_a_function_of_its_expert_and_the_number_of_rows() -> None:
+    config, expert = load_config(CONFIG), "1" * 64
+    one = importance_recipe(config, "fisher", expert)
+    assert one.inputs == (expert,)
+    assert importance_recipe(config, "gram", expert).key != one.key
+    assert importance_recipe(config, "fisher", "2" * 64).key != one.key
+    assert importance_recipe(load_config(CONFIG, ["merge.importance_rows=7"]), "fisher", expert).key != one.key
+    assert importance_recipe(load_config(CONFIG, ["merge.fan_in=2"]), "fisher", expert).key == one.key
 
 
 def test_a_scores_key_names_model_rows_decoding_and_types() -> None:

@@ -1,6 +1,9 @@
 """What a run reports, from an outcome made by hand: names, means, what is left out, and that people can read it."""
 
+import csv
+import io
 import json
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -10,13 +13,15 @@ from rich.console import Console
 
 from infra.artifacts import Manifest
 from infra.store import FileRef, Store
-from merge.methods import Candidate
+from merge.specs import Candidate
+from pipeline.candidates import Candidates
 from pipeline.config import PipelineConfig
 from pipeline.outcome import Counters, Inputs, Outcome
-from pipeline.results import build_results, report_markdown, results_json, summary_lines, summary_table
+from pipeline.results import build_results, candidates_csv, report_markdown, results_json, summary_lines, summary_table
+from pipeline.search import Rung, Standing
 from workers.base import PreparedBase
 
-MEAN, TIES = Candidate("mean"), Candidate("ties", {"lambda": 0.5})
+MEAN, TIES, EMR = Candidate("mean"), Candidate("ties", {"lambda": 0.5}), Candidate("emr")
 BASE = PreparedBase(Path("/nowhere"), "tiny", "b" * 64, "mit")
 ROWS = {"held_in": {"base": (0.0, 0.5), "expert": (0.5, 1.0), "merged": (0.25, 0.75)},
         "held_out": {"base": (0.25,), "merged": (0.5,)}}  # fmt: skip
@@ -52,7 +57,8 @@ def make(few_shot: int = 2, serving: str | None = "bfloat16", held_out: int = 1,
         merged={MEAN: manifest("merged", "3"),
                 TIES: manifest("merged", "4", density=0.1, rounding_loss_bfloat16=0.25)},
         chosen=TIES,
-        validation={MEAN: 0.25, TIES: 0.5},
+        rungs=(Rung(2, 1), Rung(1, 1)),
+        standings={MEAN: Standing(0, 1, 1, 0.25), TIES: Standing(1, 2, 2, 0.5)},
         made=Counters(experts=1, merge_nodes=1, evaluations=9),
         reused=Counters(experts=1, evaluations=2),
         spans={"alpha": (100.0, 104.0), "beta": (104.0, 106.0)},
@@ -69,7 +75,7 @@ def make(few_shot: int = 2, serving: str | None = "bfloat16", held_out: int = 1,
             if serving and group == "held_in":
                 outcome.scores["serving", "test", name] = score(0.25, 2)
     store = Store("bucket", "http://127.0.0.1:9", "suite")
-    inputs = Inputs(config, store, BASE, "bases/b/model.safetensors", {}, {}, (MEAN, TIES), "run1")
+    inputs = Inputs(config, store, BASE, "bases/b/model.safetensors", {}, {}, Candidates((MEAN, TIES)), "run1")
     return inputs, outcome
 
 
@@ -104,13 +110,17 @@ def test_the_names_that_other_programs_read() -> None:
     assert {"base", "expert", "merged", "retention"} <= set(found["summary"]["held_in"])
     assert {"base", "merged"} <= set(found["summary"]["held_out"])
     assert found["candidates"] == [
-        {"method": "mean", "params": {}, "validation": 0.25},
-        {"method": "ties", "params": {"lambda": 0.5, "density": 1.0}, "validation": 0.5},
+        {"method": "mean", "params": {}, "validation": 0.25, "tasks": 1, "rung": 1, "chosen": False},
+        {"method": "ties", "params": TIES.params, "validation": 0.5, "tasks": 2, "rung": 2, "chosen": True},
     ]
-    assert (found["chosen"]["method"], found["chosen"]["params"]) == ("ties", {"lambda": 0.5, "density": 1.0})
+    rungs = [{"candidates": 2, "tasks": 1}, {"candidates": 1, "tasks": 1}]
+    assert found["search"] == {"budget": None, "evaluations": 3, "rungs": rungs}
+    assert (found["per_task"], found["export"]) == ([], None)
+    assert (found["chosen"]["method"], found["chosen"]["params"]) == ("ties", TIES.params)
     assert (found["chosen"]["key"], found["chosen"]["rounding_loss_bfloat16"]) == ("4" * 64, 0.25)
-    assert found["made"] == {"experts": 1, "merge_nodes": 1, "evaluations": 9}
-    assert found["reused"] == {"experts": 1, "merge_nodes": 0, "evaluations": 2}
+    others = {"importances": 0, "task_masks": 0, "checkpoints": 0}
+    assert found["made"] == {"experts": 1, "merge_nodes": 1, "evaluations": 9} | others
+    assert found["reused"] == {"experts": 1, "merge_nodes": 0, "evaluations": 2} | others
     assert found["seconds"] == {"experts": 6.0, "merge": 1.0, "evaluate": 2.0, "total": 9.0}
     assert found["slot_utilisation"] == 6 / (2 * 6)
 
@@ -207,7 +217,7 @@ def test_a_name_with_brackets_is_shown_as_it_is() -> None:
 
 def test_the_lines_below_the_table() -> None:
     lines = "\n".join(summary_lines(results()))
-    assert "chosen on validation: ties (lambda 0.5, density 1)" in lines
+    assert "chosen on validation: ties (lambda 0.5, density 1, density_of support)" in lines
     assert "keeps 50% of the experts' gain (merged 0.500, 95 % interval 0.500 to 0.500)" in lines
     assert "experts above base: 2 of 2" in lines
     assert "merged weights rounded to bfloat16: score 0.250; rounding to bfloat16 loses 25%" in lines
@@ -232,5 +242,53 @@ def test_the_report_is_well_formed_markdown() -> None:
         assert len({line.count("|") for line in table}) == 1, table
     for name in ("| alpha |", "| beta |", "| gamma |", "**mean of held-in**", "**mean of held-out**"):
         assert name in report
-    assert "| ties | lambda = 0.5, density = 1 | 0.500 |" in report
+    assert "3 validation scores of 2 tasks: 2 candidates on 1 tasks; 1 candidates on 1 tasks." in report
+    assert "| mean |  | 1 | 1 | 0.250 |  |" in report
+    assert "| ties | lambda 0.5, density 1, density_of support | 2 | 2 | 0.500 | yes |" in report
     assert "| held-out, merged | 0.500 | 0.500 to 0.500 |" in report
+
+
+def test_a_method_that_needs_the_task_is_reported_apart() -> None:
+    inputs, outcome = make()
+    inputs = replace(inputs, candidates=Candidates((MEAN, TIES, EMR)))
+    mask = Manifest("5" * 64, "task_mask", 1, {}, {"mask": FileRef(f"objects/{'5' * 64}/1/mask", "0" * 64, 7)}, {}, {})
+    outcome.per_task = {"emr": EMR}
+    outcome.masks = {(EMR, task): mask for task in ("alpha", "beta")}
+    for split, values in (("validation", (0.5, 1.0)), ("test", (0.25, 1.0))):
+        for task, value in zip(("alpha", "beta"), values, strict=True):
+            outcome.scores[EMR.to_json(), split, task] = score(value, 2)
+    found = build_results(inputs, outcome)
+    (row,) = found["per_task"]
+    assert row == {
+        "method": "emr", "params": dict(EMR.params), "validation": 0.75, "test": 0.625,
+        "tasks": {"alpha": 0.25, "beta": 1.0}, "mask_bytes": {"alpha": 7, "beta": 7},
+    }  # fmt: skip
+    assert [candidate["method"] for candidate in found["candidates"]] == ["mean", "ties"]
+    report = report_markdown(found)
+    assert "## Needs the task at inference" in report
+    assert "| emr |  | 0.750 | 0.625 |" in report
+    assert "with the task known at inference, held-in: emr 0.625" in "\n".join(summary_lines(found))
+    table = list(csv.DictReader(io.StringIO(candidates_csv(found))))
+    assert [(line["method"], line["rung"], line["tasks"], line["chosen"]) for line in table] == [
+        ("mean", "1", "1", "False"), ("ties", "2", "2", "True"), ("emr", "", "2", "False"),
+    ]  # fmt: skip
+    assert json.loads(table[1]["params"]) == TIES.params
+
+
+def test_weights_and_an_exported_checkpoint_are_reported() -> None:
+    inputs, outcome = make()
+    weighted = Candidate("weighted_mean", {}, {"alpha": 0.25, "beta": 0.75})
+    inputs = replace(inputs, candidates=Candidates((weighted,)))
+    outcome.merged[weighted], outcome.chosen = outcome.merged[TIES], weighted
+    outcome.standings = {weighted: Standing(0, 1, 2, 0.5)}
+    key = "6" * 64
+    files = {name: FileRef(f"objects/{key}/1/{name}", "0" * 64, 10) for name in ("config.json", "model.safetensors")}
+    outcome.checkpoint = Manifest(key, "checkpoint", 1, {"dtype": "bfloat16"}, files, {}, {})
+    found = build_results(inputs, outcome)
+    assert found["chosen"]["weights"] == {"alpha": 0.25, "beta": 0.75}
+    assert found["export"]["uri"] == f"s3://bucket/suite/objects/{key}/1/"
+    assert (found["export"]["bytes"], found["export"]["files"]) == (20, ["config.json", "model.safetensors"])
+    lines = "\n".join(summary_lines(found))
+    assert "weighted_mean (weights alpha:0.25 beta:0.75)" in lines
+    assert f"full checkpoint in bfloat16: s3://bucket/suite/objects/{key}/1/" in lines
+    json.loads(results_json(found))

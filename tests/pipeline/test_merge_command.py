@@ -1,0 +1,382 @@
+"""`python -m merge` on a tiny Llama: what it writes against dense arithmetic, what it says, and how it ends."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from infra.digests import file_sha256
+from infra.store import Store
+from merge.mask_file import MaskReader
+from merge.methods import METHODS
+from pipeline.merge_command import main, methods_markdown
+from tests.e2e.conftest import write_tiny_base
+from workers.adapter import AdapterMeta, AdapterReader, FileSource, save_adapter
+from workers.base import PreparedBase, prepare_base
+from workers.cache import cache_dir
+from workers.importance_file import FisherWriter, GramWriter, ImportanceMeta
+from workers.support import SparseTensor
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+V = "model.layers.1.self_attn.v_proj.weight"
+SHAPES = {Q: (64, 64), V: (32, 64)}
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "merging.md"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a tiny base with dyadic weights, and a cache of its own."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("FACTORY_CACHE", str(tmp_path_factory.mktemp("cache")))
+    folder = write_tiny_base(tmp_path_factory.mktemp("base") / "model")
+    weights = load_file(folder / "model.safetensors")
+    rounded = {name: (weight * 64).round() / 64 for name, weight in weights.items()}
+    save_file(rounded, folder / "model.safetensors", {"format": "pt"})
+    yield folder
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def base(model: Path) -> PreparedBase:
+    return prepare_base(f"path:{model}", cache_dir())
+
+
+@pytest.fixture
+def folder(tmp_path: Path, base: PreparedBase) -> Path:
+    """A folder with four experts of dyadic values on random supports: sums in any order are exact."""
+    for at in range(4):
+        g = torch.Generator().manual_seed(at)
+        delta = {}
+        for name, shape in SHAPES.items():
+            indices = torch.randperm(shape[0] * shape[1], generator=g)[:300].sort().values
+            delta[name] = SparseTensor(shape, indices, torch.randint(-8, 9, (300,), generator=g) / 64)
+        save_adapter(tmp_path / f"e{at}.safetensors", delta, AdapterMeta(base.sha256), torch.float32)
+    return tmp_path
+
+
+@pytest.fixture
+def merge(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """The command, in the experts' folder."""
+    monkeypatch.chdir(folder)
+
+    def call(command: str, *arguments: str, method: str | None = "mean", count: int = 4) -> Result:
+        given = ["--base", f"path:{model}"]
+        if command in ("run", "plan"):
+            given += [item for at in range(count) for item in ("--expert", f"e{at}.safetensors")]
+            given += ["--method", method] if method else []
+        return CliRunner().invoke(main, [command, *(given if command != "methods" else []), *arguments])
+
+    return call
+
+
+def dense(file: Path | str) -> dict[str, torch.Tensor]:
+    reader = AdapterReader(FileSource(file))
+    found = {}
+    for name in reader.names:
+        tensor = reader.load(name)
+        flat = torch.zeros(tensor.numel)
+        flat[tensor.indices] = tensor.values
+        found[name] = flat.view(tensor.shape)
+    return found
+
+
+def expected_mean(folder: Path, count: int = 4) -> dict[str, torch.Tensor]:
+    experts = [dense(folder / f"e{at}.safetensors") for at in range(count)]
+    return {name: torch.stack([expert[name] for expert in experts]).sum(0) / count for name in SHAPES}
+
+
+def check_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def succeeded(result: Result) -> str:
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(result: Result, told: str, status: int = 2) -> None:
+    assert result.exit_code == status, result.output
+    assert re.search(told, " ".join(result.output.split())), result.output
+    assert "Traceback" not in result.output
+
+
+# -- run --
+
+
+def test_adapters_give_their_mean(merge: Callable[..., Result], folder: Path) -> None:
+    said = succeeded(merge("run", "--out", "merged.safetensors"))
+    check_equal(dense("merged.safetensors"), expected_mean(folder))
+    assert re.search(r"4 experts, 2 tensors", said)
+    norm = sum(float(d.double().square().sum()) for d in expected_mean(folder).values()) ** 0.5
+    assert f"‖δ‖ {norm:.4g}" in said
+    assert re.search(r"written in .* s, peak memory", said)
+
+
+def test_nothing_is_done_twice(merge: Callable[..., Result], folder: Path, base: PreparedBase) -> None:
+    succeeded(merge("run", "--out", "merged.safetensors"))
+    before = Path("merged.safetensors").stat()
+    assert "holds exactly this merge already" in succeeded(merge("run", "--out", "merged.safetensors"))
+    assert Path("merged.safetensors").stat() == before
+    for changed in (("--method", "ties"), ("--method", "task_arithmetic", "--param", "lambda=0.5")):
+        assert "wrote merged" in succeeded(merge("run", "--out", "merged.safetensors", *changed, method=None))
+    succeeded(merge("run", "--out", "merged.safetensors"))
+    delta = {Q: SparseTensor(SHAPES[Q], torch.tensor([3]), torch.ones(1))}
+    save_adapter(folder / "e2.safetensors", delta, AdapterMeta(base.sha256), torch.float32)
+    assert "wrote merged" in succeeded(merge("run", "--out", "merged.safetensors")), "another input"
+    check_equal(dense("merged.safetensors"), {n: d for n, d in expected_mean_of(folder).items()})
+
+
+def expected_mean_of(folder: Path) -> dict[str, torch.Tensor]:
+    experts = [dense(folder / f"e{at}.safetensors") for at in range(4)]
+    zero = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    return {n: torch.stack([(zero | expert)[n] for expert in experts]).sum(0) / 4 for n in SHAPES}
+
+
+def test_checkpoints_and_adapters_together(merge: Callable[..., Result], folder: Path, model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    shifted = {name: weight + 1 / 64 for name, weight in weights.items()}
+    full = AutoModelForCausalLM.from_pretrained(model)
+    full.load_state_dict({**shifted, "lm_head.weight": shifted["model.embed_tokens.weight"]})
+    full.save_pretrained(folder / "full", max_shard_size="100KB")
+    assert len(list((folder / "full").glob("model-*.safetensors"))) > 1
+    succeeded(merge("run", "--expert", "full", "--out", "merged.safetensors", count=1))
+    one = dense("e0.safetensors")
+    expected = {n: (torch.full_like(w, 1 / 64) + one.get(n, torch.zeros(()))) / 2 for n, w in weights.items()}
+    check_equal(dense("merged.safetensors"), expected)
+
+
+def test_a_peft_folder_is_an_expert(merge: Callable[..., Result], folder: Path, model: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=False)
+    lora = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+    with torch.no_grad():
+        for name, value in lora.named_parameters():
+            if "lora_" in name:
+                value.copy_((value * 8).round() / 8)
+    lora.save_pretrained(folder / "lora")
+    succeeded(merge("run", "--expert", "qa=lora", "--out", "merged.safetensors", "--method", "task_arithmetic",
+                    "--param", "lambda=1", method=None, count=1))  # fmt: skip
+    merged = lora.merge_and_unload().state_dict()
+    weights, one = load_file(model / "model.safetensors"), dense("e0.safetensors")
+    found = dense("merged.safetensors")
+    for layer in range(2):
+        name = f"model.layers.{layer}.self_attn.q_proj.weight"
+        own = one[name] if name in one else torch.zeros(())
+        assert torch.equal(found[name], merged[name] - weights[name] + own)
+
+
+def test_a_checkpoint_is_base_plus_delta(merge: Callable[..., Result], folder: Path, model: Path) -> None:
+    succeeded(merge("run", "--checkpoint", "merged", "--dtype", "float32", "--shard-gib", "0.0001"))
+    assert len(list(Path("merged").glob("model-*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained("merged").state_dict()
+    mean = expected_mean(folder)
+    for name, weight in load_file(model / "model.safetensors").items():
+        assert torch.equal(loaded[name], weight + mean.get(name, torch.zeros(()))), name
+    digests = {file.name: file_sha256(file) for file in Path("merged").iterdir()}
+    said = succeeded(merge("run", "--checkpoint", "merged", "--dtype", "float32", "--shard-gib", "0.0001"))
+    assert "holds exactly this merge already" in said
+    for file in Path("merged").iterdir():
+        file.unlink()
+    succeeded(merge("run", "--checkpoint", "merged", "--dtype", "float32", "--shard-gib", "0.0001"))
+    assert {file.name: file_sha256(file) for file in Path("merged").iterdir()} == digests
+    succeeded(merge("run", "--checkpoint", "merged", "--dtype", "bfloat16", "--out", "merged.safetensors"))
+    assert sorted(f.name for f in Path("merged").glob("model*")) == ["model.safetensors"], "no old shard stays"
+    assert AutoModelForCausalLM.from_pretrained("merged", dtype="auto").dtype == torch.bfloat16
+    check_equal(dense("merged.safetensors"), mean)
+
+
+def test_weights(merge: Callable[..., Result], folder: Path) -> None:
+    weights = [item for at in range(4) for item in ("--weight", f"e{at}={[0.5, 0.25, 0.125, 0.125][at]}")]
+    succeeded(merge("run", "--out", "merged.safetensors", *weights, method="weighted_mean"))
+    experts = [dense(f"e{at}.safetensors") for at in range(4)]
+    expected = {n: 0.5 * experts[0][n] + 0.25 * experts[1][n] + 0.125 * (experts[2][n] + experts[3][n]) for n in SHAPES}
+    check_equal(dense("merged.safetensors"), expected)
+
+
+def test_a_configuration_file(merge: Callable[..., Result], folder: Path, model: Path) -> None:
+    fields: dict[str, Any] = {
+        "base": f"path:{model}", "method": "ties", "params": {"density": 0.5}, "out": "never.safetensors",
+        "experts": {f"task {at}": f"e{at}.safetensors" for at in range(4)},
+    }  # fmt: skip
+    (folder / "merge.yaml").write_text(yaml.safe_dump(fields))
+    result = CliRunner().invoke(main, ["run", "--config", "merge.yaml", "--out", "merged.safetensors"])
+    assert "density=0.5" in succeeded(result)
+    assert AdapterReader(FileSource("merged.safetensors")).meta.info["experts"] == [f"task {at}" for at in range(4)]
+    assert not Path("never.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.internal])
+def test_every_method(merge: Callable[..., Result], folder: Path, base: PreparedBase, method: str) -> None:
+    given = []
+    for at in range(2):
+        meta = ImportanceMeta(base.sha256, file_sha256(folder / f"e{at}.safetensors"), 8)
+        with FisherWriter(folder / f"f{at}", meta, list(SHAPES)) as fisher:
+            for name in SHAPES:
+                fisher.add(name, torch.rand(300, generator=torch.Generator().manual_seed(at)))
+            fisher.close()
+        with GramWriter(folder / f"g{at}", meta, list(SHAPES)) as gram:
+            gram.add(list(SHAPES), torch.eye(64) * (at + 1))
+            gram.close()
+        given += ["--fisher", f"e{at}=f{at}"] if method == "fisher_on_support" else []
+        given += ["--gram", f"e{at}=g{at}"] if method == "regmean" else []
+        given += ["--weight", f"e{at}=0.5"] if METHODS[method].weights_required else []
+    succeeded(merge("run", "--out", "merged.safetensors", *given, method=method, count=2))
+    assert any(bool(delta.any()) for delta in dense("merged.safetensors").values())
+    assert "nothing to do" in succeeded(merge("run", "--out", "merged.safetensors", *given, method=method, count=2))
+
+
+def test_task_masks(merge: Callable[..., Result], folder: Path, model: Path) -> None:
+    succeeded(merge("run", "--out", "unified.safetensors", method="emr"))
+    masks = [Path(f"unified.e{at}.mask.safetensors") for at in range(4)]
+    unified, own = dense("unified.safetensors"), dense("e1.safetensors")
+    said = succeeded(merge("export", "unified.safetensors", "--mask", str(masks[1]), "--out", "task"))
+    assert "parameters in the base's types" in said
+    scale = MaskReader(FileSource(masks[1])).scale
+    weights, written = load_file(model / "model.safetensors"), load_file("task/model.safetensors")
+    for name, delta in unified.items():
+        kept = delta * ((delta * own[name]) > 0)
+        assert torch.equal(written[name], weights[name] + kept * scale), name
+    masks[2].unlink()
+    succeeded(merge("run", "--out", "unified.safetensors", method="emr"))
+    assert masks[2].exists(), "a missing mask is made again"
+    other = ["export", "e0.safetensors", "--mask", str(masks[1]), "--out", "other"]
+    refused(merge(*other), "mask of task 'e1'")
+
+
+# -- plan, methods, export --
+
+
+def test_a_plan_writes_nothing(merge: Callable[..., Result], folder: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    said = succeeded(merge("plan", "--out", "new/merged.safetensors", "--checkpoint", "new/full", method="sce"))
+    assert "2 reductions, 2 rounds" in said
+    assert "later rounds re-lift every expert" in said
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_the_estimates_of_a_plan(merge: Callable[..., Result], folder: Path) -> None:
+    said = succeeded(merge("plan", "--out", "merged.safetensors", "--checkpoint", "full"))
+    found = re.search(r"about ([\d,]+) positions", said)
+    assert found
+    succeeded(merge("run", "--out", "merged.safetensors"))
+    reader = AdapterReader(FileSource("merged.safetensors"))
+    positions = sum(reader.count(name) for name in reader.names)
+    assert int(found[1].replace(",", "")) == pytest.approx(positions, rel=0.05)
+
+
+def test_the_documentation_has_every_method(merge: Callable[..., Result]) -> None:
+    table = succeeded(merge("methods", "--markdown"))
+    assert table == methods_markdown()
+    assert table in DOCS.read_text(encoding="utf-8"), "write the output of `python -m merge methods --markdown` there"
+    shown = succeeded(merge("methods"))
+    for name, method in METHODS.items():
+        assert (f"`{name}`" in table) != method.internal
+        assert (f"│ {name} " in shown) != method.internal
+
+
+def test_export(merge: Callable[..., Result], folder: Path, model: Path) -> None:
+    succeeded(merge("export", "e0.safetensors", "--out", "full"))
+    weights, written = load_file(model / "model.safetensors"), load_file("full/model.safetensors")
+    check_equal(written, {n: w + dense("e0.safetensors").get(n, torch.zeros(())) for n, w in weights.items()})
+    assert "nothing to do" in succeeded(merge("export", "e0.safetensors", "--out", "full"))
+    refused(merge("export", str(model), "--out", "other"), "is a full checkpoint already")
+    refused(merge("export", "e0.safetensors", "--out", str(folder)), "overlaps the input")
+    refused(merge("export", "none", "--out", "other"), "no such file or folder; accepted are")
+
+
+# -- what is refused, what fails --
+
+
+def test_bad_input_ends_with_status_2(merge: Callable[..., Result], folder: Path) -> None:
+    for arguments, told in (
+        (["--out", "m", "--method", "tise"], "unknown merge method 'tise'; did you mean 'ties'"),
+        (["--out", "m", "--method", "ties", "--param", "density=2"], r"'density'.*accepted: a number above 0 to 1"),
+        (["--out", "m", "--method", "ties", "--param", "density"], "--param 'density': give NAME=VALUE"),
+        (["--out", "m", "--method", "ties", "--param", "density=1", "--param", "density=.5"], "is given twice"),
+        (["--out", "m", "--method", "ties", "--weight", "e0=much"], "--weight e0=much: the weight is no number"),
+        (["--out", "m", "--method", "mean", "--expert", "other/e0.safetensors"], "two experts are named 'e0'"),
+        (["--out", "m", "--method", "mean", "--expert", "again=e0.safetensors"], "are the same one"),
+        (["--out", "e0.safetensors", "--method", "mean"], "is the input expert 'e0'"),
+        (["--out", "/proc/none/m", "--method", "mean"], "--out /proc/none/m: cannot be written"),
+        (["--out", "m"], "method: missing; give --method"),
+        (["--method", "mean"], "no output"),
+        (["--out", "m", "--method", "mean", "--config", "none.yaml"], "none.yaml: not readable"),
+        (["--out", "m", "--method", "mean", "--shard-gib", "0"], "--shard-gib"),
+    ):
+        refused(merge("run", *arguments, method=None), told)
+    assert not Path("m").exists()
+
+
+def test_a_failure_ends_with_status_1_and_leaves_nothing(merge: Callable[..., Result], folder: Path) -> None:
+    data = bytearray((folder / "e3.safetensors").read_bytes())
+    data[-4:] = b"\xff" * 4  # in the last tensor
+    (folder / "e3.safetensors").write_bytes(data)
+    refused(merge("run", "--out", "merged.safetensors", "--checkpoint", "full"), rf"expert 'e3', tensor {V}", status=1)
+    assert {path.name for path in folder.iterdir()} == {f"e{at}.safetensors" for at in range(4)}
+
+
+# -- object store and registry --
+
+
+def test_a_stored_tree_computes_only_what_changed(
+    merge: Callable[..., Result], folder: Path, store: Store, base: PreparedBase
+) -> None:
+    said = succeeded(merge("run", "--store", "--out", "stored.safetensors", method="ties"))
+    made = re.search(r"merge nodes: (\d+) made, 0 reused", said)
+    assert made
+    succeeded(merge("run", "--out", "flat.safetensors", method="ties"))
+    check_equal(dense("stored.safetensors"), dense("flat.safetensors"))
+    assert "merge nodes: 0 made" in succeeded(merge("run", "--store", "--out", "stored.safetensors", method="ties"))
+    succeeded(merge("run", "--store", "--out", "emr.safetensors", method="emr"))
+    succeeded(merge("run", "--out", "flat.safetensors", method="emr"))
+    check_equal(dense("emr.safetensors"), dense("flat.safetensors"))
+    for at in range(4):
+        stored, flat = (MaskReader(FileSource(f"{n}.e{at}.mask.safetensors")) for n in ("emr", "flat"))
+        assert stored.scale == flat.scale
+        assert all(torch.equal(stored.load(name), flat.load(name)) for name in SHAPES)
+
+
+def test_random_methods_draw_the_same_flat_and_stored(merge: Callable[..., Result], store: Store) -> None:
+    succeeded(merge("run", "--store", "--out", "stored.safetensors", method="dare_linear"))
+    succeeded(merge("run", "--out", "flat.safetensors", method="dare_linear"))
+    stored, flat = dense("stored.safetensors"), dense("flat.safetensors")
+    for name in SHAPES:
+        assert torch.equal(stored[name] != 0, flat[name] != 0)
+        torch.testing.assert_close(stored[name], flat[name])
+
+
+def test_s3_and_the_registry(merge: Callable[..., Result], folder: Path, store: Store) -> None:
+    name = store.prefix.replace("/", "-")
+    out, full = store.uri("merged.safetensors"), store.uri("full")
+    said = succeeded(merge("run", "--out", out, "--checkpoint", full, "--register", name))
+    version = f"models:/{name}/1"
+    assert f"registered as {version}" in said
+    again = succeeded(merge("run", "--out", out, "--checkpoint", full, "--register", name))
+    assert f"registered as {version} (it was already)" in again
+    assert again.count("nothing to do") == 2
+    sources = {"a": out, "b": full, "c": version, "d": f"models:/{name}@champion"}
+    for source in sources:
+        if source in "ab":
+            result = merge("run", "--expert", f"x={sources[source]}", "--out", "m.safetensors", count=0)
+            succeeded(result)
+            found = dense("m.safetensors")
+            for tensor, delta in expected_mean(folder).items():
+                assert torch.equal(found[tensor], delta), source
+    succeeded(merge("run", "--expert", f"x={version}", "--out", "m.safetensors", count=0))
+    check_equal(dense("m.safetensors"), expected_mean(folder))
+    refused(
+        merge("run", "--expert", f"x={sources['d']}", "--expert", f"y={version}", "--out", "m", count=0), "same one"
+    )
+    refused(
+        merge("run", "--expert", f"x=models:/{name}/9", "--out", "m", count=0), f"expert 'x'.*no version 9 of '{name}'"
+    )
