@@ -39,7 +39,7 @@ from merge.reduce import (
     reduce_root,
 )
 from merge.specs import Candidate, LiftSpec
-from merge.stream_file import LocalFile
+from merge.stream_file import LocalFile, ReadAhead
 from workers.adapter import ByteSource
 
 
@@ -217,7 +217,7 @@ def _make_root(store: Store, job: RootJob) -> JobResult:
         inputs = _Inputs(store, job, Path(folder))
         outs = {candidate: Path(folder) / f"{at}.safetensors" for at, (candidate, _) in enumerate(job.candidates)}
         sinks = {candidate: AdapterWriter(out) for candidate, out in outs.items()}
-        base = StoreSource(store, job.base_weights) if job.base_weights else None
+        base = ReadAhead(StoreSource(store, job.base_weights)) if job.base_weights else None
         info = reduce_root(inputs.children, job.spec, sinks, job.base_sha256, base, inputs.reference, job.part)
         seconds = time.perf_counter() - start
         if job.part is not None:
@@ -269,7 +269,7 @@ def _finish(store: Store, job: FinishJob) -> Made:
             continue
         parts = [output.files[recipe.key] for output in job.outputs]
         with store.open_write(f"{new_attempt(recipe.key)}/adapter") as out:
-            assemble([StoreSource(store, part.name, part.size) for part in parts], out.write)
+            assemble([ReadAhead(StoreSource(store, part.name, part.size)) for part in parts], out.write)
             file = out.close()
         seconds = before + time.perf_counter() - start
         found.append(_publish_merged(store, whole, recipe, file, merged, seconds))
@@ -358,17 +358,17 @@ class _Inputs:
 
     def _child(self, child: ChildRef) -> Child:
         if child.kind == "node":
-            sources = tuple(StoreSource(self._store, file.name, file.size) for file in child.ref.files)
+            sources = tuple(ReadAhead(StoreSource(self._store, file.name, file.size)) for file in child.ref.files)
             return NodeChild(child.name, sources, child.experts)
         extra = child.extra.files[0] if child.extra else None
         return ExpertChild(
             child.name,
             AdapterDelta(self._adapter(child.ref), child.name, identity=child.ref.key),
-            StoreSource(self._store, extra.name, extra.size) if extra else None,
+            ReadAhead(StoreSource(self._store, extra.name, extra.size)) if extra else None,
         )
 
     def _adapter(self, ref: Ref) -> ByteSource:
         (file,) = ref.files
         if self._whole:
             return LocalFile(self._store.download_file(file, self._folder / f"{ref.key}.safetensors"))
-        return StoreSource(self._store, file.name, file.size)
+        return ReadAhead(StoreSource(self._store, file.name, file.size))

@@ -77,7 +77,10 @@ def _sparsify(item: LiftInput, values: Tensor, spec: LiftSpec) -> tuple[Tensor, 
     if spec.sparsify in ("trim", "breadcrumbs"):
         size = item.tensor.numel if spec.option("density_of") == "tensor" else values.numel()
         if spec.sparsify == "trim":
-            chosen = trim(values, kept(density, size))
+            keep = kept(density, size)
+            if keep >= values.numel():
+                return indices, values
+            chosen = trim(values, keep)
         else:
             chosen = breadcrumbs(values, size, density, float(spec.option("gamma")))
         return indices[chosen], values[chosen]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ DTYPE_NAMES = {dtype: name for name, (dtype, _) in DTYPES.items()}
 
 _ENTRY_BYTES = 130  # dtype, punctuation, two offsets and two sides of up to 15 digits, beside the name
 _CHUNK = 8 << 20
+_BLOCK = 8 << 20
 
 
 class LocalFile(FileSource):
@@ -68,6 +70,32 @@ class LocalFile(FileSource):
                 return done
         except OSError as error:
             raise self._unreadable(error) from error
+
+
+class ReadAhead:
+    """Ranged reads of a remote file in blocks: its tensors are small and are asked for in the order in which they lie.
+
+    A read inside the last block fetched costs nothing; any other fetches a block from its beginning. Holds one block.
+    """
+
+    def __init__(self, source: ByteSource, block: int = _BLOCK) -> None:
+        self.source, self.size, self._block = source, source.size, block
+        self._start, self._held = 0, b""
+        self._lock = threading.Lock()  # several threads read the tensors of one file
+
+    def __str__(self) -> str:
+        return str(self.source)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset`. Raises what the source raises."""
+        with self._lock:
+            at = offset - self._start
+            if at < 0 or at + length > len(self._held):
+                if length >= self._block:
+                    return self.source.read(offset, length)
+                self._held = self.source.read(offset, max(length, min(self._block, self.size - offset)))
+                self._start, at = offset, 0
+            return self._held[at : at + length]
 
 
 def header_room(names: Sequence[str], metadata: Mapping[str, str]) -> int:

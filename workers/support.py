@@ -230,7 +230,7 @@ def _decode_gap8(data: torch.Tensor, numel: int, count: int) -> torch.Tensor:
     if size < count:
         raise AdapterError(f"gap8 support of {size} bytes cannot hold {count} positions")
     ends = torch.cumsum(data, 0, dtype=torch.int64)
-    if size > count or bool((data == 255).any()):
+    if size > count or (size and int(data.max()) == 255):
         last = data != 255
         if size and not bool(last[-1]):
             raise AdapterError("gap8 support ends in the middle of a gap")

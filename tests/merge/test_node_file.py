@@ -14,7 +14,7 @@ from merge.lift import LiftInput, lift
 from merge.node_file import NodeMeta, StatisticsReader, StatisticsWriter
 from merge.specs import Candidate, LiftSpec
 from merge.statistics import TensorStatistics, combine
-from merge.stream_file import DTYPES, LocalFile, RangedReader, SafetensorsWriter
+from merge.stream_file import DTYPES, LocalFile, RangedReader, ReadAhead, SafetensorsWriter
 from workers.support import SparseTensor
 
 SIGNED = LiftSpec(("positive_mass", "negative_mass", "positive_count", "negative_count", "zero_count"))
@@ -281,3 +281,32 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path):
         reader.read("w")
     with pytest.raises(MergeError, match="ends at byte"):
         list(reader.chunks(*reader.data_range))
+
+
+class _Counting:
+    """A source that notes what is read."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.size, self.reads = data, len(data), []
+
+    def read(self, offset: int, length: int) -> bytes:
+        assert 0 <= offset <= offset + length <= self.size
+        self.reads.append((offset, length))
+        return self.data[offset : offset + length]
+
+
+@given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), max_size=12), st.integers(1, 40))
+def test_reading_ahead_gives_the_same_bytes(ranges, block):
+    source = _Counting(bytes(range(100)))
+    ahead = ReadAhead(source, block)
+    for start, end in ranges:
+        start, end = min(start, end), max(start, end)
+        assert ahead.read(start, end - start) == source.data[start:end]
+
+
+def test_reading_ahead_fetches_blocks():
+    source = _Counting(bytes(100))
+    ahead = ReadAhead(source, 30)
+    for at in range(0, 100, 10):
+        ahead.read(at, 10)
+    assert source.reads == [(0, 30), (30, 30), (60, 30), (90, 10)]
