@@ -86,7 +86,7 @@ def ours_adapters(method: str, trimmed: bool = True) -> Prepare:
         from merge.adapter_file import AdapterDelta, AdapterWriter
         from merge.children import ExpertChild
         from merge.reduce import flat_merge
-        from merge.stream_file import LocalFile
+        from workers.ranged_file import LocalFile
 
         torch.set_num_threads(1)
         candidate = _candidate(method, setup, trimmed)

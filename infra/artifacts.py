@@ -6,8 +6,8 @@ name of the key, is put-if-absent: the first manifest wins, a loser drops its by
 uploaded before (several tasks may each make one); they become the artifact with the manifest.
 
 Layout in the store: ``objects/<key>/<attempt>/<label>`` (data) and ``artifacts/<key>.json`` (manifest). Does not
-cover deleting artifacts that nobody needs any more, nor bytes left by a process that was killed between its upload
-and its manifest: nothing ever refers to those.
+cover deleting artifacts that nobody needs any more, bytes of a manifest that was replaced (something else may refer to
+them), nor bytes left by a process that was killed between its upload and its manifest: nothing ever refers to those.
 """
 
 import contextlib
@@ -170,9 +170,10 @@ def publish(
 
     A file is a local one, or the reference of one that is in the store already, in a folder of `new_attempt(key)`
     (several tasks may have written there). Returns the manifest that holds and whether it is this one. A loser's bytes
-    are deleted, those given by reference included, unless the winner refers to them (a repeated call); so are those
-    of an unusable artifact (other input digests, missing bytes) that this one replaces. Where publishing fails,
-    references given stay, so that the call can be repeated. Raises StoreError, also for a reference to nothing.
+    are deleted, those given by reference included, unless the winner refers to them (a repeated call). Those of an
+    unusable artifact (other input digests, missing bytes) that this one replaces stay: a registered model may point at
+    them. Where publishing fails, references given stay, so that the call can be repeated. Raises StoreError, also for
+    a reference to nothing.
     """
     key = recipe.key
     name = manifest_name(key)
@@ -214,7 +215,6 @@ def publish(
             _drop(store, {ref.name for ref in refs.values()} - {ref.name for ref in winner.files.values()})
             return winner, False
         if store.replace_if_match(name, data, found[1]):
-            _drop_replaced(store, found[0], mine)
             return mine, True
     raise StoreError(f"{store.uri(name)} kept changing during {_ATTEMPTS} attempts to publish it")
 
@@ -231,12 +231,6 @@ def _usable(store: Store, key: str, data: bytes, inputs: Mapping[str, str]) -> M
         if info is None or info.size != ref.size:
             return None
     return manifest
-
-
-def _drop_replaced(store: Store, data: bytes, by: Manifest) -> None:
-    with contextlib.suppress(StoreError):
-        replaced = Manifest.from_json(data)
-        _drop(store, {ref.name for ref in replaced.files.values()} - {ref.name for ref in by.files.values()})
 
 
 def _drop(store: Store, names: Iterable[str]) -> None:

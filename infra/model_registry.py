@@ -7,6 +7,7 @@ the version that was registered last. What a registered model does when it is lo
 """
 
 import importlib.metadata
+import re
 import shutil
 import tempfile
 import threading
@@ -28,6 +29,7 @@ from infra.store import FileRef, split_uri
 
 ALIAS = "champion"
 KEY_TAG, DIGEST_TAG = "factory.key", "factory.digest"
+_ARTIFACT = re.compile(r"(?:(?P<prefix>.*)/)?(?P<name>objects/[0-9a-f]{64}/.+)")
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("infra", "workers")
 _REQUIREMENTS = (
@@ -162,7 +164,7 @@ def registered_versions(wanted: Mapping[str, tuple[str, str]]) -> dict[str, str]
 
     def find(name: str) -> ModelVersion | None:
         key, digest = wanted[name]
-        return _first(mlflow, name, key, {DIGEST_TAG: digest})
+        return _first(mlflow, key, {DIGEST_TAG: digest}, name)
 
     try:
         with ThreadPoolExecutor(max_workers=8) as pool:
@@ -172,6 +174,63 @@ def registered_versions(wanted: Mapping[str, tuple[str, str]]) -> dict[str, str]
     return {name: f"models:/{name}/{version.version}" for name, version in found.items() if version is not None}
 
 
+def registered_as(key: str, digest: str) -> str | None:
+    """``models:/<name>/<version>`` of an artifact, whatever its name; the first of several. Raises RegistryError."""
+    try:
+        found = _first(client(), key, {DIGEST_TAG: digest})
+    except MlflowException as error:
+        raise failed("look for a registered version", error) from error
+    return f"models:/{found.name}/{found.version}" if found else None
+
+
+def reuse(model: Registration) -> int | None:
+    """The version that already has this key, digest and place, aliased again; None where there is none.
+
+    As `register` would find it, but nothing is made: ``run_id`` does not matter. Raises RegistryError.
+    """
+    mlflow = client()
+    try:
+        found = _find(mlflow, model)
+        if found is not None:
+            mlflow.set_registered_model_alias(model.name, ALIAS, found.version)
+    except MlflowException as error:
+        raise failed(f"look for the model {model.name!r}", error) from error
+    return int(found.version) if found else None
+
+
+def check_model(name: str, task: str, kind: str) -> None:
+    """Prove that versions of this task and kind can be registered under the name.
+
+    Raises RegistryError where the name belongs to another task, or its champion is of another kind, and where the
+    server does not answer.
+    """
+    mlflow = client()
+    try:
+        try:
+            found = mlflow.get_registered_model(_quoted(name))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return
+            raise
+        _check_task(name, found.tags.get("factory.task"), task)
+        if ALIAS in found.aliases:
+            other = mlflow.get_model_version_by_alias(name, ALIAS).tags.get("kind")
+            if other is not None and other != kind:
+                raise RegistryError(
+                    f"the model {name!r} is registered for versions of kind {other!r}, not {kind!r}; take another name"
+                )
+    except MlflowException as error:
+        raise failed(f"look at the model {name!r}", error) from error
+
+
+def _check_task(name: str, registered: str | None, task: str) -> None:
+    if registered is not None and registered != task:
+        raise RegistryError(
+            f"the model {name!r} is registered for the task {registered!r}, not for {task!r}; "
+            "rename the task or choose another suite name"
+        )
+
+
 def _ensure_model(mlflow: MlflowClient, model: Registration) -> None:
     tags = {"factory.task": model.task, "factory.base": model.base_name}
     try:
@@ -179,12 +238,7 @@ def _ensure_model(mlflow: MlflowClient, model: Registration) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-        task = mlflow.get_registered_model(model.name).tags.get("factory.task")
-        if task is not None and task != model.task:
-            raise RegistryError(
-                f"the model {model.name!r} is registered for the task {task!r}, not for {model.task!r}; "
-                "rename the task or choose another suite name"
-            ) from error
+        _check_task(model.name, mlflow.get_registered_model(model.name).tags.get("factory.task"), model.task)
         mlflow.update_registered_model(model.name, _description(model))
 
 
@@ -197,18 +251,19 @@ def _description(model: Registration) -> str:
 
 
 def _find(mlflow: MlflowClient, model: Registration) -> ModelVersion | None:
-    return _first(mlflow, model.name, model.key, {DIGEST_TAG: model.digest, **dict([model.place()])})
+    return _first(mlflow, model.key, {DIGEST_TAG: model.digest, **dict([model.place()])}, model.name)
 
 
-def _first(mlflow: MlflowClient, name: str, key: str, tags: Mapping[str, str]) -> ModelVersion | None:
-    """The first version of this key that is ready and has these tags."""
-    where = f"name = '{_quoted(name)}' and tags.`{KEY_TAG}` = '{_quoted(key)}'"
+def _first(mlflow: MlflowClient, key: str, tags: Mapping[str, str], name: str | None = None) -> ModelVersion | None:
+    """The first version of this key that is ready and has these tags; of the named model, or of any."""
+    named = f"name = '{_quoted(name)}' and " if name else ""
+    where = f"{named}tags.`{KEY_TAG}` = '{_quoted(key)}'"
     versions = [
         version
         for version in mlflow.search_model_versions(where, max_results=1000)
         if version.status == "READY" and all(version.tags.get(tag) == value for tag, value in tags.items())
     ]
-    return min(versions, key=lambda version: int(version.version), default=None)
+    return min(versions, key=lambda version: (version.name, int(version.version)), default=None)
 
 
 def _quoted(text: str) -> str:
@@ -232,11 +287,10 @@ def _tags(model: Registration) -> dict[str, str]:
 
 def model_config(model: Registration) -> dict[str, Any]:
     """What the model's code needs when it is loaded: references and prompting, no bytes."""
-    bucket, name = split_uri(model.place()[1])
-    prefix, found, _ = name.rpartition("objects/")
+    bucket, prefix, _ = split_place(model.place()[1])
     return {
         "bucket": bucket,
-        "prefix": prefix.strip("/") if found else "",
+        "prefix": prefix,
         **model.references(),
         "digest": model.digest,
         "base_sha256": model.base_sha256,
@@ -249,11 +303,19 @@ def model_config(model: Registration) -> dict[str, Any]:
     }
 
 
+def split_place(uri: str) -> tuple[str, str, str]:
+    """Bucket, prefix of the store, and name inside that store of the object or folder at an ``s3://`` URI.
+
+    A stored artifact's name begins with ``objects/<key>/`` (`infra.artifacts`); any other place is in a store without
+    a prefix. A registered model looks for its base in that store, too.
+    """
+    bucket, name = split_uri(uri)
+    found = _ARTIFACT.fullmatch(name)
+    return (bucket, found["prefix"] or "", found["name"]) if found else (bucket, "", name)
+
+
 def _object_name(uri: str) -> str:
-    """Name of an object inside its store: from ``objects/`` on, where the URI has that."""
-    _, name = split_uri(uri)
-    _, found, rest = name.rpartition("objects/")
-    return f"objects/{rest}" if found else name
+    return split_place(uri)[2]
 
 
 def _log_model(mlflow: MlflowClient, model: Registration) -> str:

@@ -1,9 +1,9 @@
 """An object store: any S3 endpoint through boto3, with clear errors, conditional writes and verified files.
 
 Covers whole objects, byte ranges, put-if-absent and replace-if-match (the two primitives every other guarantee rests
-on), multi-part file transfer with our own SHA-256, listing and a preflight check. Does not cover writing a file while
-it is being made (`infra.store_writer`), nor creating buckets, access policies or life-cycle rules: the bucket must
-exist and the credentials come from boto3's usual chain.
+on), multi-part file transfer with our own SHA-256, listing and a preflight check. Does not cover reading an
+object piece by piece (`infra.store_source`), writing a file while it is being made (`infra.store_writer`), nor creating
+buckets, access policies or life-cycle rules: the bucket must exist and the credentials come from boto3's usual chain.
 
 All names are relative to the store's prefix. Retries are bounded (botocore's standard mode); what still fails is a
 ``StoreError`` that names the endpoint and the bucket.
@@ -370,29 +370,6 @@ class Store:
         if isinstance(error, bexc.BotoCoreError | bexc.ClientError | Boto3Error):
             return StoreError(f"{what} at {self._where()}: {text}")
         raise error
-
-
-class StoreSource:
-    """Ranged reads of one object, for readers that fetch single tensors out of a large file.
-
-    Attributes: ``size``, the object's size in bytes. Raises ObjectMissing on creation if there is no such object.
-    """
-
-    def __init__(self, store: Store, name: str, size: int | None = None) -> None:
-        self._store, self._name = store, name
-        if size is None:
-            info = store.head(name)
-            if info is None:
-                raise ObjectMissing(f"no such object: {store.uri(name)} at {store._where()}")
-            size = info.size
-        self.size = size
-
-    def __str__(self) -> str:
-        return self._store.uri(self._name)
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Exactly ``length`` bytes from ``offset``. Raises StoreError outside the object."""
-        return self._store.get_range(self._name, offset, length)
 
 
 def _make_client(

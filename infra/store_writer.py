@@ -40,12 +40,12 @@ class StoreWriter:
         self._parts: list[dict[str, Any]] = []
         self._pending: deque[Future[dict[str, Any]]] = deque()
         self._pool: ThreadPoolExecutor | None = None
-        self._open = True
+        self._open, self._sealed = True, False
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append bytes; returns how many. Waits while as many parts are under way as may be."""
-        if not self._open:
-            raise StoreError(f"{self._store.uri(self.name)} is written to after it was closed or aborted")
+        if not self._open or self._sealed:
+            raise StoreError(f"{self._store.uri(self.name)} is written to after it was sealed, closed or aborted")
         view = memoryview(data).cast("B")
         self._digest.update(view)
         self.size += len(view)
@@ -57,6 +57,21 @@ class StoreWriter:
             if len(self._buffer) == self._part_bytes:
                 self._send()
         return len(view)
+
+    def seal(self) -> None:
+        """Send everything, so that only `close` is left, which then needs no memory and little time. No writes after
+        it."""
+        try:
+            if self._buffer:
+                self._send()
+            while self._pending:
+                self._parts.append(self._pending.popleft().result())
+        except BaseException:
+            self.abort()
+            raise
+        self._sealed = True
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
 
     def close(self) -> FileRef:
         """Complete the object and return its reference; the stored size is checked."""

@@ -50,7 +50,7 @@ def open_adapter(store: Any, name: str, sha256: str, base_sha256: str) -> Any:
     """A reader of the adapter in the store; AdapterError unless the file has this digest ("": any) and is for the
     base."""
     from infra.errors import AdapterError
-    from infra.store import StoreSource
+    from infra.store_source import StoreSource
     from workers.adapter import AdapterReader, check_base
 
     source = StoreSource(store, name)

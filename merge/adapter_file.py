@@ -75,7 +75,7 @@ def adapter_room(outline: Outline) -> int:
 
 
 class AdapterWriter:
-    """A sink that streams fp32 values and supports to `path`; nothing exists there before `close`."""
+    """A sink that streams fp32 values and supports to `path`; nothing exists there before `publish`."""
 
     def __init__(self, path: Path, info: Mapping[str, Any] | None = None) -> None:
         """`info` (JSON) is added to what the merge says about itself."""
@@ -99,9 +99,18 @@ class AdapterWriter:
         for piece, data in pieces.items():
             self._file.write(piece, data)
 
+    def finish(self) -> None:
+        """Complete the file beside its name."""
+        self._file.finish(adapter_metadata(self._outline, self._table))
+
+    def publish(self) -> None:
+        """Give the file its name."""
+        self._file.publish()
+
     def close(self) -> None:
-        """Finish the file and give it its name."""
-        self._file.close(adapter_metadata(self._outline, self._table))
+        """Finish and publish."""
+        self.finish()
+        self.publish()
 
     def abort(self) -> None:
         """Remove what is unfinished."""

@@ -14,8 +14,8 @@ from typing import Any
 from infra.errors import MergeError
 from merge.adapter_file import adapter_metadata, adapter_room
 from merge.sink import Outline
-from merge.stream_file import DTYPE_NAMES, RangedReader
 from workers.adapter import AdapterReader, ByteSource
+from workers.ranged_file import DTYPE_NAMES, RangedReader
 
 
 def assemble(parts: Sequence[ByteSource], write: Callable[[bytes], object]) -> int:

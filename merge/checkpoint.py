@@ -11,15 +11,15 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from infra.errors import MergeError
-from merge.stream_file import LocalFile, Piece, RangedReader
 from workers.adapter import ByteSource
+from workers.ranged_file import LocalFile, Piece, RangedReader
 from workers.support import SparseTensor
 from workers.tensorfile import WEIGHTS
 
@@ -28,6 +28,26 @@ INDEX = WEIGHTS + ".index.json"
 
 _SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 _NOT_COPIED = ("identity.json", "index.json", INDEX)
+
+
+def weight_files(what: str, exists: Callable[[str], bool], read: Callable[[str], bytes]) -> list[str]:
+    """Names of the files with a checkpoint's tensors, sorted: `model.safetensors`, or the shards in its index.
+
+    `exists` and `read` take a name in the checkpoint's folder. Raises MergeError, which names `what`, where there is
+    neither, for an index that is none, and for a shard that is missing or not in that folder.
+    """
+    if exists(WEIGHTS):
+        return [WEIGHTS]
+    if not exists(INDEX):
+        raise MergeError(f"{what}: holds no {WEIGHTS} and no {INDEX}; pickled weights are not accepted")
+    try:
+        shards = sorted(set(json.loads(read(INDEX))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise MergeError(f"{what}: {INDEX} is no index of a sharded checkpoint") from None
+    for shard in shards:
+        if not isinstance(shard, str) or PurePosixPath(shard).name != shard or not exists(shard):
+            raise MergeError(f"{what}: its index lists {str(shard)[:100]!r}, which is not there")
+    return shards
 
 
 class CheckpointFiles:
@@ -54,18 +74,8 @@ class CheckpointFiles:
     def in_folder(folder: Path) -> CheckpointFiles:
         """`model.safetensors`, or the shards that `model.safetensors.index.json` lists."""
         folder = Path(folder)
-        if (folder / WEIGHTS).is_file():
-            return CheckpointFiles([LocalFile(folder / WEIGHTS)], str(folder))
-        try:
-            shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except OSError:
-            raise MergeError(f"{folder}: holds no {WEIGHTS} and no {INDEX}; pickled weights are not accepted") from None
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise MergeError(f"{folder / INDEX}: is no index of a sharded checkpoint") from None
-        for shard in shards:
-            if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).is_file():
-                raise MergeError(f"{folder}: its index lists {str(shard)[:100]!r}, which is not there")
-        return CheckpointFiles([LocalFile(folder / shard) for shard in shards], str(folder))
+        names = weight_files(str(folder), lambda n: (folder / n).is_file(), lambda n: (folder / n).read_bytes())
+        return CheckpointFiles([LocalFile(folder / name) for name in names], str(folder))
 
     def __contains__(self, name: str) -> bool:
         return name in self._of

@@ -23,8 +23,9 @@ from torch import Tensor
 from infra.errors import MergeError
 from merge.checkpoint import INDEX, BaseCheckpoint, CheckpointDelta, CheckpointFiles
 from merge.children import DeltaReader
-from merge.sink import Outline
-from merge.stream_file import DTYPE_NAMES, raw_bytes
+from merge.sink import Outline, squared_norm
+from merge.stream_file import raw_bytes
+from workers.ranged_file import DTYPE_NAMES
 from workers.support import SparseTensor
 from workers.tensorfile import WEIGHTS
 
@@ -131,7 +132,7 @@ class _Shard:
 
 
 class CheckpointWriter:
-    """A sink that writes base + δ as a full checkpoint. `info` tells what was written, after `close`.
+    """A sink that writes base + δ as a full checkpoint. `info` tells what was written, once it is published.
 
     A tensor of the base that is tied to one with a δ (the configuration ties word embeddings, and both are equal byte
     for byte) is left out: loading ties it again, with the δ.
@@ -190,8 +191,8 @@ class CheckpointWriter:
         self._write(raw_bytes(out))
         self._next()
 
-    def close(self) -> None:
-        """Write what is left, the index and the small files, and make all of it appear."""
+    def finish(self) -> None:
+        """Write what is left, the index and the small files."""
         self._copy_until(None)
         if len(self._shards) > 1:
             total = sum(shard.size for shard in self._shards)
@@ -200,6 +201,9 @@ class CheckpointWriter:
         for name, source in self._base.small.items():
             data = source.read(0, source.size)
             self._put(name, self._with_dtype(data) if name == "config.json" else data)
+
+    def publish(self) -> None:
+        """Make all of it appear."""
         self._target.commit()
         self.info = CheckpointInfo(
             files=dict(sorted(self._files.items())),
@@ -210,7 +214,7 @@ class CheckpointWriter:
         )
 
     def abort(self) -> None:
-        """Leave nothing behind; harmless after `close`."""
+        """Leave nothing behind; harmless after `publish`."""
         if self.info is None:
             self._target.abort()
 
@@ -300,8 +304,8 @@ class CheckpointWriter:
     def _tally(self, before: Tensor, delta: Tensor, after: Tensor) -> None:
         for start in range(0, delta.numel(), _CHUNK):
             part = slice(start, start + _CHUNK)
-            self._square += _square(delta[part])
-            self._lost += _square(after[part].to(before.dtype) - before[part] - delta[part])
+            self._square += squared_norm(delta[part])
+            self._lost += squared_norm(after[part].to(before.dtype) - before[part] - delta[part])
 
 
 def write_checkpoint(
@@ -317,7 +321,8 @@ def write_checkpoint(
         writer.open(Outline(merged.base_sha256, {name: merged.shape(name) for name in merged.names}, {}))
         for name in merged.names:
             writer.add(name, merged.load(name))
-        writer.close()
+        writer.finish()
+        writer.publish()
     except BaseException:
         writer.abort()
         raise
@@ -352,7 +357,3 @@ def _shard_header(shard: _Shard) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)
     return struct.pack("<Q", len(text)) + text
-
-
-def _square(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2

@@ -8,8 +8,8 @@ import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,8 +17,9 @@ import torch
 
 from infra.artifacts import Manifest, Recipe, find, new_attempt, publish
 from infra.environment import environment
-from infra.errors import StoreError
-from infra.store import FileRef, Store, StoreSource
+from infra.errors import MergeError, StoreError
+from infra.store import FileRef, Store
+from infra.store_source import StoreSource
 from infra.store_writer import StoreTarget
 from merge.adapter_file import AdapterDelta, AdapterWriter
 from merge.assemble import assemble
@@ -39,17 +40,21 @@ from merge.reduce import (
     reduce_root,
 )
 from merge.specs import Candidate, LiftSpec
-from merge.stream_file import LocalFile, ReadAhead
 from workers.adapter import ByteSource
+from workers.ranged_file import LocalFile, ReadAhead
 
 
 @dataclass(frozen=True)
 class Ref:
-    """An artifact as an input: its key, the digest of its bytes, and its files in the order of their labels."""
+    """An artifact as an input: its key, the digest of its bytes, and its files in the order of their labels.
+
+    `identity` seeds random choices of an expert; "": the key does. It is a function of the bytes that the key names.
+    """
 
     key: str
     digest: str
     files: tuple[FileRef, ...]
+    identity: str = ""
 
     @staticmethod
     def of(manifest: Manifest) -> "Ref":
@@ -100,6 +105,9 @@ class RootJob:
     base_weights: str | None
     """Object name of the base's weights, for the rounding loss."""
     candidates: tuple[tuple[Candidate, Recipe], ...]
+    inputs: Mapping[str, str]
+    """Digests by key of all that the merges are functions of: experts, their extras, the reference. Not of the nodes
+    between, which other candidates' needs may have made otherwise."""
     part: Part | None = None
 
 
@@ -175,9 +183,18 @@ def job_name(job: Job) -> str:
 
 
 def consumed(children: Sequence[ChildRef], reference: Ref | None) -> dict[str, str]:
-    """Digests of everything that a node reads, by key."""
+    """Digests of everything that an inner node reads, by key. Raises MergeError as `digests_of`."""
     read = [child.ref for child in children] + [child.extra for child in children if child.extra]
-    return {ref.key: ref.digest for ref in (*read, *([reference] if reference else []))}
+    return digests_of([*read, *([reference] if reference else [])])
+
+
+def digests_of(refs: Iterable[Ref]) -> dict[str, str]:
+    """Digests by key. Raises MergeError where one key stands for two contents."""
+    digests: dict[str, str] = {}
+    for ref in refs:
+        if digests.setdefault(ref.key, ref.digest) != ref.digest:
+            raise MergeError(f"two inputs of one merge have the key {ref.key}, but different bytes")
+    return digests
 
 
 # -- nodes ------------------------------------------------------------------------------------------------------
@@ -185,6 +202,9 @@ def consumed(children: Sequence[ChildRef], reference: Ref | None) -> dict[str, s
 
 def _make_node(store: Store, job: NodeJob) -> JobResult:
     start = time.perf_counter()
+    earlier = find(store, job.recipe.key, consumed(job.children, job.reference)) if job.part is None else None
+    if earlier is not None:  # a retry after the worker was lost
+        return ((earlier, False),)
     with tempfile.TemporaryDirectory(prefix="factory-node-") as folder:
         inputs = _Inputs(store, job, Path(folder))
         out = Path(folder) / "statistics.safetensors"
@@ -213,6 +233,13 @@ def _publish_node(
 
 def _make_root(store: Store, job: RootJob) -> JobResult:
     start = time.perf_counter()
+    if job.part is None:
+        found = _found_merges(store, job)
+        missing = tuple((candidate, recipe) for candidate, recipe in job.candidates if recipe.key not in found)
+        if found:  # a retry after the worker was lost
+            rest = manifests_of(_make_root(store, replace(job, candidates=missing))) if missing else ()
+            made = found | {manifest.key: (manifest, new) for manifest, new in rest}
+            return tuple(made[recipe.key] for _, recipe in job.candidates)
     with tempfile.TemporaryDirectory(prefix="factory-root-") as folder:
         inputs = _Inputs(store, job, Path(folder))
         outs = {candidate: Path(folder) / f"{at}.safetensors" for at, (candidate, _) in enumerate(job.candidates)}
@@ -233,6 +260,12 @@ def _make_root(store: Store, job: RootJob) -> JobResult:
         )
 
 
+def _found_merges(store: Store, job: RootJob) -> dict[str, tuple[Manifest, bool]]:
+    """Those of the root's merges that exist, by key."""
+    found = ((recipe.key, find(store, recipe.key, job.inputs)) for _, recipe in job.candidates)
+    return {key: (manifest, False) for key, manifest in found if manifest is not None}
+
+
 def _publish_merged(
     store: Store, job: RootJob, recipe: Recipe, file: Path | FileRef, merged: MergedInfo, seconds: float
 ) -> tuple[Manifest, bool]:
@@ -247,7 +280,7 @@ def _publish_merged(
         "density": merged.density,
         "environment": environment(),
     }
-    return publish(store, recipe, {"adapter": file}, consumed(job.children, job.reference), meta)
+    return publish(store, recipe, {"adapter": file}, job.inputs, meta)
 
 
 def _finish(store: Store, job: FinishJob) -> Made:
@@ -261,22 +294,21 @@ def _finish(store: Store, job: FinishJob) -> Made:
         infos = [output.info for output in job.outputs if isinstance(output.info, NodeInfo)]
         return (_publish_node(store, whole, files, infos, before),)
     info = join_roots([output.info for output in job.outputs if isinstance(output.info, RootInfo)])
-    found: list[tuple[Manifest, bool]] = []
+    found = _found_merges(store, whole)  # by a retry after the worker was lost: the parts may be gone
     for (_, recipe), merged in zip(whole.candidates, info.merged, strict=True):
-        earlier = find(store, recipe.key, consumed(whole.children, whole.reference))
-        if earlier is not None:  # a retry after the worker was lost: the parts may be gone
-            found.append((earlier, False))
+        if recipe.key in found:
             continue
         parts = [output.files[recipe.key] for output in job.outputs]
         with store.open_write(f"{new_attempt(recipe.key)}/adapter") as out:
             assemble([ReadAhead(StoreSource(store, part.name, part.size)) for part in parts], out.write)
             file = out.close()
         seconds = before + time.perf_counter() - start
-        found.append(_publish_merged(store, whole, recipe, file, merged, seconds))
-        for part in parts:
+        found[recipe.key] = _publish_merged(store, whole, recipe, file, merged, seconds)
+    for output in job.outputs:  # after all of them: until then a retry may need any part
+        for part in output.files.values():
             with contextlib.suppress(StoreError):  # nothing refers to them any more
                 store.delete(part.name)
-    return tuple(found)
+    return tuple(found[recipe.key] for _, recipe in whole.candidates)
 
 
 def _part_label(index: int) -> str:
@@ -314,7 +346,7 @@ def _make_mask(store: Store, job: TaskMaskJob) -> tuple[Manifest, bool]:
 
 
 def export_job(merged: Manifest, base_sha256: str, dtype: str, shard_bytes: int) -> ExportJob:
-    """The job that makes a checkpoint of a merged adapter. `dtype`: float32 or bfloat16, for the adapted weights."""
+    """The job that makes a checkpoint of a merged adapter. `dtype`: float32 or bfloat16, of every floating tensor."""
     recipe = checkpoint_recipe(merged.digest, base_sha256, dtype, shard_bytes)
     return ExportJob(recipe, Ref.of(merged), base_sha256, dtype, shard_bytes)
 
@@ -322,9 +354,13 @@ def export_job(merged: Manifest, base_sha256: str, dtype: str, shard_bytes: int)
 def export_checkpoint(store: Store, job: ExportJob) -> tuple[Manifest, bool]:
     """Stream base + δ into a full checkpoint in the store and publish it: its files are labelled with their names.
 
-    Raises StoreError, AdapterError or MergeError.
+    One that exists is found. Its manifest has no inputs: its key holds the digest of the merge, whatever that one's key
+    is. Raises StoreError, AdapterError or MergeError.
     """
     start = time.perf_counter()
+    earlier = find(store, job.recipe.key, {})
+    if earlier is not None:
+        return earlier, False
     folder = f"bases/{job.base_sha256}"
     index = json.loads(store.get(f"{folder}/index.json"))
     base = BaseCheckpoint.from_index(index, lambda name: StoreSource(store, f"{folder}/{name}"))
@@ -341,7 +377,7 @@ def export_checkpoint(store: Store, job: ExportJob) -> tuple[Manifest, bool]:
         "seconds": time.perf_counter() - start,
         "environment": environment(),
     }
-    return publish(store, job.recipe, target.files, {job.merged.key: job.merged.digest}, meta)
+    return publish(store, job.recipe, target.files, {}, meta)
 
 
 class _Inputs:
@@ -363,12 +399,12 @@ class _Inputs:
         extra = child.extra.files[0] if child.extra else None
         return ExpertChild(
             child.name,
-            AdapterDelta(self._adapter(child.ref), child.name, identity=child.ref.key),
+            AdapterDelta(self._adapter(child.ref), child.name, identity=child.ref.identity or child.ref.key),
             ReadAhead(StoreSource(self._store, extra.name, extra.size)) if extra else None,
         )
 
     def _adapter(self, ref: Ref) -> ByteSource:
         (file,) = ref.files
         if self._whole:
-            return LocalFile(self._store.download_file(file, self._folder / f"{ref.key}.safetensors"))
+            return LocalFile(self._store.download_file(file, self._folder / f"{file.sha256}.safetensors"))
         return ReadAhead(StoreSource(self._store, file.name, file.size))

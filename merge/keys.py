@@ -3,16 +3,21 @@
 In a key: what is lifted, the inputs' keys in the order of the tree, the weights of the experts that are a node's direct
 children, the merge that a later round refers to, the method that lowers, algorithm and file versions. Not in a key:
 names of experts, the number of tasks that a node is split over, fan-in (the tree shows in the children), paths.
+
+A node's key names the statistics that it holds, which are those of all candidates that share it. A merge's key names
+what the merge alone needs, as if it were the only candidate: it is found whatever it is merged beside.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from infra.artifacts import Recipe
 from merge.checkpoint_file import CHECKPOINT_VERSION
-from merge.mask_file import MASK_FILE_VERSION
 from merge.per_task import PER_TASK_VERSION
 from merge.reduce import NODE_VERSIONS, ROOT_VERSIONS
 from merge.specs import Candidate, LiftSpec
+from merge.tree import Leaf, Node, post_order
+from workers.importance_file import IMPORTANCE_READ_VERSION
+from workers.mask_file import MASK_FILE_VERSION
 
 
 def node_recipe(
@@ -28,12 +33,39 @@ def node_recipe(
     those of the children that are experts, in the same order; `reference` is the key of the merge that lift reads.
     """
     own = {"weights": list(weights) if spec.weighted else None, "reference": reference}
-    body = {"lift": spec.recipe(), "versions": NODE_VERSIONS, **own}
+    read = {"importance": IMPORTANCE_READ_VERSION} if spec.extra else {}
+    body = {"lift": spec.recipe(), "versions": {**NODE_VERSIONS, **read}, **own}
     return Recipe("node", 1, body, (*children, *extras, *([reference] if reference else [])))
 
 
+def root_key(
+    spec: LiftSpec,
+    tree: Node,
+    experts: Mapping[str, str],
+    extras: Mapping[str, str] | None = None,
+    reference: str | None = None,
+) -> str:
+    """The key of the tree's root as `spec` would make it, whether or not its nodes exist.
+
+    `experts` and `extras` (for specs that read one) are keys by expert name. Raises KeyError for a name without a key
+    or weight.
+    """
+    weights, own_extras = dict(spec.weights or ()), extras or {}
+    keys: dict[str, str] = {}
+    for node in post_order(tree):
+        leaves = [child.name for child in node.children if isinstance(child, Leaf)]
+        keys[node.label] = node_recipe(
+            spec,
+            [experts[child.name] if isinstance(child, Leaf) else keys[child.label] for child in node.children],
+            [weights[name] for name in leaves] if spec.weighted else (),
+            [own_extras[name] for name in leaves] if spec.extra else (),
+            reference,
+        ).key
+    return keys[tree.label]
+
+
 def merged_recipe(candidate: Candidate, root: str) -> Recipe:
-    """A merged adapter is a function of the root's statistics (`root`: key of that node) and of the lowering method."""
+    """A merged adapter is a function of its own lift's statistics (`root`: `root_key` of it) and how it is lowered."""
     return Recipe("merged", 1, {**candidate.recipe(), "versions": ROOT_VERSIONS}, (root,))
 
 

@@ -22,8 +22,9 @@ def run_threads(
 ) -> None:
     """Make everything that the schedule still misses.
 
-    `extras`: (expert name, "fisher" or "gram") -> artifact, for the kinds in `schedule.extras`. `progress` is called
-    after each job. The first error is raised once the jobs under way have ended; those that wait are not started.
+    `workers` jobs run at a time, each with the memory of one node: how many fit is the caller's to say. `extras`:
+    (expert name, "fisher" or "gram") -> artifact, for the kinds in `schedule.extras`. `progress` is called after each
+    job. The first error is raised once the jobs under way have ended; those that wait are not started.
     """
     with ThreadPoolExecutor(workers, thread_name_prefix="merge") as pool:
         running: dict[Future[JobResult], Job] = {}
@@ -34,8 +35,7 @@ def run_threads(
         try:
             for (name, kind), ref in (extras or {}).items():
                 start(schedule.add_extra(name, kind, ref))
-            for name, ref in experts.items():
-                start(schedule.add_expert(name, ref))
+            start(schedule.add_experts(experts))
             while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job = running.pop(future)

@@ -18,8 +18,6 @@ from merge.sparsify import kept, trim
 from merge.statistics import TensorStatistics, values_at
 from workers.support import SparseTensor
 
-_SIGNED = "positive_mass"
-
 
 @dataclass(frozen=True)
 class Root:
@@ -34,9 +32,7 @@ class Root:
 
 
 def total(root: Root) -> Tensor:
-    """Σδ, fp32 [n]."""
-    if _SIGNED in root.statistics.arrays:
-        return root["positive_mass"] + root["negative_mass"]
+    """Σδ, fp32 [n]: always this statistic, as the sum of both masses is rounded otherwise."""
     return root["sum"]
 
 
@@ -73,11 +69,21 @@ def ties(root: Root, params: Params) -> Tensor:
     The sign with the larger total mass is elected, zero counting as positive (as in mergekit and PEFT); values that are
     zero vote for nothing and are not averaged. Weighted: the masses are Σwδ and the mean divides by Σw.
     """
-    up, down = root["positive_mass"], root["negative_mass"]
-    elected = up + down  # 0 only where both are equal, as fp32 has subnormal numbers
-    mass = torch.maximum(up, -down).copysign_(elected)
+    mass, elected = _elected_mass(root)
     agreeing = _choose(elected >= 0, root["positive_count"], root["negative_count"])
     return mass.div_(_divisor(agreeing, root.statistics.weighted)).mul_(number(params, "lambda"))
+
+
+def ties_sum(root: Root, params: Params) -> Tensor:
+    """The sum of the δ that agree with the elected sign: TIES without the division ("dis-sum" in the authors' code)."""
+    return _elected_mass(root)[0]
+
+
+def _elected_mass(root: Root) -> tuple[Tensor, Tensor]:
+    """The larger total mass with its sign, and what has that sign (0 where both are equal)."""
+    up, down = root["positive_mass"], root["negative_mass"]
+    elected = up + down  # 0 only where both are equal, as fp32 has subnormal numbers
+    return torch.maximum(up, -down).copysign_(elected), elected
 
 
 def magmax(root: Root, params: Params) -> Tensor:
@@ -107,10 +113,11 @@ def sce_selection(root: Root, params: Params) -> SparseTensor:
     """Σδ on the positions that SCE selects: of those whose δ vary over the N experts, the share of largest variance.
 
     k = max(1, ⌊density · n⌋) of the n positions with a variance, ties to the lower position, as in mergekit; all
-    positions of the union at density 1. An expert that lacks a position has δ = 0 there.
+    positions of the union at density 1. An expert that lacks a position has δ = 0 there. Of a single expert nothing
+    varies and there is nothing to choose by: all its positions are selected.
     """
     statistics, merged, density = root.statistics, total(root), number(params, "density")
-    if density == 1:
+    if density == 1 or root.experts == 1:
         return SparseTensor(statistics.shape, statistics.indices, merged)
     squares = root["square_sum"].double() * root.experts
     variance = squares - merged.double().square()  # times N²
@@ -136,24 +143,33 @@ def regmean(root: Root, params: Params) -> Tensor:
     mean_delta = mean(root, params)
     if not root["gram_count"].numel() or int(root["gram_count"]) < root.experts:
         return mean_delta
-    gram = root["gram"].double()
+    # in place and in this order: [in, in] in double precision is the largest thing that a merge holds
+    gram, shape = root["gram"].double(), root.statistics.shape
+    start = mean_delta.view(shape).double()
+    residual = root["gram_product"].view(shape).double().addmm_(start, gram, alpha=-1)
     seen = gram.diagonal() > 0
     scale = torch.where(seen, gram.diagonal().clamp(min=0).rsqrt(), 0.0)
-    gram = gram * scale * scale[:, None]
-    start = mean_delta.view(root.statistics.shape).double()
-    residual = root["gram_product"].view(root.statistics.shape).double() - start @ root["gram"].double()
-    return (start + _solve(gram, residual * scale, seen) * scale).float().view(-1)
+    gram.mul_(scale).mul_(scale[:, None])
+    return start.add_(_solve(gram, residual.mul_(scale), seen).mul_(scale)).float().view(-1)
 
 
 def _solve(gram: Tensor, right: Tensor, seen: Tensor) -> Tensor:
-    """X with X·gram = right (least norm where gram is singular), gram fp64 [n, n] of unit diagonal where `seen`."""
+    """X with X·gram = right (least norm where gram is singular), gram fp64 [n, n] of unit diagonal where `seen`.
+
+    Writes over both arguments.
+    """
     smallest = gram.shape[0] * torch.finfo(torch.float32).eps
-    factor, failed = torch.linalg.cholesky_ex(gram + torch.diag((~seen).double()))
+    diagonal = gram.diagonal()
+    diagonal.add_((~seen).double())  # an input that nobody has seen is an equation of its own
+    factor, failed = torch.linalg.cholesky_ex(gram)
     if not bool(failed) and float(factor.diagonal().min()) ** 2 > smallest:
         return torch.cholesky_solve(right.T, factor).T
-    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-    inverse = torch.where(values > smallest, 1 / values, 0.0)
-    return right @ (vectors * inverse) @ vectors.T
+    del factor
+    diagonal.sub_((~seen).double())
+    values, vectors = torch.linalg.eigh(gram)  # reads one triangle
+    right = right @ vectors
+    right.mul_(torch.where(values > smallest, 1 / values, 0.0))
+    return right @ vectors.T
 
 
 def _choose(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:

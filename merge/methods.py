@@ -25,7 +25,7 @@ from workers.support import SparseTensor
 if TYPE_CHECKING:
     from merge.specs import Candidate
 
-LOWER_VERSION = 2
+LOWER_VERSION = 3
 """Part of the key of every merged adapter: raise it when the same statistics give another δ."""
 
 Sparsify = Literal["none", "trim", "drop", "magprune", "breadcrumbs"]
@@ -43,8 +43,8 @@ def _plain(params: Params) -> tuple[Sparsify, Options]:
 class Method:
     """A merge method.
 
-    `paper` cites it; `params` are its parameters; `needs` are the statistics that `lower` reads ("sum" and "count" may
-    be derived from signed ones, see `merge.lowering`); `lift` says how an expert's values are thinned out before they
+    `paper` cites it; `params` are its parameters; `needs` are the statistics that `lower` reads ("count" may be derived
+    from those by sign, see `merge.lowering`); `lift` says how an expert's values are thinned out before they
     become statistics, and with which options (only those that change something).
     `weights` of experts: not taken (None), any numbers, non-negative ones, or a convex combination.
     `reference`: the method and parameters whose merged δ the lift and the lower read (one round more).
@@ -197,13 +197,14 @@ METHODS: dict[str, Method] = {
         reference=lambda params: ("task_arithmetic", {"lambda": 1.0}),
     ),
     "consensus_ties": Method(
-        f"{_TALL}, consensus merging of TIES",
+        f"{_TALL}, consensus merging of TIES (whose elected values are summed, not averaged)",
         ("agreement_count",),
         lowering.consensus,
-        {"lambda": _scale(1), "threshold": _THRESHOLD, "at_least": _AT_LEAST, "density": _DENSITY},
+        {"lambda": _scale(0.4), "threshold": _THRESHOLD, "at_least": _AT_LEAST, "density": _DENSITY},
         _threshold,
-        reference=lambda params: ("ties", {"density": params["density"]}),
+        reference=lambda params: ("ties_sum", {"density": params["density"]}),
     ),
+    "ties_sum": Method(f"{_TIES}: the elected values' sum", _SIGNED, lowering.ties_sum, _TRIMMED, _trim, internal=True),
     "fisher_on_support": Method(
         "Matena and Raffel, Merging models with Fisher-weighted averaging, arXiv 2111.09832; a variant: the base "
         "outside an expert's support carries no mass",

@@ -28,8 +28,9 @@ from torch import Tensor
 from infra.errors import MergeError
 from merge.specs import LiftSpec
 from merge.statistics import MAX_EXPERTS, STATISTICS, TensorStatistics, statistic_dtype
-from merge.stream_file import RangedReader, SafetensorsWriter, header_room
+from merge.stream_file import SafetensorsWriter, header_room
 from workers.adapter import ByteSource
+from workers.ranged_file import RangedReader
 from workers.support import MAX_NUMEL, decode_support, encode_support
 
 NODE_FILE_VERSION = 2

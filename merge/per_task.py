@@ -5,7 +5,7 @@ the masked unified δ is rescaled to the expert's L1 norm. TALL (Wang et al., ar
 |δ| ≥ threshold · |unified - δ|; nothing is rescaled.
 
 Masks are made tensor by tensor; the scale is one number per expert over all its tensors. Not here: their files
-(`merge.mask_file`).
+(`merge.mask_file`), what they leave of a δ (`workers.mask_file`).
 """
 
 from __future__ import annotations
@@ -70,11 +70,6 @@ def task_scale(method: str, masks: Iterable[TaskMask]) -> float:
     for mask in masks:
         expert, kept = expert + mask.expert_mass, kept + mask.kept_mass
     return expert / kept if kept else 1.0
-
-
-def apply_mask(unified: SparseTensor, bits: Tensor, scale: float) -> SparseTensor:
-    """The expert's δ as its mask restores it, fp32, on the kept positions only."""
-    return SparseTensor(unified.shape, unified.indices[bits], unified.values.float()[bits] * scale)
 
 
 def _check_per_task(method: str) -> None:

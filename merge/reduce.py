@@ -26,11 +26,11 @@ from merge.children import Child, DeltaReader, ExpertChild, Join, NodeChild, Par
 from merge.lift import LIFT_VERSION
 from merge.methods import LOWER_VERSION, lower
 from merge.node_file import NODE_FILE_VERSION, NodeMeta, StatisticsWriter
-from merge.sink import Outline, Sink, Tee
-from merge.specs import Candidate, LiftSpec, check_served, check_weights, plan_reductions
+from merge.sink import Outline, Sink, Tee, squared_norm
+from merge.specs import Candidate, LiftSpec, check_candidate, check_served, plan_reductions
 from merge.statistics import STATISTICS_VERSION
-from merge.stream_file import LocalFile, RangedReader
 from workers.adapter import ByteSource
+from workers.ranged_file import LocalFile, RangedReader
 from workers.support import SparseTensor, encode_support
 
 __all__ = [
@@ -155,8 +155,9 @@ def reduce_root(
     """Join the children and hand each candidate's merged δ (fp32, on the union support or a part of it) to its sink.
 
     `base` is the base model's safetensors file (bf16, fp16 or fp32), read tensor by tensor for the rounding loss.
-    Candidates must be served by `spec` (see `merge.specs.plan_reductions`). Sinks are opened, closed, and on any error
-    aborted here. Raises as `reduce_node`, and MergeError for a base that lacks a tensor.
+    Candidates must be served by `spec` (see `merge.specs.plan_reductions`). Sinks are opened, finished and,
+    once all are, published here; on an error all are aborted. Raises as `reduce_node`, and MergeError for a base that
+    lacks a tensor.
     """
     if not sinks:
         raise MergeError("no candidate to lower the merge for")
@@ -186,7 +187,9 @@ def reduce_root(
                 if progress:
                     progress(done, len(join.names))
         for sink in sinks.values():
-            sink.close()
+            sink.finish()
+        for sink in sinks.values():
+            sink.publish()
     except BaseException:
         for sink in sinks.values():
             sink.abort()
@@ -252,7 +255,7 @@ def flat_merge(
     """
     children = sorted(experts, key=lambda child: child.name)
     for candidate in candidates:
-        check_weights(candidate, [child.name for child in children])
+        check_candidate(candidate, [child.name for child in children])
     plan = plan_reductions(candidates)
     read_later = {reduction.spec.reference for reduction in plan} - {None}
     if read_later and scratch is None:
@@ -322,14 +325,10 @@ class _Tally:
         self.nonzero += int(torch.count_nonzero(delta))
         for start in range(0, delta.numel(), _CHUNK):
             own = delta[start : start + _CHUNK]
-            self.square += _square(own)
+            self.square += squared_norm(own)
             if base is not None:
                 at = base[start : start + _CHUNK].float()
-                self.lost += _square((at + own).bfloat16().float() - at - own)
-
-
-def _square(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+                self.lost += squared_norm((at + own).bfloat16().float() - at - own)
 
 
 def _ratio(lost: float, square: float) -> float:

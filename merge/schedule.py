@@ -2,14 +2,15 @@
 
 A node can run when its children exist; a later round's nodes wait for the merge that their lift reads, too, and nodes
 with Fisher or Gram artifacts for those. What exists in the store is found here, so that only missing work becomes a
-job. A caller adds experts as they appear, runs the jobs it is given, however it likes, and reports their results
-(`merge.local` with threads, the pipeline with Ray). Names, keys and references pass through, never tensors.
+job: as soon as the last expert is there, the merges are looked for, and where all of a reduction exist, none of its
+nodes is asked for. A caller adds experts as they appear, runs the jobs it is given, however it likes, and reports their
+results (`merge.local` with threads, the pipeline with Ray). Names, keys and references pass through, never tensors.
 
 Not here: running jobs, retries, and Fisher or Gram artifacts, which training data makes (`workers.importance`).
 """
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from infra.artifacts import Manifest, Recipe, find
@@ -27,11 +28,12 @@ from merge.jobs import (
     RootJob,
     TaskMaskJob,
     consumed,
+    digests_of,
     manifests_of,
 )
-from merge.keys import merged_recipe, node_recipe, task_mask_recipe
+from merge.keys import merged_recipe, node_recipe, root_key, task_mask_recipe
 from merge.methods import METHODS
-from merge.specs import Candidate, LiftSpec, Reduction
+from merge.specs import Candidate, LiftSpec, Reduction, candidate_lift
 from merge.tree import Leaf, Node, build_tree, post_order
 
 NODES, MASKS = "merge_nodes", "task_masks"
@@ -50,7 +52,7 @@ class _Children:
 class MergeSchedule:
     """Attributes: `merged` (candidates, those that later rounds read included, in the order in which they were made),
     `masks` ((candidate, expert) of methods with per-task masks), `extras` (kinds of artifact that every expert needs
-    beside its adapter: "fisher", "gram"), `open` (nodes to do), `made` and `reused` (counts of `NODES` and `MASKS`)."""
+    beside its adapter: "fisher", "gram"), `made` and `reused` (counts of `NODES` and `MASKS`)."""
 
     def __init__(
         self,
@@ -66,7 +68,8 @@ class MergeSchedule:
         tensors of one node are split over. Raises MergeError for names or a fan-in that make no tree."""
         self._store, self._reductions, self._parts = store, tuple(reductions), parts
         self._base_sha256, self._base_weights = base_sha256, base_weights
-        self._nodes, self._leaf_parents = _flatten(build_tree(names, fan_in))
+        self._tree = build_tree(names, fan_in)
+        self._nodes, self._leaf_parents = _flatten(self._tree)
         self._root = len(self._nodes) - 1
         self._numbers = {node.label: number for number, node in enumerate(self._nodes)}
         self._missing = [[len(node.of) for node in self._nodes] for _ in self._reductions]
@@ -74,16 +77,23 @@ class MergeSchedule:
         self._references: dict[int, Ref] = {}  # of reductions whose lift reads an earlier merge, once that exists
         self._experts: dict[str, Ref] = {}
         self._extras: dict[tuple[str, str], Ref] = {}
+        self._extra_counts: Counter[str] = Counter()
         self._made_nodes: dict[tuple[int, int], Ref] = {}
+        self._open = [len(self._nodes) for _ in self._reductions]
+        self._missing_merges: dict[int, tuple[tuple[Candidate, Recipe], ...]] = {}  # of reductions looked up
         self._held: dict[int, list[int]] = defaultdict(list)  # ready but for the reduction's reference
         self._sharing: dict[str, list[tuple[int, int]]] = {}  # nodes whose key is being made
         self._outputs: dict[tuple[int, int], list[PartOutput | None]] = {}
         self.extras = frozenset(r.spec.extra for r in self._reductions if r.spec.extra)
         self.merged: dict[Candidate, Manifest] = {}
         self.masks: dict[tuple[Candidate, str], Manifest] = {}
-        self.open = len(self._reductions) * len(self._nodes)
         self.made: Counter[str] = Counter()
         self.reused: Counter[str] = Counter()
+
+    @property
+    def open(self) -> int:
+        """How many nodes are still to do."""
+        return sum(self._open)
 
     @property
     def complete(self) -> bool:
@@ -95,27 +105,32 @@ class MergeSchedule:
 
     def add_expert(self, name: str, ref: Ref) -> list[Job]:
         """An expert exists; returns the jobs that can run now."""
-        if name not in self._leaf_parents or name in self._experts:
-            known = "was added already" if name in self._experts else "is not part of this merge"
-            raise MergeError(f"expert {name!r} {known}")
-        self._experts[name] = ref
-        return self._arrived(
-            name,
-            (
-                number
-                for number, reduction in enumerate(self._reductions)
-                if reduction.spec.extra is None or (name, reduction.spec.extra) in self._extras
-            ),
-        )
+        return self.add_experts({name: ref})
+
+    def add_experts(self, refs: Mapping[str, Ref]) -> list[Job]:
+        """Experts exist: best all that do at once, with their extras added before, so that no node is asked for where
+        the merges exist. Returns the jobs that can run now."""
+        for name in refs:
+            if name not in self._leaf_parents or name in self._experts:
+                known = "was added already" if name in self._experts else "is not part of this merge"
+                raise MergeError(f"expert {name!r} {known}")
+        self._experts.update(refs)
+        reductions = range(len(self._reductions))
+        jobs = self._look_up(reductions)
+        for name in refs:
+            jobs += self._arrived(name, [number for number in reductions if self._has_leaf(number, name)])
+        return jobs
 
     def add_extra(self, name: str, kind: str, ref: Ref) -> list[Job]:
         """An expert's Fisher or Gram artifact exists; returns the jobs that can run now."""
         if kind not in self.extras or name not in self._leaf_parents or (name, kind) in self._extras:
             raise MergeError(f"a {kind} artifact of expert {name!r} is not wanted")
         self._extras[name, kind] = ref
+        self._extra_counts[kind] += 1
         if name not in self._experts:
             return []
-        return self._arrived(name, (n for n, reduction in enumerate(self._reductions) if reduction.spec.extra == kind))
+        reading = [n for n, reduction in enumerate(self._reductions) if reduction.spec.extra == kind]
+        return self._look_up(reading) + self._arrived(name, reading)
 
     def finished(self, job: Job, result: JobResult) -> list[Job]:
         """A job is done; returns the jobs that can run now."""
@@ -131,16 +146,61 @@ class MergeSchedule:
         found = manifests_of(result)
         if isinstance(whole, RootJob):
             self._count(NODES, any(made for _, made in found))
-            self.open -= 1
+            self._open[whole.reduction] -= 1
             candidates = [candidate for candidate, _ in whole.candidates]
             merges = zip(candidates, (manifest for manifest, _ in found), strict=True)
             return [later for candidate, manifest in merges for later in self._merged(candidate, manifest)]
         ((manifest, made),) = found
         ready = []
         for number, (reduction, node) in enumerate(self._sharing.pop(whole.recipe.key)):
-            self._count(NODES, made and number == 0)
-            ready += self._node_exists(reduction, node, Ref.of(manifest))
+            if self._open[reduction]:  # else all its merges were found meanwhile
+                self._count(NODES, made and number == 0)
+                ready += self._node_exists(reduction, node, Ref.of(manifest))
         return self._start(ready)
+
+    # -- merges that exist ----------------------------------------------------------------------------------------
+
+    def _has_leaf(self, reduction: int, name: str) -> bool:
+        """Whether all that the reduction reads of this expert is there."""
+        extra = self._reductions[reduction].spec.extra
+        return name in self._experts and (extra is None or (name, extra) in self._extras)
+
+    def _look_up(self, reductions: Iterable[int]) -> list[Job]:
+        """Find the merges of these reductions, once everything that they are functions of is known."""
+        if len(self._experts) < len(self._leaf_parents):
+            return []
+        jobs: list[Job] = []
+        for number in reductions:
+            waits = self._reductions[number].spec.reference is not None and number not in self._references
+            kind = self._reductions[number].spec.extra
+            lacks = kind is not None and self._extra_counts[kind] < len(self._leaf_parents)
+            if number in self._missing_merges or waits or lacks:
+                continue
+            keys, inputs = self._root_keys(number), self._root_inputs(number)
+            recipes = [(c, merged_recipe(c, keys[candidate_lift(c)])) for c in self._reductions[number].candidates]
+            found = [find(self._store, recipe.key, inputs) for _, recipe in recipes]
+            self._missing_merges[number] = tuple(r for r, hit in zip(recipes, found, strict=True) if hit is None)
+            if not self._missing_merges[number]:
+                self.reused[NODES] += self._open[number]
+                self._open[number] = 0
+            for (candidate, _), hit in zip(recipes, found, strict=True):
+                jobs += self._merged(candidate, hit) if hit is not None else []
+        return jobs
+
+    def _root_keys(self, reduction: int) -> dict[LiftSpec, str]:
+        """The root's key for each distinct lift of the reduction's candidates."""
+        extra, reference = self._reductions[reduction].spec.extra, self._references.get(reduction)
+        experts = {name: ref.key for name, ref in self._experts.items()}
+        extras = {name: ref.key for (name, kind), ref in self._extras.items() if kind == extra}
+        lifts = {candidate_lift(candidate) for candidate in self._reductions[reduction].candidates}
+        after = reference.key if reference else None
+        return {lift: root_key(lift, self._tree, experts, extras, after) for lift in lifts}
+
+    def _root_inputs(self, reduction: int) -> dict[str, str]:
+        """Digests of all that the reduction's merges are functions of."""
+        extra, reference = self._reductions[reduction].spec.extra, self._references.get(reduction)
+        extras = [ref for (_, kind), ref in self._extras.items() if kind == extra]
+        return digests_of([*self._experts.values(), *extras, *([reference] if reference else [])])
 
     # -- what follows -------------------------------------------------------------------------------------------
 
@@ -155,7 +215,7 @@ class MergeSchedule:
         return [(reduction, parent)] if not self._missing[reduction][parent] else []
 
     def _node_exists(self, reduction: int, node: int, ref: Ref) -> list[tuple[int, int]]:
-        self.open -= 1
+        self._open[reduction] -= 1
         self._made_nodes[reduction, node] = ref
         return self._child_exists(reduction, self._nodes[node].parent)
 
@@ -165,10 +225,12 @@ class MergeSchedule:
         ready = deque(slots)
         while ready:
             reduction, node = ready.popleft()
+            if not self._open[reduction]:
+                continue  # all its merges exist
             if self._reductions[reduction].spec.reference is not None and reduction not in self._references:
                 self._held[reduction].append(node)
             elif node == self._root:
-                jobs += self._start_root(reduction)
+                jobs += self._split((reduction, node), self._root_job(reduction))
             else:
                 found = self._start_node(reduction, node)
                 jobs += found if isinstance(found, list) else []
@@ -197,23 +259,10 @@ class MergeSchedule:
         )
         return self._split((reduction, node), job)
 
-    def _start_root(self, reduction: int) -> list[Job]:
-        children, root = self._inputs(reduction, self._root)
-        read = consumed(children, self._references.get(reduction))
-        missing: list[tuple[Candidate, Recipe]] = []
-        jobs: list[Job] = []
-        for candidate in self._reductions[reduction].candidates:
-            recipe = merged_recipe(candidate, root.key)
-            found = find(self._store, recipe.key, read)
-            if found is None:
-                missing.append((candidate, recipe))
-            else:
-                jobs += self._merged(candidate, found)
-        if not missing:
-            self._count(NODES, made=False)
-            self.open -= 1
-            return jobs
-        job = RootJob(
+    def _root_job(self, reduction: int) -> RootJob:
+        """The root, for the merges that were not found when its last input appeared."""
+        children, _ = self._inputs(reduction, self._root)
+        return RootJob(
             reduction=reduction,
             label=self._nodes[self._root].label,
             spec=self._reductions[reduction].spec,
@@ -221,9 +270,9 @@ class MergeSchedule:
             base_sha256=self._base_sha256,
             reference=self._references.get(reduction),
             base_weights=self._base_weights,
-            candidates=tuple(missing),
+            candidates=self._missing_merges[reduction],
+            inputs=self._root_inputs(reduction),
         )
-        return [*jobs, *self._split((reduction, self._root), job)]
 
     def _merged(self, candidate: Candidate, manifest: Manifest) -> list[Job]:
         """A candidate exists: its task masks and the rounds that read it can follow."""
@@ -235,6 +284,7 @@ class MergeSchedule:
         for number, reduction in enumerate(self._reductions):
             if reduction.spec.reference == candidate:
                 self._references[number] = Ref.of(manifest)
+                jobs += self._look_up([number])
                 jobs += self._start([(number, node) for node in self._held.pop(number, [])])
         return jobs
 

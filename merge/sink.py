@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from workers.support import SparseTensor
@@ -23,7 +24,10 @@ class Outline:
 
 
 class Sink(Protocol):
-    """Takes one merged δ: `open`, `add` for each tensor in the order of names, then `close`; or `abort`."""
+    """Takes one merged δ: `open`, `add` for each tensor in the order of names, `finish`, `publish`; or `abort`.
+
+    Finishing and publishing are two steps so that of several sinks none publishes before all have finished.
+    """
 
     def open(self, outline: Outline) -> None:
         """Prepare for these tensors. Raises MergeError where they cannot be written there."""
@@ -31,15 +35,18 @@ class Sink(Protocol):
     def add(self, name: str, tensor: SparseTensor, support: tuple[str, Tensor] | None = None) -> None:
         """Take one tensor. `support` is its `encode_support`, where the caller has it already."""
 
-    def close(self) -> None:
-        """Finish: only now anything exists under the final name."""
+    def finish(self) -> None:
+        """Complete everything that can fail."""
+
+    def publish(self) -> None:
+        """Give what was finished its final name: only now anything exists there."""
 
     def abort(self) -> None:
-        """Leave nothing behind; harmless after `close` and when repeated."""
+        """Leave nothing behind; harmless after `publish` and when repeated."""
 
     @property
     def bytes_written(self) -> int:
-        """Size of what was written, once it is closed."""
+        """Size of what was written, once it is published."""
 
 
 class Tee:
@@ -57,9 +64,13 @@ class Tee:
         for sink in self._sinks:
             sink.add(name, tensor, support)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         for sink in self._sinks:
-            sink.close()
+            sink.finish()
+
+    def publish(self) -> None:
+        for sink in self._sinks:
+            sink.publish()
 
     def abort(self) -> None:
         for sink in self._sinks:
@@ -68,3 +79,8 @@ class Tee:
     @property
     def bytes_written(self) -> int:
         return self._sinks[0].bytes_written
+
+
+def squared_norm(x: Tensor) -> float:
+    """‖x‖², summed in double precision."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2

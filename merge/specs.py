@@ -27,8 +27,8 @@ __all__ = [
     "Number",
     "Reduction",
     "candidate_lift",
+    "check_candidate",
     "check_served",
-    "check_weights",
     "describe_plan",
     "plan_reductions",
 ]
@@ -44,7 +44,8 @@ LIFT_OPTIONS: dict[str, Number | Choice] = {
 }
 """What a lift can be told, with the widest accepted range."""
 
-_SIGNED = {"positive_mass", "negative_mass", "positive_count", "negative_count"}
+_COUNTS = {"positive_count", "negative_count", "zero_count"}
+"""Their sum is the count: exactly, as long as they are whole numbers (not weighted)."""
 _EXTRAS: dict[str, Literal["fisher", "gram"]] = {
     "fisher": "fisher",
     "fisher_mass": "fisher",
@@ -60,8 +61,8 @@ class Candidate:
     """A method with all its parameters, checked and completed with defaults. Hashable and picklable.
 
     `weights`: a number per expert name, or None. Raises MergeError for an unknown method or parameter (with the nearest
-    known one), a value out of range, or weights that the method does not take; `check_weights` compares them with the
-    experts.
+    known one), a value out of range, or weights that the method does not take; `check_candidate` compares it with
+    the experts.
     """
 
     method: str
@@ -256,9 +257,9 @@ def _joint_lift(candidates: Sequence[Candidate]) -> LiftSpec:
         raise MergeError(f"merge method {first.method!r} needs a weight for each expert")
     sparsify, options = METHODS[first.method].lift(first.params)
     needs = {name for candidate in candidates for name in METHODS[candidate.method].needs}
-    if not needs.isdisjoint(_SIGNED):  # sums and counts are derived from the signed ones
-        needs |= _SIGNED | ({"zero_count"} if "count" in needs else set())
-        needs -= {"sum", "count"}
+    # sums are never derived from masses: a candidate's bits must not depend on what it is merged beside
+    if "count" in needs and first.weights is None and needs >= _COUNTS - {"zero_count"}:
+        needs = (needs | _COUNTS) - {"count"}
     weights = tuple(first.weights.items()) if first.weights is not None else None
     return LiftSpec(tuple(needs), sparsify, options, weights, first.reference)
 
@@ -302,15 +303,25 @@ def check_served(candidate: Candidate, spec: LiftSpec) -> None:
     """Raise MergeError unless this candidate can be lowered from the reduction."""
     own = candidate_lift(candidate)
     served = set(spec.statistics)
-    if served >= _SIGNED:
-        served |= {"sum"} | ({"count"} if "zero_count" in served else set())
+    if served >= _COUNTS and not spec.weighted:
+        served |= {"count"}
     if replace(own, statistics=spec.statistics) != spec or not set(own.statistics) <= served:
         raise MergeError(f"{candidate} cannot be lowered from the reduction {spec}: it needs {own}")
 
 
-def check_weights(candidate: Candidate, experts: Sequence[str]) -> None:
-    """Raise MergeError where the weights are missing, name other experts, lack some, or do not sum as they must."""
+def check_candidate(candidate: Candidate, experts: Sequence[str]) -> None:
+    """Raise MergeError where a candidate does not fit the experts.
+
+    Weights that are missing, name other experts, lack some, or do not sum as they must; or an `at_least` that no
+    position can reach.
+    """
     method = METHODS[candidate.method]
+    at_least = candidate.params.get("at_least", 0)
+    if not isinstance(at_least, str) and at_least > len(experts):
+        raise MergeError(
+            f"parameter 'at_least' of merge method {candidate.method!r} is {at_least:g}, but "
+            f"{_plural(len(experts), 'expert')} can agree at most: accepted are 1 to {len(experts)}"
+        )
     what = f"weights of merge method {candidate.method!r}"
     if candidate.weights is None:
         if method.weights_required:

@@ -10,7 +10,7 @@ from functools import cached_property
 from infra.errors import ConfigError
 from merge.methods import METHODS
 from merge.parameters import Value
-from merge.specs import Candidate, check_weights, describe_plan, plan_reductions
+from merge.specs import Candidate, check_candidate, describe_plan, plan_reductions
 from pipeline.config import CandidateConfig, PipelineConfig, Weights
 from pipeline.search import plan_rungs
 
@@ -50,7 +50,7 @@ def list_candidates(config: PipelineConfig, rows: Mapping[str, int] | None = Non
         for params in _grid(entry):
             for weights in _weights(entry):
                 candidate = Candidate(entry.method, params, shares if weights == "training_rows" else weights)
-                check_weights(candidate, experts)
+                check_candidate(candidate, experts)
                 found[candidate] = None
     notes = []
     if config.expert != "sparse" or config.mask.shared:

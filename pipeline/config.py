@@ -23,7 +23,9 @@ from workers.metrics import CLASSIFICATION_METRICS, METRICS
 DType = Literal["float32", "bfloat16"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
-Weights = dict[str, float] | Literal["training_rows"]
+Strict = Annotated[float, Field(strict=True)]
+"""A number where YAML has one: `true` is none, nor is text."""
+Weights = dict[str, Strict] | Literal["training_rows"]
 
 
 class Section(BaseModel):
@@ -171,7 +173,7 @@ class CandidateConfig(Section):
 
     method: str
     """Name of a method in `merge/methods.py`."""
-    params: dict[str, float | str | Annotated[list[float | str], Field(min_length=1)]] = {}
+    params: dict[str, Strict | str | Annotated[list[Strict | str], Field(min_length=1)]] = {}
     """The method's parameters."""
     weights: Weights | Annotated[list[Weights], Field(min_length=1)] | None = None
     """A weight for every held-in task, for methods that take weights; `training_rows`: in proportion to the rows that
@@ -191,7 +193,7 @@ class ExportConfig(Section):
     """The chosen merge as a full checkpoint."""
 
     dtype: DType = "bfloat16"
-    """Type of its weights."""
+    """Type of its floating-point tensors, adapted or not."""
     shard_gib: Annotated[float, Field(gt=0)] = 5.0
     """Size of its files in GiB, at most (but for a single larger tensor)."""
 

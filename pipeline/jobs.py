@@ -73,7 +73,7 @@ def importance_job(inputs: Inputs, task: str, recipe: Recipe, expert: Manifest) 
         expert_key=expert.key,
         expert_digest=expert.digest,
         train_rows=data.object_name("train"),
-        rows=config.merge.importance_rows,
+        rows=recipes.importance_rows(config, data),
         prompt=recipes.prompt_spec(config, data),
         max_target_tokens=config.prompt.max_target_tokens,
         labels=data.labels if config.objective == "classification" else None,

@@ -7,24 +7,44 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from infra.errors import ConfigError, MergeError
+from infra.store import Store
 from merge.checkpoint_file import CHECKPOINT_VERSION
-from merge.mask_file import MASK_FILE_VERSION
 from merge.methods import METHODS
 from merge.per_task import PER_TASK_VERSION
 from merge.reduce import ROOT_VERSIONS
-from merge.specs import Candidate, Reduction, check_weights, plan_reductions
-from pipeline.merge_inputs import Expert, Extra, find_experts, find_extras, hash_experts, hash_extras
-from pipeline.merge_outputs import Output, check_apart, check_file, check_folder, output, record
-from pipeline.merge_request import MergeRequest
+from merge.specs import Candidate, Reduction, check_candidate, plan_reductions
+from merge.tree import TREE_VERSION
+from pipeline.config import MergeConfig
+from pipeline.merge_checkpoint import check_folder
+from pipeline.merge_inputs import (
+    Expert,
+    Extra,
+    find_experts,
+    find_extras,
+    hash_experts,
+    hash_extras,
+    locate_experts,
+    locate_extras,
+)
+from pipeline.merge_outputs import Output, check_apart, check_buckets, check_file, check_mask, output, record
+from pipeline.merge_request import MergeRequest, shard_bytes
 from workers.base import PreparedBase, prepare_base
 from workers.cache import cache_dir
+from workers.importance_file import IMPORTANCE_READ_VERSION
+from workers.mask_file import MASK_FILE_VERSION
 from workers.tensorfile import DTYPES, WEIGHTS, list_entries
+
+FAN_IN = int(MergeConfig.model_fields["fan_in"].default)
+"""Of a stored tree: the pipeline's default."""
+
+REGISTERED_KIND = "merged"
+"""Kind of a registered merge, as the pipeline tags its own."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +82,8 @@ class Checked:
 
 
 def check(request: MergeRequest, scratch: Path) -> Checked:
-    """Everything that can be refused without reading a tensor, cheapest first.
+    """Everything that can be refused without reading a tensor, cheapest first: the request, services, places, the base,
+    headers.
 
     Raises FactoryError: ConfigError, MergeError, AdapterError, BaseModelError, StoreError or RegistryError.
     """
@@ -70,7 +91,7 @@ def check(request: MergeRequest, scratch: Path) -> Checked:
     method = METHODS[candidate.method]
     if method.internal:
         raise MergeError(f"merge method {candidate.method!r} is a step of other methods, not one of its own")
-    check_weights(candidate, sorted(request.experts))
+    check_candidate(candidate, sorted(request.experts))
     if not (request.out or request.checkpoint):
         raise ConfigError("no output: give --out FILE, --checkpoint FOLDER, or both")
     if method.per_task and not request.out:
@@ -83,26 +104,52 @@ def check(request: MergeRequest, scratch: Path) -> Checked:
             f"{candidate.method} needs the task's mask at inference, so one checkpoint cannot hold it: leave out "
             "--checkpoint, and make that of one task with `export FILE --mask MASK`"
         )
+    if method.per_task and request.register_as:
+        raise ConfigError(
+            f"{candidate.method} needs the task's mask at inference, which a registered adapter has not: leave out "
+            "--register"
+        )
     if request.register_as and not (request.out or "").startswith("s3://"):
         raise ConfigError("--register needs the adapter in S3, which the registry refers to: give --out s3://…")
+    shard_bytes(request.shard_gib)
     reductions = plan_reductions([candidate])
-    extra_kind = next((r.spec.extra for r in reductions if r.spec.extra), None)
-    _check_extra_names(request, candidate.method, extra_kind)
-    base = prepare_base(request.base, cache_dir())
-    experts = find_experts(request.experts, base, scratch)
-    extras = find_extras(request.fisher or request.gram, extra_kind, experts, base.sha256) if extra_kind else {}
-    inputs = _uris(request, base, experts) | {
-        f"{kind} of {n}": e.place.uri for kind, n, e in _named(extra_kind, extras)
-    }
+    kind = next((r.spec.extra for r in reductions if r.spec.extra), None)
+    _check_extra_names(request, candidate.method, kind)
     out = output(request.out, "--out") if request.out else None
     checkpoint = output(request.checkpoint, "--checkpoint") if request.checkpoint else None
+    _check_services(request, out, checkpoint)
+    places = locate_experts(request.experts)
+    extra_places = locate_extras(request.fisher or request.gram, kind) if kind else {}
+    inputs = {f"expert {name!r}": place.uri for name, place in places.items()}
+    inputs |= {f"{kind} of {name!r}": place.uri for name, place in extra_places.items()}
+    inputs |= base_place(request.base)
     if out:
         check_file(out, inputs)
     if out and method.per_task:
-        check_masks(out, experts, inputs)
+        check_masks(out, request.experts, inputs)
     if checkpoint:
         check_folder(checkpoint, inputs | ({"--out": out.uri} if out else {}), "--checkpoint")
+    base = prepare_base(request.base, cache_dir())
+    cached = {"the cached base": str(base.path.resolve())}
+    for place, option in ((out, "--out"), (checkpoint, "--checkpoint")):
+        if place:
+            check_apart(place, cached, option)
+    experts = find_experts(places, base, scratch)
+    extras = find_extras(extra_places, kind, experts, base.sha256) if kind else {}
     return Checked(request, candidate, reductions, base, tuple(experts), extras, out, checkpoint)
+
+
+def _check_services(request: MergeRequest, out: Output | None, checkpoint: Output | None) -> None:
+    """Whether what the merge writes to can be reached. Raises StoreError or RegistryError."""
+    if request.register_as:
+        from infra import registry  # MLflow: seconds of imports, for this flag only
+        from infra.model_registry import check_model
+
+        registry.check()
+        check_model(request.register_as, request.register_as, REGISTERED_KIND)
+    if request.store:
+        Store.from_env().check()
+    check_buckets((out, checkpoint))
 
 
 def _numbers(params: Mapping[str, float | str]) -> dict[str, float | str]:
@@ -137,17 +184,11 @@ def _check_extra_names(request: MergeRequest, method: str, kind: str | None) -> 
             )
 
 
-def _uris(request: MergeRequest, base: PreparedBase, experts: Sequence[Expert]) -> dict[str, str]:
-    """Inputs by name, comparable with outputs: neither must be written over."""
-    uris = {f"expert {expert.name!r}": expert.place.uri for expert in experts}
-    uris["the cached base"] = str(base.path.resolve())
-    if request.base.startswith("path:"):
-        uris["the base"] = str(Path(request.base.removeprefix("path:")).expanduser().resolve())
-    return uris
-
-
-def _named(kind: str | None, extras: Mapping[str, Extra]) -> list[tuple[str, str, Extra]]:
-    return [(str(kind), name, extra) for name, extra in extras.items()]
+def base_place(spec: str) -> dict[str, str]:
+    """The base's own folder, where it has one, comparable with outputs: it must not be written over."""
+    if not spec.startswith("path:"):
+        return {}
+    return {"the base": str(Path(spec.removeprefix("path:")).expanduser().resolve())}
 
 
 def _list(names: Any) -> str:
@@ -165,11 +206,17 @@ def fingerprint(checked: Checked) -> Checked:
 def record_of(checked: Checked) -> dict[str, Any]:
     """Everything that the merged adapter's bytes are a function of."""
     kind = checked.extra_kind
-    more: dict[str, Any] = {"versions": ROOT_VERSIONS, "identities": {e.name: e.identity for e in checked.experts}}
+    more: dict[str, Any] = {
+        "plan": "flat",
+        "versions": ROOT_VERSIONS,
+        "identities": {e.name: e.identity for e in checked.experts},
+    }
+    if checked.request.store:
+        more |= {"plan": "tree", "tree": {"version": TREE_VERSION, "fan_in": FAN_IN}}
     if METHODS[checked.candidate.method].per_task:
         more["mask_versions"] = {"mask": PER_TASK_VERSION, "file": MASK_FILE_VERSION}
     if kind:
-        more[kind] = {name: extra.sha256 for name, extra in checked.extras.items()}
+        more |= {kind: {n: extra.sha256 for n, extra in checked.extras.items()}, "importance": IMPORTANCE_READ_VERSION}
     return record(checked.candidate.to_dict(), checked.base.sha256, checked.experts, **more)
 
 
@@ -178,14 +225,9 @@ def checkpoint_record_of(checked: Checked) -> dict[str, Any]:
     request = checked.request
     return record_of(checked) | {
         "dtype": request.dtype,
-        "shard_bytes": shard_bytes(request),
+        "shard_bytes": shard_bytes(request.shard_gib),
         "file": CHECKPOINT_VERSION,
     }
-
-
-def shard_bytes(request: MergeRequest) -> int:
-    """Largest size of one of the checkpoint's files."""
-    return int(request.shard_gib * 2**30)
 
 
 def mask_outputs(checked: Checked) -> dict[str, Output]:
@@ -200,14 +242,14 @@ def mask_beside(out: Output, task: str) -> Output:
     return out.beside(f".{re.sub(r'[^A-Za-z0-9_.-]', '-', task)}.mask.safetensors")
 
 
-def check_masks(out: Output, experts: Sequence[Expert], inputs: Mapping[str, str]) -> None:
-    """Raise ConfigError where two tasks' masks would be one file, or one an input."""
+def check_masks(out: Output, tasks: Iterable[str], inputs: Mapping[str, str]) -> None:
+    """Raise ConfigError where two tasks' masks would be one file, or one an input or over something else."""
     owners: dict[str, str] = {}
-    for expert in experts:
-        place = mask_beside(out, expert.name)
-        check_apart(place, inputs, f"mask of {expert.name!r}")
-        if (other := owners.setdefault(place.uri, expert.name)) != expert.name:
-            raise ConfigError(f"the masks of {other!r} and {expert.name!r} would both be {place.given}; rename one")
+    for task in sorted(tasks):
+        place = mask_beside(out, task)
+        check_mask(place, inputs, f"mask of {task!r}")
+        if (other := owners.setdefault(place.uri, task)) != task:
+            raise ConfigError(f"the masks of {other!r} and {task!r} would both be {place.given}; rename one")
 
 
 # -- the plan --

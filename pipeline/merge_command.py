@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -229,10 +230,11 @@ def run(config: Path | None, **given: Any) -> None:
     with tempfile.TemporaryDirectory(prefix="factory-merge-") as folder:
         scratch = Path(folder)
         with _checking():
-            checked = fingerprint(check(_request(config, given), scratch))
+            checked = check(_request(config, given), scratch)
             for place, option in ((checked.out, "--out"), (checked.checkpoint, "--checkpoint")):
                 if place:
                     prepare(place, option)
+            checked = fingerprint(checked)
         for line in _warnings(checked):
             _print(console, line)
         if up_to_date(checked):
@@ -240,13 +242,24 @@ def run(config: Path | None, **given: Any) -> None:
                 if place:
                     _print(console, f"{place.given}: holds exactly this merge already, nothing to do")
         else:
-            with _progress(console) as report:
+            with _progress(console) as report, _one_torch_thread():
                 done = (merge_stored if checked.request.store else merge_flat)(checked, scratch, report)
             _print_summary(console, checked, done, time.perf_counter() - started)
         if checked.request.register_as:
             from pipeline.merge_registration import register_merge  # MLflow: seconds of imports, for this flag only
 
             _print(console, register_merge(checked))
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """A merge is bound by memory and disk: more threads a worker take more CPU for the same time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -8,15 +8,25 @@ from typing import Any
 
 from infra.errors import AdapterError, ConfigError
 from merge.checkpoint_file import CHECKPOINT_VERSION, CheckpointInfo, write_checkpoint
-from merge.mask_file import MaskedAdapter, MaskReader
 from merge.reduce import DeltaReader
-from pipeline.merge_inputs import Expert, adapter_source, find_experts, hash_experts, source_sha256
-from pipeline.merge_outputs import Output, check_folder, output, recorded_checkpoint
-from pipeline.merge_run import Inputs, checkpoint_target, finish_checkpoint, torch_dtype
+from pipeline.merge_by_hand import base_place
+from pipeline.merge_checkpoint import check_folder, checkpoint_place, recorded_checkpoint
+from pipeline.merge_inputs import (
+    Expert,
+    adapter_source,
+    find_experts,
+    hash_experts,
+    locate_experts,
+    source_sha256,
+)
+from pipeline.merge_outputs import Output, check_apart, check_buckets, output
+from pipeline.merge_request import shard_bytes
+from pipeline.merge_run import Inputs, publish_checkpoint, torch_dtype
 from pipeline.merge_sources import locate, name_of
 from workers.adapter import AdapterReader
 from workers.base import PreparedBase, prepare_base
 from workers.cache import cache_dir
+from workers.mask_file import MaskedAdapter, MaskReader
 
 
 @dataclass(frozen=True)
@@ -39,54 +49,54 @@ class Export:
     def write(self) -> CheckpointInfo:
         """Make it. Raises FactoryError."""
         inputs = Inputs(self.base, self.scratch)
-        target, dtype = checkpoint_target(self.place), torch_dtype(self.dtype)
-        info = write_checkpoint(self._delta(inputs), inputs.checkpoint, target, dtype, self.shard_bytes)
-        finish_checkpoint(self.place, self.record, info)
+        target, dtype = checkpoint_place(self.place), torch_dtype(self.dtype)
+        try:
+            info = write_checkpoint(self._delta(inputs), inputs.checkpoint, target, dtype, self.shard_bytes)
+            publish_checkpoint(target, self.place, self.record, info)
+        finally:
+            target.discard()
         return info
 
     def _delta(self, inputs: Inputs) -> DeltaReader:
         if self.mask is None:
             return inputs.reader(self.adapter)
-        return _Masked(AdapterReader(adapter_source(self.adapter.place)), self.mask, self.adapter.sha256)
-
-
-class _Masked(MaskedAdapter):
-    """A unified adapter under a mask as the input of an export (a `merge.reduce.DeltaReader`)."""
-
-    def __init__(self, unified: AdapterReader, mask: MaskReader, unified_sha256: str) -> None:
-        super().__init__(unified, mask, unified_sha256)
-        self.base_sha256, self.identity = self.meta.base_sha256, mask.meta.task
+        return MaskedAdapter(AdapterReader(adapter_source(self.adapter.place)), self.mask, self.adapter.sha256)
 
 
 def check_export(
     adapter: str, base: str, out: str, mask: str | None, dtype: str | None, shard_gib: float, scratch: Path
 ) -> Export:
-    """Everything that can be refused from headers. Raises FactoryError."""
-    place = output(out, "--out")
-    prepared = prepare_base(base, cache_dir())
-    (expert,) = hash_experts(find_experts({name_of(adapter): adapter}, prepared, scratch))
-    if expert.place.kind == "checkpoint":
+    """Everything that can be refused from headers, what is cheap first. Raises FactoryError."""
+    limit, place = shard_bytes(shard_gib), output(out, "--out")
+    check_buckets([place])
+    places = locate_experts({name_of(adapter): adapter})
+    (found,) = places.values()
+    mask_place = locate(mask) if mask else None
+    if found.kind == "checkpoint":
         raise ConfigError(f"{adapter}: is a full checkpoint already")
-    if mask and expert.place.kind != "adapter":
+    if mask and found.kind != "adapter":
         raise ConfigError(f"--mask {mask}: is over a unified adapter's file, {adapter} is none")
+    if mask_place and mask_place.kind != "adapter":
+        raise ConfigError(f"--mask {mask}: is no file")
+    masks = {"the mask": mask_place.uri} if mask_place else {}
+    check_folder(place, {"the adapter": found.uri, **masks, **base_place(base)}, "--out")
+    prepared = prepare_base(base, cache_dir())
+    check_apart(place, {"the cached base": str(prepared.path.resolve())}, "--out")
+    (expert,) = find_experts(places, prepared, scratch)
     if expert.head:
         raise AdapterError(f"{adapter}: has a classification head ({expert.head[0]}), which this base has no place for")
-    inputs = {"the adapter": expert.place.uri, "the cached base": str(prepared.path.resolve())}
-    if base.startswith("path:"):
-        inputs["the base"] = str(Path(base.removeprefix("path:")).expanduser().resolve())
-    reader = None
+    (expert,) = hash_experts([expert])
     record = {
         "base_sha256": prepared.sha256,
         "adapter": expert.sha256,
         "dtype": dtype,
-        "shard_bytes": int(shard_gib * 2**30),
+        "shard_bytes": limit,
         "file": CHECKPOINT_VERSION,
     }
-    if mask:
-        source = adapter_source(locate(mask))
+    reader = None
+    if mask_place:
+        source = adapter_source(mask_place)
         reader = MaskReader(source, f"--mask {mask}")
         record["mask"] = source_sha256(source)
         MaskedAdapter(AdapterReader(adapter_source(expert.place)), reader, expert.sha256)
-        inputs["the mask"] = locate(mask).uri
-    check_folder(place, inputs, "--out")
-    return Export(prepared, expert, reader, place, dtype, int(shard_gib * 2**30), record, scratch)
+    return Export(prepared, expert, reader, place, dtype, limit, record, scratch)

@@ -1,7 +1,7 @@
 """The experts of a merge by hand: whether they fit the base and each other, from headers alone.
 
-`find_experts` checks names, shapes, bases and duplicates without reading a tensor; `open_experts` then makes the
-experts readable. Not here: where sources are (`pipeline.merge_sources`), outputs, the merge itself.
+`locate_experts` and `find_experts` check names, shapes, bases and duplicates without reading a tensor, `hash_experts`
+reads their bytes. Not here: where sources are (`pipeline.merge_sources`), outputs, the merge itself.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from pathlib import Path
 from infra.artifacts import Recipe
 from infra.digests import file_sha256
 from infra.errors import AdapterError, ConfigError, MergeError, RegistryError
-from infra.store import StoreSource
+from infra.store_source import StoreSource
 from merge.checkpoint import BaseCheckpoint, CheckpointDelta, CheckpointFiles
-from merge.stream_file import LocalFile
 from pipeline.merge_sources import Place, locate
 from workers.adapter import AdapterReader, ByteSource
 from workers.base import PreparedBase
@@ -29,6 +28,7 @@ from workers.layout import BaseLayout, read_layout
 from workers.peft_folder import CONFIG as PEFT_CONFIG
 from workers.peft_folder import TENSORS as PEFT_TENSORS
 from workers.peft_folder import peft_shapes
+from workers.ranged_file import LocalFile
 from workers.tensorfile import WEIGHTS, list_entries
 
 _CHUNK = 1 << 24
@@ -54,7 +54,11 @@ class Expert:
 
     @property
     def identity(self) -> str:
-        """Names the content, not the file: the key of its recipe where it says so, else that of its bytes and base."""
+        """Seeds random choices, the same flat and stored: the recipe key that its file carries, else that of its bytes
+        and base.
+
+        It names no artifact: a file may carry any key (`given_recipe` names the bytes).
+        """
         return self.recipe or self.given_recipe.key
 
     @property
@@ -63,16 +67,24 @@ class Expert:
         return Recipe("given_expert", 1, {"base_sha256": self.base_sha256, "sha256": self.sha256})
 
 
-def find_experts(sources: Mapping[str, str], base: PreparedBase, scratch: Path) -> list[Expert]:
-    """The experts by name, their headers read and checked against the base and each other.
+def locate_experts(sources: Mapping[str, str]) -> dict[str, Place]:
+    """Where the experts are, by sorted name; nothing of them is read.
 
-    A PEFT adapter in S3 is copied to `scratch`. Raises ConfigError, AdapterError or MergeError naming the expert.
+    Raises ConfigError, RegistryError or StoreError for a source that is none, MergeError for one expert twice.
     """
-    places = {name: _found(name, source) for name, source in sorted(sources.items())}
+    places = {name: _found(f"expert {name!r}", source) for name, source in sorted(sources.items())}
     owners: dict[str, str] = {}
     for name, place in places.items():
         if (other := owners.setdefault(place.uri, name)) != name:
             raise _twice(other, name, place.given)
+    return places
+
+
+def find_experts(places: Mapping[str, Place], base: PreparedBase, scratch: Path) -> list[Expert]:
+    """The experts by name, their headers read and checked against the base and each other.
+
+    A PEFT adapter in S3 is copied to `scratch`. Raises ConfigError, AdapterError or MergeError naming the expert.
+    """
     layout = _layout(base, any(place.kind == "peft" for place in places.values()))
     checkpoint = BaseCheckpoint.in_folder(base.path, base.sha256)
     found = []
@@ -157,11 +169,11 @@ def adapter_source(place: Place) -> ByteSource:
     return LocalFile(place.path)
 
 
-def _found(name: str, source: str) -> Place:
+def _found(what: str, source: str) -> Place:
     try:
         return locate(source)
     except (ConfigError, RegistryError) as error:
-        raise type(error)(f"expert {name!r}: {error}") from None
+        raise type(error)(f"{what}: {error}") from None
 
 
 def _twice(one: str, other: str, what: str) -> MergeError:
@@ -266,25 +278,33 @@ class Extra:
     sha256: str = ""
 
 
-def find_extras(given: Mapping[str, str], kind: str, experts: Sequence[Expert], base_sha256: str) -> dict[str, Extra]:
-    """The file of each expert, its header checked. `kind`: `fisher` or `gram`.
-
-    Raises ConfigError, AdapterError or MergeError naming the expert: another base, another adapter's file, or one that
-    does not fit its tensors.
-    """
-    return {expert.name: _find_extra(given[expert.name], kind, expert, base_sha256) for expert in experts}
-
-
-def _find_extra(source: str, kind: str, expert: Expert, base_sha256: str) -> Extra:
-    where = f"{kind} file {source} of expert {expert.name!r}"
-    try:
-        place = locate(source)
+def locate_extras(given: Mapping[str, str], kind: str) -> dict[str, Place]:
+    """Where each expert's file is. `kind`: `fisher` or `gram`. Raises ConfigError, RegistryError or StoreError."""
+    places = {name: _found(f"{kind} of expert {name!r}", source) for name, source in given.items()}
+    for name, place in places.items():
         if place.kind != "adapter":
-            raise ConfigError(f"{source}: is no file")
+            raise ConfigError(f"{kind} of expert {name!r}: {place.given}: is no file")
+    return places
+
+
+def find_extras(
+    places: Mapping[str, Place], kind: str, experts: Sequence[Expert], base_sha256: str
+) -> dict[str, Extra]:
+    """The file of each expert, its header checked.
+
+    Raises AdapterError or MergeError naming the expert: another base, another adapter's file, or one that does not fit
+    its tensors.
+    """
+    return {expert.name: _find_extra(places[expert.name], kind, expert, base_sha256) for expert in experts}
+
+
+def _find_extra(place: Place, kind: str, expert: Expert, base_sha256: str) -> Extra:
+    where = f"{kind} file {place.given} of expert {expert.name!r}"
+    try:
         file = adapter_source(place)
         reader = FisherReader(file) if kind == "fisher" else GramReader(file)
-    except (ConfigError, AdapterError, RegistryError) as error:
-        raise type(error)(f"{kind} of expert {expert.name!r}: {error}") from None
+    except AdapterError as error:
+        raise AdapterError(f"{kind} of expert {expert.name!r}: {error}") from None
     if reader.meta.base_sha256 != base_sha256:
         raise MergeError(f"{where}: measured on base {reader.meta.base_sha256[:12]}…, this is {base_sha256[:12]}…")
     if isinstance(reader, FisherReader):

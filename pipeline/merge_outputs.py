@@ -1,33 +1,35 @@
 """Where a merge by hand writes: files and folders, on disk or in S3, checked before the work and recognised after it.
 
-What is written says which merge it is: an adapter in its own information (`merge`), a checkpoint in `merge.json`
-beside it. An output that holds exactly the wanted merge is left alone; one that holds something else than a merge is
-never replaced. Not here: the bytes.
+A merged adapter says in its own information (`merge`) which merge it is. An output that holds exactly the wanted merge
+is left alone; one that holds something else than a merge is never replaced. Not here: the bytes, and what is particular
+to checkpoints (`pipeline.merge_checkpoint`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from infra.artifacts import canonical_json
-from infra.errors import AdapterError, ConfigError
-from infra.store import Store, StoreSource
+from infra.errors import AdapterError, ConfigError, MergeError
+from infra.store import Store, split_uri
+from infra.store_source import StoreSource
 from pipeline.merge_inputs import Expert
 from pipeline.merge_sources import store_of
 from workers.adapter import AdapterReader, ByteSource, FileSource
+from workers.mask_file import MaskReader
 
 RECORD_FIELD = "merge"
 """Field of a merged adapter's information that holds the record."""
 
-RECORD_FILE = "merge.json"
-"""File beside a checkpoint that holds its record and the sizes of its files."""
+_OWN = ("artifacts", "bases", "checks", "data", "objects", "runs")
+"""Folders of the factory's bucket that hold what the factory itself stores."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,14 @@ class Output:
         path = self.path.with_name(self.path.name.removesuffix(".safetensors") + suffix)
         return Output(str(path), path)
 
+    def inside(self, name: str) -> Output:
+        """A file in this folder."""
+        given = f"{self.given.rstrip('/')}/{name}"
+        if self.store is not None:
+            return Output(given, None, self.store, f"{self.name}/{name}")
+        assert self.path is not None
+        return Output(given, self.path / name)
+
     def size(self) -> int | None:
         """Bytes of the file or object, None if there is none."""
         if self.store is not None:
@@ -78,6 +88,13 @@ def output(given: str, what: str) -> Output:
         store, name = store_of(given.rstrip("/"))
         if not name:
             raise ConfigError(f"{what} {given}: names a bucket; give s3://<bucket>/<name>")
+        bucket, whole = split_uri(given)
+        artifact = re.search(r"(^|/)objects/[0-9a-f]{64}(/|$)", whole)
+        if artifact or (bucket == Store.from_env().bucket and whole.partition("/")[0] in _OWN):
+            raise ConfigError(
+                f"{what} {given}: is among what the factory stores ({', '.join(f'{name}/' for name in _OWN)}); "
+                "name another place"
+            )
         return Output(given, None, store, name)
     if "://" in given or given.startswith("models:"):
         raise ConfigError(f"{what} {given}: accepted are a path and s3://<bucket>/<name>")
@@ -93,29 +110,44 @@ def check_file(place: Output, inputs: Mapping[str, str]) -> None:
         raise ConfigError(
             f"--out {place.given}: holds something else than a merge by hand; remove it, or name another file"
         )
-    _check_writable(place, "--out")
+    check_writable(place, "--out")
 
 
-def check_folder(place: Output, inputs: Mapping[str, str], what: str) -> None:
-    """Raise ConfigError unless a checkpoint may be written there."""
+def check_mask(place: Output, inputs: Mapping[str, str], what: str) -> None:
+    """Raise ConfigError unless a task mask may be written there. Reads the header of what is there."""
     check_apart(place, inputs, what)
-    if place.path is not None and place.path.exists() and not place.path.is_dir():
-        raise ConfigError(f"{what} {place.given}: is a file; name a folder")
-    if strange := sorted(_names_in(place) - _recorded_names(place)):
-        raise ConfigError(
-            f"{what} {place.given}: holds {strange[0]!r}, which is no part of a merge; empty it, or name another folder"
-        )
-    _check_writable(place, what)
+    if place.path is not None and place.path.is_dir():
+        raise ConfigError(f"{what} {place.given}: is a folder; name another --out")
+    if place.size() is not None:
+        try:
+            MaskReader(place.source())
+        except MergeError:
+            raise ConfigError(
+                f"{what} {place.given}: holds something else than a mask; remove it, or name another --out"
+            ) from None
+
+
+def check_buckets(places: Iterable[Output | None]) -> None:
+    """Prove that the object stores of these outputs answer and can be written. Raises StoreError.
+
+    Writes an object of a name of its own beside where the output will be, and removes it.
+    """
+    folders = {(p.store.bucket, p.store.endpoint, _folder_of(p.store, p.name)) for p in places if p and p.store}
+    for bucket, endpoint, folder in sorted(folders, key=str):
+        Store(bucket, endpoint, folder).check()
+
+
+def _folder_of(store: Store, name: str) -> str:
+    return split_uri(store.uri(name))[1].rpartition("/")[0]
 
 
 def prepare(place: Output, what: str) -> None:
-    """Prove by writing that the place can be written, its parent folders made. Raises ConfigError or StoreError."""
-    if place.store is not None:
-        probe = f"{place.name}.probe"
-        place.store.put(probe, b"")
-        place.store.delete(probe)
+    """Prove by writing that a file or folder can be written, its parent folders made; for objects `check_buckets` did.
+
+    Raises ConfigError.
+    """
+    if place.path is None:
         return
-    assert place.path is not None
     try:
         place.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place.path.parent):
@@ -143,82 +175,18 @@ def recipe_key(of: Mapping[str, Any]) -> str:
 
 
 def recorded(place: Output) -> dict[str, Any] | None:
-    """The record of the merged adapter that lies there ({} without one); None where nothing or something else does."""
+    """The record of the merged adapter that lies there; None where nothing or something else does."""
     if place.size() is None:
         return None
     try:
         info = AdapterReader(place.source()).meta.info
     except AdapterError:
         return None
-    found = info.get(RECORD_FIELD, {})
-    return found if isinstance(found, dict) and "method" in info and "experts" in info else None
-
-
-def recorded_checkpoint(place: Output) -> dict[str, Any] | None:
-    """The record of the checkpoint that lies there, if its files are complete; {} if they are not."""
-    file = _in_folder(place, RECORD_FILE)
-    if file.size() is None:
-        return None
-    source = file.source()
-    try:
-        content = json.loads(source.read(0, source.size))
-        files, found = content["files"], content[RECORD_FIELD]
-        complete = all(_in_folder(place, str(name)).size() == size for name, size in files.items())
-        return dict(found) if complete else {}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def write_checkpoint_record(place: Output, of: Mapping[str, Any], files: Mapping[str, int]) -> None:
-    """Written last: a checkpoint with a record is complete."""
-    text = json.dumps({RECORD_FIELD: of, "files": dict(files)}, indent=1, sort_keys=True).encode()
-    target = _in_folder(place, RECORD_FILE)
-    if target.store is not None:
-        target.store.put(target.name, text)
-    else:
-        assert target.path is not None
-        target.path.write_bytes(text)
-
-
-def clear_checkpoint(place: Output) -> None:
-    """Remove an older checkpoint: the files that its record names."""
-    for name in sorted(_recorded_names(place)):
-        file = _in_folder(place, name)
-        if file.store is not None:
-            file.store.delete(file.name)
-        else:
-            assert file.path is not None
-            file.path.unlink(missing_ok=True)
-
-
-def _recorded_names(place: Output) -> set[str]:
-    """Names of the files of the checkpoint there, its record included; none where there is no record."""
-    file = _in_folder(place, RECORD_FILE)
-    if file.size() is None:
-        return set()
-    source = file.source()
-    try:
-        names = json.loads(source.read(0, source.size))["files"]
-        return {RECORD_FILE, *(name for name in names if Path(name).name == name)}
-    except (ValueError, KeyError, TypeError):
-        return set()
-
-
-def _names_in(place: Output) -> set[str]:
-    if place.store is not None:
-        return {name.removeprefix(f"{place.name}/") for name in place.store.list(f"{place.name}/")}
-    assert place.path is not None
-    return {entry.name for entry in place.path.iterdir()} if place.path.is_dir() else set()
+    found = info.get(RECORD_FIELD)
+    return found if isinstance(found, dict) else None
 
 
 # -- checks --
-
-
-def _in_folder(place: Output, name: str) -> Output:
-    if place.store is not None:
-        return Output(f"{place.given}/{name}", None, place.store, f"{place.name}/{name}")
-    assert place.path is not None
-    return Output(f"{place.given}/{name}", place.path / name)
 
 
 def check_apart(place: Output, inputs: Mapping[str, str], what: str) -> None:
@@ -229,7 +197,8 @@ def check_apart(place: Output, inputs: Mapping[str, str], what: str) -> None:
             raise ConfigError(f"{what} {place.given}: {same} the input {name} ({uri}); name another place")
 
 
-def _check_writable(place: Output, what: str) -> None:
+def check_writable(place: Output, what: str) -> None:
+    """Raise ConfigError where a file or folder cannot be written, as far as that shows without writing."""
     if place.path is None:
         return
     there = place.path if place.path.is_dir() else place.path.parent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -53,6 +54,13 @@ class MergeRequest(BaseModel):
     @classmethod
     def _named(cls, given: Any) -> Any:
         return name_experts(given) if isinstance(given, list) else given
+
+
+def shard_bytes(gib: float) -> int:
+    """Bytes of so many GiB. Raises ConfigError for what is no size of a file."""
+    if not (math.isfinite(gib) and gib * 2**30 >= 1):
+        raise ConfigError(f"--shard-gib {gib}: accepted is a number of GiB, from one byte on")
+    return int(gib * 2**30)
 
 
 def read_request(path: Path | None, flags: Mapping[str, Any]) -> MergeRequest:

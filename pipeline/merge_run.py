@@ -8,51 +8,44 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from infra.artifacts import Manifest, Recipe, find, publish
+from infra.artifacts import Manifest, Recipe, find, manifest_name, publish
 from infra.digests import file_sha256
-from infra.errors import MergeError
+from infra.errors import MergeError, StoreError
 from infra.store import Store
-from infra.store_writer import StoreTarget
 from merge.adapter_file import AdapterDelta, AdapterWriter
-from merge.checkpoint_file import (
-    BaseCheckpoint,
-    CheckpointInfo,
-    CheckpointWriter,
-    FolderTarget,
-    write_checkpoint,
-)
+from merge.checkpoint_file import BaseCheckpoint, CheckpointInfo, CheckpointWriter, write_checkpoint
 from merge.jobs import Job, Ref, job_name
 from merge.local import run_threads
-from merge.mask_file import MaskReader, write_task_mask
+from merge.mask_file import MaskWriter, write_task_mask
 from merge.methods import METHODS
-from merge.reduce import DeltaReader, ExpertChild, flat_merge
+from merge.reduce import ROOT_VERSIONS, DeltaReader, ExpertChild, flat_merge
 from merge.schedule import MergeSchedule
 from merge.sink import Outline, Sink, Tee
-from merge.stream_file import LocalFile
-from pipeline.config import MergeConfig
-from pipeline.merge_by_hand import Checked, checkpoint_record_of, mask_outputs, record_of, shard_bytes
+from merge.tree import build_tree, leaf_names
+from pipeline.merge_by_hand import FAN_IN, Checked, checkpoint_record_of, mask_outputs, record_of
+from pipeline.merge_checkpoint import CheckpointPlace, checkpoint_place, recorded_checkpoint
 from pipeline.merge_inputs import Expert, Extra, adapter_source, open_checkpoint, source_sha256
-from pipeline.merge_outputs import (
-    RECORD_FIELD,
-    Output,
-    clear_checkpoint,
-    recipe_key,
-    recorded,
-    recorded_checkpoint,
-    write_checkpoint_record,
-)
+from pipeline.merge_outputs import RECORD_FIELD, Output, recipe_key, recorded
+from pipeline.merge_request import shard_bytes
 from workers.adapter import ByteSource
 from workers.base import PreparedBase, upload_base
 from workers.convert import from_peft
 from workers.layout import read_layout
+from workers.mask_file import MaskReader
+from workers.ranged_file import LocalFile
 from workers.tensorfile import WEIGHTS
+
+_WORKERS = 4
+"""Most nodes of a stored tree that are made at once: each holds one tensor's statistics of its children."""
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, how many steps of it are done, and how many there are."""
@@ -104,35 +97,21 @@ def merge_flat(checked: Checked, scratch: Path, report: Report | None = None) ->
     children = [
         ExpertChild(e.name, inputs.reader(e), _extra_source(checked.extras.get(e.name))) for e in checked.experts
     ]
-    file = scratch / "merged.safetensors"
-    if checked.out and checked.out.path:
-        file = checked.out.path
-    record = record_of(checked)
-    sinks: list[Sink] = []
-    writer = None
-    if checked.out:
-        sinks.append(AdapterWriter(file, {RECORD_FIELD: record, "recipe": recipe_key(record)}))
-    if checked.checkpoint:
-        dtype, target = torch_dtype(checked.request.dtype), checkpoint_target(checked.checkpoint)
-        writer = CheckpointWriter(inputs.checkpoint, target, dtype, shard_bytes(checked.request))
-        sinks.append(writer)
-    info = flat_merge(
-        children,
-        [checked.candidate],
-        lambda _: sinks[0] if len(sinks) == 1 else Tee(sinks),
-        checked.base.sha256,
-        LocalFile(checked.base.path / WEIGHTS),
-        scratch,
-        report,
-    )[checked.candidate]
-    files: dict[str, int] = {}
-    if checked.out:
-        files |= _deliver(file, checked.out)
-        if METHODS[checked.candidate.method].per_task:
-            files |= _write_masks(checked, file, children, scratch)
-    if writer and checked.checkpoint:
-        files |= finish_checkpoint(checked.checkpoint, checkpoint_record_of(checked), writer.info)
-    return Done(info.density, info.norm, info.rounding_loss, files, writer.info if writer else None)
+    base, candidate = LocalFile(checked.base.path / WEIGHTS), checked.candidate
+    with _outputs(checked, scratch) as outputs:
+        sinks: list[Sink] = []
+        if outputs.checkpoint:  # first: it is closed before the adapter
+            sinks.append(_checkpoint_writer(checked, inputs, outputs.checkpoint))
+        if checked.out:
+            sinks.append(AdapterWriter(outputs.adapter, _about(checked)))
+        sink = sinks[0] if len(sinks) == 1 else Tee(sinks)
+        info = flat_merge(children, [candidate], lambda _: sink, checked.base.sha256, base, scratch, report)[candidate]
+        written = next((sink.info for sink in sinks if isinstance(sink, CheckpointWriter)), None)
+        files = outputs.publish(written)
+        if checked.out and METHODS[candidate.method].per_task:
+            files |= _write_masks(checked, outputs, children, scratch)
+        files |= outputs.deliver()
+    return Done(info.density, info.norm, info.rounding_loss, files, written)
 
 
 def merge_stored(checked: Checked, scratch: Path, report: Report | None = None) -> Done:
@@ -144,7 +123,7 @@ def merge_stored(checked: Checked, scratch: Path, report: Report | None = None) 
         store,
         checked.reductions,
         [expert.name for expert in checked.experts],
-        MergeConfig.model_fields["fan_in"].default,
+        FAN_IN,
         checked.base.sha256,
         f"bases/{checked.base.sha256}/{WEIGHTS}",
     )
@@ -162,24 +141,27 @@ def merge_stored(checked: Checked, scratch: Path, report: Report | None = None) 
         if report:
             report(job_name(job), min(done, jobs), jobs)
 
-    run_threads(schedule, store, experts, os.cpu_count() or 1, extras, progress)
+    run_threads(schedule, store, experts, min(_WORKERS, len(os.sched_getaffinity(0))), extras, progress)
     manifest = schedule.merged[checked.candidate]
     file = store.download_file(manifest.files["adapter"], scratch / "merged.safetensors")
-    files: dict[str, int] = {}
-    if checked.out:
-        files |= _deliver(file, checked.out)
+    merged = AdapterDelta(LocalFile(file), "the merge")
+    written = None
+    with _outputs(checked, scratch) as outputs:
+        if outputs.checkpoint:
+            dtype, limit = torch_dtype(checked.request.dtype), shard_bytes(checked.request.shard_gib)
+            written = write_checkpoint(merged, inputs.checkpoint, outputs.checkpoint, dtype, limit)
+        if checked.out:
+            _copy_delta(merged, AdapterWriter(outputs.adapter, _about_tree(checked)))
+        files = outputs.publish(written)
         for name, mask in mask_outputs(checked).items():
             (ref,) = schedule.masks[checked.candidate, name].files.values()
-            files |= _deliver(store.download_file(ref, scratch / f"{ref.sha256}.mask"), mask)
-    info = None
-    if checked.checkpoint:
-        dtype, target = torch_dtype(checked.request.dtype), checkpoint_target(checked.checkpoint)
-        merged = AdapterDelta(LocalFile(file), "the merge")
-        info = write_checkpoint(merged, inputs.checkpoint, target, dtype, shard_bytes(checked.request))
-        files |= finish_checkpoint(checked.checkpoint, checkpoint_record_of(checked), info)
+            found, made = store.download_file(ref, scratch / "stored.mask"), scratch / "mask.safetensors"
+            _copy_task_mask(found, made, file_sha256(outputs.adapter), name)
+            files |= _deliver(made, mask)
+        files |= outputs.deliver()
     meta = manifest.meta
     nodes = (schedule.made["merge_nodes"], schedule.reused["merge_nodes"])
-    return Done(meta["density"], meta["delta_norm"], meta["rounding_loss_bfloat16"], files, info, nodes)
+    return Done(meta["density"], meta["delta_norm"], meta["rounding_loss_bfloat16"], files, written, nodes)
 
 
 # -- inputs --
@@ -190,8 +172,9 @@ class Inputs:
 
     def __init__(self, base: PreparedBase, scratch: Path) -> None:
         """`scratch`: an existing folder for what is fetched or converted."""
+        self.scratch = scratch
         self.checkpoint = BaseCheckpoint.in_folder(base.path, base.sha256)
-        self._base, self._scratch = base, scratch
+        self._base = base
 
     def reader(self, expert: Expert) -> DeltaReader:
         """The expert's δ, tensor by tensor."""
@@ -201,7 +184,7 @@ class Inputs:
 
     def file(self, expert: Expert) -> Path:
         """The expert as an adapter file."""
-        target = self._scratch / f"expert-{expert.sha256}.safetensors"
+        target = self.scratch / f"expert-{expert.sha256}.safetensors"
         if target.exists():
             return target
         place = expert.place
@@ -209,7 +192,7 @@ class Inputs:
             assert place.path is not None
             from_peft(place.path, read_layout(self._base), target)
         elif place.kind == "checkpoint":
-            _write_delta(self.reader(expert), target)
+            _copy_delta(self.reader(expert), AdapterWriter(target))
         elif place.store is not None:
             place.store.download_file(place.name, target, expert.sha256)
         else:
@@ -218,9 +201,8 @@ class Inputs:
         return target
 
 
-def _write_delta(reader: DeltaReader, file: Path) -> None:
-    """A δ as an adapter file, tensor by tensor."""
-    writer = AdapterWriter(file)
+def _copy_delta(reader: DeltaReader, writer: AdapterWriter) -> None:
+    """A δ into an adapter file, tensor by tensor."""
     try:
         writer.open(Outline(reader.base_sha256, {name: reader.shape(name) for name in reader.names}, {}))
         for name in reader.names:
@@ -232,11 +214,34 @@ def _write_delta(reader: DeltaReader, file: Path) -> None:
 
 
 def _stored_expert(store: Store, expert: Expert, inputs: Inputs) -> Ref:
-    """The expert as an artifact of this store, uploaded unless it is there."""
-    place = expert.place
+    """The expert as an artifact of this store, uploaded unless it is there.
+
+    Its key names its bytes. The key that its file carries counts only where this store has the same file under it:
+    then the nodes of the pipeline that made it are found.
+    """
+    if expert.recipe:
+        own = _find_any(store, expert.recipe)
+        if own is not None and [ref.sha256 for ref in own.files.values()] == [expert.sha256]:
+            return Ref.of(own)
+    given, place = expert.given_recipe, expert.place
     if place.manifest is not None and place.store is not None and place.store.uri("") == store.uri(""):
-        return Ref.of(place.manifest)
-    return replace(Ref.of(_given(store, expert.given_recipe, {"adapter": inputs.file(expert)})), key=expert.identity)
+        return replace(Ref.of(place.manifest), key=given.key, identity=expert.identity)
+
+    def files() -> dict[str, Path]:
+        return {"adapter": inputs.file(expert)}
+
+    return replace(Ref.of(_given(store, given, files, inputs.scratch)), identity=expert.identity)
+
+
+def _find_any(store: Store, key: str) -> Manifest | None:
+    """The usable artifact of a key, whatever it was made from."""
+    found = store.get_with_etag(manifest_name(key))
+    if found is None:
+        return None
+    try:
+        return find(store, key, Manifest.from_json(found[0]).inputs)
+    except StoreError:
+        return None
 
 
 def _stored_extra(store: Store, extra: Extra, kind: str, scratch: Path) -> Ref:
@@ -244,16 +249,29 @@ def _stored_extra(store: Store, extra: Extra, kind: str, scratch: Path) -> Ref:
     place = extra.place
     if place.manifest is not None and place.store is not None and place.store.uri("") == store.uri(""):
         return Ref.of(place.manifest)
-    file = place.path
-    if file is None:
+
+    def files() -> dict[str, Path]:
+        if place.path is not None:
+            return {kind: place.path}
         assert place.store is not None
-        file = place.store.download_file(place.name, scratch / f"{kind}-{extra.sha256}", extra.sha256)
-    return Ref.of(_given(store, Recipe(f"given_{kind}", 1, {"sha256": extra.sha256}), {kind: file}))
+        return {kind: place.store.download_file(place.name, scratch / f"{kind}-{extra.sha256}", extra.sha256)}
+
+    return Ref.of(_given(store, Recipe(f"given_{kind}", 1, {"sha256": extra.sha256}), files, scratch))
 
 
-def _given(store: Store, recipe: Recipe, files: Mapping[str, Path]) -> Manifest:
-    """Files that somebody gave, under a key that names their bytes."""
-    return find(store, recipe.key, {}) or publish(store, recipe, files, {}, {})[0]
+def _given(store: Store, recipe: Recipe, make: Callable[[], Mapping[str, Path]], scratch: Path) -> Manifest:
+    """Files that somebody gave, under a key that names their bytes. They are made only where they are not there, and
+    what was made in `scratch` goes again: the store has it."""
+    found = find(store, recipe.key, {})
+    if found is not None:
+        return found
+    files = make()
+    try:
+        return publish(store, recipe, files, {}, {})[0]
+    finally:
+        for file in files.values():
+            if file.parent == scratch:
+                file.unlink()
 
 
 def _extra_source(extra: Extra | None) -> ByteSource | None:
@@ -263,22 +281,75 @@ def _extra_source(extra: Extra | None) -> ByteSource | None:
 # -- outputs --
 
 
-def checkpoint_target(place: Output) -> FolderTarget | StoreTarget:
-    """Where a checkpoint's files go until `finish_checkpoint`: a folder beside its place, or the object store.
+class _Outputs:
+    """The adapter and the checkpoint of one merge: both are complete before either appears, the adapter last."""
 
-    In the object store an older checkpoint goes first.
-    """
-    if place.store is not None:
-        clear_checkpoint(place)
-        return StoreTarget(place.store, place.name)
-    staging = _staging(place)
-    shutil.rmtree(staging, ignore_errors=True)
-    return FolderTarget(staging)
+    def __init__(self, checked: Checked, scratch: Path) -> None:
+        self._checked = checked
+        out, place = checked.out, checked.checkpoint
+        self.checkpoint = checkpoint_place(place) if place else None
+        self.adapter = scratch / "out.safetensors"
+        """Where the adapter's file is made: where it can be renamed, if it stays on this machine."""
+        if out and out.path:
+            self.adapter = _beside(out.path)
+
+    def publish(self, info: CheckpointInfo | None) -> dict[str, int]:
+        """Put the checkpoint in its place; returns its files' bytes by place."""
+        if self.checkpoint is None or self._checked.checkpoint is None or info is None:
+            return {}
+        return publish_checkpoint(self.checkpoint, self._checked.checkpoint, checkpoint_record_of(self._checked), info)
+
+    def deliver(self) -> dict[str, int]:
+        """Put the adapter in its place; returns the place and the file's bytes."""
+        out = self._checked.out
+        if out is None:
+            return {}
+        if out.path is None:
+            return _deliver(self.adapter, out)
+        size = self.adapter.stat().st_size
+        self.adapter.replace(out.path)
+        return {out.given: size}
 
 
-def _staging(place: Output) -> Path:
-    assert place.path is not None
-    return place.path.with_name(f".{place.path.name}.merging")
+@contextmanager
+def _outputs(checked: Checked, scratch: Path) -> Iterator[_Outputs]:
+    outputs = _Outputs(checked, scratch)
+    try:
+        yield outputs
+    finally:
+        outputs.adapter.unlink(missing_ok=True)
+        if outputs.checkpoint:
+            outputs.checkpoint.discard()
+
+
+def publish_checkpoint(
+    target: CheckpointPlace, place: Output, of: Mapping[str, Any], info: CheckpointInfo
+) -> dict[str, int]:
+    """A finished checkpoint appears in its place; returns its files' bytes by place."""
+    target.publish(of, info.files)
+    return {f"{place.given.rstrip('/')}/{name}": size for name, size in info.files.items()}
+
+
+def _about(checked: Checked) -> dict[str, Any]:
+    """What a merged adapter says about itself beside its method and experts."""
+    record = record_of(checked)
+    return {RECORD_FIELD: record, "recipe": recipe_key(record)}
+
+
+def _about_tree(checked: Checked) -> dict[str, Any]:
+    """The same with what a flat merge's writer adds: a stored merge may have been made under other names."""
+    names = leaf_names(build_tree([expert.name for expert in checked.experts], FAN_IN))
+    return {**checked.candidate.to_dict(), "experts": names, "versions": ROOT_VERSIONS, **_about(checked)}
+
+
+def _checkpoint_writer(checked: Checked, inputs: Inputs, target: CheckpointPlace) -> CheckpointWriter:
+    dtype, limit = torch_dtype(checked.request.dtype), shard_bytes(checked.request.shard_gib)
+    return CheckpointWriter(inputs.checkpoint, target, dtype, limit)
+
+
+def _beside(path: Path) -> Path:
+    """A hidden file of this run's own in the same folder."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:
@@ -287,12 +358,13 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
 
 
 def _deliver(file: Path, out: Output) -> dict[str, int]:
-    """Bring a finished file to its place, if it is not there; returns the place and the file's bytes."""
+    """Copy a finished file to its place; returns the place and the file's bytes."""
     size = file.stat().st_size
     if out.store is not None:
         out.store.upload_file(out.name, file)
-    elif out.path is not None and out.path != file:
-        part = out.path.with_name(f".{out.path.name}.part")
+    else:
+        assert out.path is not None
+        part = _beside(out.path)
         try:
             shutil.copyfile(file, part)
             part.replace(out.path)
@@ -301,27 +373,23 @@ def _deliver(file: Path, out: Output) -> dict[str, int]:
     return {out.given: size}
 
 
-def _write_masks(checked: Checked, file: Path, children: Sequence[ExpertChild], scratch: Path) -> dict[str, int]:
-    """Each task's mask over the unified adapter in `file`."""
-    unified, sha256 = AdapterDelta(LocalFile(file), "the merge"), file_sha256(file)
+def _write_masks(checked: Checked, outputs: _Outputs, children: Sequence[ExpertChild], scratch: Path) -> dict[str, int]:
+    """Each task's mask over the unified adapter."""
+    unified, sha256 = AdapterDelta(LocalFile(outputs.adapter), "the merge"), file_sha256(outputs.adapter)
     files: dict[str, int] = {}
     masks = mask_outputs(checked)
     for child in children:
-        target = masks[child.name].path or scratch / "mask.safetensors"
-        write_task_mask(target, checked.candidate, unified, child.reader, sha256, child.name)
-        files |= _deliver(target, masks[child.name])
+        made = scratch / "mask.safetensors"
+        write_task_mask(made, checked.candidate, unified, child.reader, sha256, child.name)
+        files |= _deliver(made, masks[child.name])
     return files
 
 
-def finish_checkpoint(place: Output, of: Mapping[str, Any], info: CheckpointInfo | None) -> dict[str, int]:
-    """Write down what the checkpoint is and put it in its place; returns its files' bytes by place."""
-    if info is None:
-        raise MergeError(f"{place.given}: the checkpoint was not finished")
-    if place.path is None:
-        write_checkpoint_record(place, of, info.files)
-    else:
-        staging = _staging(place)
-        write_checkpoint_record(Output(str(staging), staging), of, info.files)
-        clear_checkpoint(place)
-        staging.replace(place.path)
-    return {f"{place.given.rstrip('/')}/{name}": size for name, size in info.files.items()}
+def _copy_task_mask(stored: Path, made: Path, unified_sha256: str, task: str) -> None:
+    """A stored tree's mask over the unified adapter's delivered file, whose information and so digest are others."""
+    reader = MaskReader(LocalFile(stored))
+    meta = replace(reader.meta, unified_sha256=unified_sha256, task=task)
+    with MaskWriter(made, meta, {name: reader.positions(name) for name in reader.names}) as writer:
+        for name in reader.names:
+            writer.add(name, reader.load(name))
+        writer.close(reader.scale)

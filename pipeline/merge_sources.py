@@ -179,9 +179,9 @@ def _registered_version(name: str, version: str | None, alias: str | None) -> tu
         raise RegistryError(
             f"the MLflow server at {registry.tracking_uri()} has no {which} of {name!r}: {error}"
         ) from error
-    uri = found.tags.get("factory.adapter_uri")
+    uri = found.tags.get("factory.adapter_uri") or found.tags.get("factory.checkpoint_uri")
     if not uri:
         raise RegistryError(
-            f"models:/{name}/{found.version} refers to no adapter; was it registered by other software?"
+            f"models:/{name}/{found.version} refers to no adapter or checkpoint; was it registered by other software?"
         )
     return str(found.version), uri

@@ -4,7 +4,7 @@ The run adds experts as they appear and learns of merges and task masks through 
 what exists already, is `merge.schedule`'s business.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -55,15 +55,19 @@ class Merging:
         """Nodes that are still to do."""
         return self._schedule.open
 
-    def add_expert(self, task: str, manifest: Manifest) -> None:
-        """An expert exists: start what can be merged now, and measure what its merges need beside it."""
-        self._start(self._schedule.add_expert(task, Ref.of(manifest)))
-        for kind in sorted(self._schedule.extras):
-            self._start_importance(task, kind, manifest)
+    def add_experts(self, experts: Mapping[str, Manifest]) -> None:
+        """Experts exist: measure what their merges need beside them, and start what can be merged now.
+
+        Those that exist already come best in one call: where their merges exist too, no node is asked for then.
+        """
+        for task, manifest in experts.items():
+            for kind in sorted(self._schedule.extras):
+                self._start_importance(task, kind, manifest)
+        self._start(self._schedule.add_experts({task: Ref.of(manifest) for task, manifest in experts.items()}))
 
     def _start_importance(self, task: str, kind: str, expert: Manifest) -> None:
         inputs, counters = self._inputs, self._outcome
-        recipe = recipes.importance_recipe(inputs.config, kind, expert.key)
+        recipe = recipes.importance_recipe(inputs.config, kind, expert.key, inputs.tasks[task])
 
         def ready(manifest: Manifest) -> None:
             self._start(self._schedule.add_extra(task, kind, Ref.of(manifest)))

@@ -4,9 +4,10 @@ Order: what fails fastest first. Services (S3 with conditional writes, MLflow), 
 splits, base, modules and blocks, then disk, memory and cluster.
 """
 
+import math
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from infra import registry
 from infra.errors import ConfigError, FactoryError
 from infra.store import Store
-from merge.specs import plan_reductions
+from merge.specs import Reduction, plan_reductions
 from pipeline.candidates import Candidates, list_candidates, merge_plan
 from pipeline.cluster import GIB, slots_of
 from pipeline.config import PipelineConfig
+from pipeline.node_memory import largest_node
 from pipeline.outcome import Inputs
 from pipeline.recipes import expert_spec, prompt_spec, shares_scored_support, train_spec
 from pipeline.registration import CHECKPOINT, MERGED
@@ -213,6 +215,7 @@ def expected_cost(config: PipelineConfig, base: PreparedBase, tasks: dict[str, T
     union = adapted * (1 if dense else 1 - (1 - config.mask.density) ** len(config.held_in))
     listed = list_candidates(config).all
     reductions = plan_reductions(listed)
+    check_node_memory(config, reductions, model)
     extras = {reduction.spec.extra for reduction in reductions}
     measuring, measured = _importance_bytes(config, model, trainable, extras)
     if measured:  # one row at a time, in fp32
@@ -277,6 +280,25 @@ def _importance_bytes(
         squares = sum(t.module.weight.shape[1] ** 2 for t in find_targets(model, config.mask.modules).values())
     fisher = trainable if "fisher" in extras else 0
     return max(8 * fisher, min(8 * squares, GRAM_BYTES)), 2 * fisher + 2 * squares
+
+
+def check_node_memory(config: PipelineConfig, reductions: Sequence[Reduction], model: Any) -> None:
+    """Raises ConfigError if a merge node needs more memory than it reserves."""
+    mask, experts = config.mask, len(config.held_in)
+    union = 1.0
+    if config.expert == "sparse" and mask.budget == "tensor":  # a global budget may fill a tensor
+        union = mask.density if mask.shared else 1 - (1 - mask.density) ** experts
+    targets = find_targets(model, mask.modules)
+    weights = {f"{name}.weight": target.module.weight for name, target in targets.items()}
+    shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+    need = largest_node(reductions, shapes, experts, union)
+    needed, reserved = need.bytes / GIB + PROCESS_GIB, config.resources.node.memory_gib
+    if needed > reserved:
+        raise ConfigError(
+            f"resources.node.memory_gib is {reserved:g}, but merging {need.tensor} {list(need.shape)} by "
+            f"{', '.join(need.methods)} is expected to need {math.ceil(needed * 10) / 10:g} GiB; raise it to that, or "
+            "leave out what needs most"
+        )
 
 
 def check_room(config: PipelineConfig, cost: Cost) -> None:

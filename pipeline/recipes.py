@@ -14,6 +14,7 @@ from pipeline.config import PipelineConfig
 from pipeline.tasks import TaskData
 from workers.classification import CLASSIFICATION_VERSION, ClassifySpec
 from workers.importance import IMPORTANCE_VERSION
+from workers.importance_file import IMPORTANCE_FILE_VERSION
 from workers.kinds import ExpertSpec, FullSpec, LoraSpec
 from workers.masks import MaskSpec
 from workers.metrics import METRIC_VERSION
@@ -122,9 +123,15 @@ def expert_recipe(config: PipelineConfig, base_sha256: str, data: TaskData, supp
     return Recipe("expert", TRAIN_VERSION, body, (support,) if support else ())
 
 
-def importance_recipe(config: PipelineConfig, kind: str, expert: str) -> Recipe:
+def importance_rows(config: PipelineConfig, data: TaskData) -> int:
+    """How many training rows of a task Fisher and Gram matrices are measured on."""
+    return min(config.merge.importance_rows, len(data.splits["train"]))
+
+
+def importance_recipe(config: PipelineConfig, kind: str, expert: str, data: TaskData) -> Recipe:
     """A Fisher or Gram artifact is a function of its expert (`expert`: its key), whose key holds rows and prompt."""
-    return Recipe(kind, IMPORTANCE_VERSION, {"rows": config.merge.importance_rows}, (expert,))
+    body = {"rows": importance_rows(config, data), "file": IMPORTANCE_FILE_VERSION}
+    return Recipe(kind, IMPORTANCE_VERSION, body, (expert,))
 
 
 def evaluation_recipe(

@@ -72,7 +72,7 @@ def register_checkpoint(inputs: Inputs, outcome: Outcome) -> ObjectRef:
         max_new_tokens=max(inputs.max_new_tokens.values()),
         dtype=config.evaluate.compute_dtype,
         run_id=inputs.run_id,
-        description=f"Full checkpoint, adapted weights in {dtype}. {_merge_description(inputs, outcome)}",
+        description=f"Full checkpoint, every floating-point tensor in {dtype}. {_merge_description(inputs, outcome)}",
         tags={"suite": config.suite, "kind": manifest.kind, "expert": config.expert},
         heads=_heads(inputs, outcome.experts),
         lineage=_lineage(inputs, outcome),

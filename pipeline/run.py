@@ -9,6 +9,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ray
@@ -159,6 +160,7 @@ class Run:
 
     def _start_experts(self, support: SupportRef | None) -> None:
         missing: list[tuple[float, str, Recipe]] = []
+        existing: dict[str, Manifest] = {}
         consumed = {support.key: support.digest} if support else {}
         for task in self.config.held_in:
             data = self.inputs.tasks[task]
@@ -167,13 +169,14 @@ class Run:
             if found is not None:
                 self.outcome.reused.experts += 1
                 self.display.state(task, "reused", recipe.key[:12])
-                self._expert_ready(task, found)
+                existing[task] = found
             else:
                 steps = recipes.train_spec(self.config, data).steps
                 missing.append((steps * data.mean_tokens, task, recipe))
         for _, task, recipe in sorted(missing, key=lambda item: -item[0]):  # longest expected first
             start = self._expert_starter(task, recipe, support)
             self._experts.add(Item(task, start, self._expert_done(task), self._expert_failed(task)))
+        self._experts_ready(existing)
 
     def _expert_starter(self, task: str, recipe: Recipe, support: SupportRef | None) -> Callable[[], Any]:
         job = jobs.expert_job(self.inputs, task, recipe, support)
@@ -191,7 +194,7 @@ class Run:
                 "done",
                 f"validation loss {meta['validation_loss']:.3f}, {outcome.ended_at - outcome.started_at:.0f} s",
             )
-            self._expert_ready(task, outcome.manifest)
+            self._experts_ready({task: outcome.manifest})
 
         return done
 
@@ -202,10 +205,11 @@ class Run:
 
         return failed
 
-    def _expert_ready(self, task: str, manifest: Manifest) -> None:
-        self.outcome.experts[task] = manifest
-        self._evaluate("expert", "test", task, manifest, then=lambda: self._register_expert(task, manifest))
-        self._merging.add_expert(task, manifest)
+    def _experts_ready(self, experts: dict[str, Manifest]) -> None:
+        self.outcome.experts |= experts
+        for task, manifest in experts.items():
+            self._evaluate("expert", "test", task, manifest, then=partial(self._register_expert, task, manifest))
+        self._merging.add_experts(experts)
 
     def _register_expert(self, task: str, manifest: Manifest) -> None:
         score = self.outcome.scores["expert", "test", task]
@@ -294,7 +298,7 @@ class Run:
             outcome.checkpoint, made = result
             (outcome.made if made else outcome.reused).checkpoints += 1
 
-        found = find(self.store, job.recipe.key, {merged.key: merged.digest})
+        found = find(self.store, job.recipe.key, {})
         if found is not None:
             done((found, False))
             return

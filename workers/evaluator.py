@@ -25,6 +25,7 @@ from workers.cache import cache_dir
 from workers.classification import ClassifySpec, evaluate_labels, head_state, set_head
 from workers.devices import spread
 from workers.inplace import DeltaSource, apply_delta
+from workers.mask_file import MaskedAdapter, MaskReader
 from workers.model import load_classifier, load_classifier_tokenizer, load_model, load_tokenizer
 from workers.rows import load_rows
 from workers.scoring import EvaluateSpec, evaluate_rows
@@ -151,7 +152,5 @@ class Evaluator:
         if mask is None:
             yield reader
             return
-        from merge.mask_file import MaskedAdapter, MaskReader  # a format of merges: nothing else here knows them
-
         with tempfile.TemporaryDirectory(prefix="factory-mask-") as folder:
             yield MaskedAdapter(reader, MaskReader(self._fetched(mask, Path(folder))), adapter.sha256)

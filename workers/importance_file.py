@@ -24,23 +24,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, Self, TypeGuard
+from typing import Any, BinaryIO, Literal, Self
 
 import torch
 from torch import Tensor
 
 from infra.errors import AdapterError
 from workers.adapter_format import ByteSource
+from workers.ranged_file import DTYPE_NAMES, DTYPES, MAX_HEADER, RangedReader
 
 IMPORTANCE_FORMAT = "expert-importance"
 IMPORTANCE_FILE_VERSION = 1
+IMPORTANCE_READ_VERSION = 1
+"""Part of the key of every node that reads such a file: raise it when the same file reads as other numbers."""
 FLOOR = 1e-6
 """Least value that :meth:`FisherReader.load` returns: no position of a support is without weight."""
-MAX_HEADER = 64 * 2**20
 _ENTRY_BYTES = 160  # dtype, shape, offsets and punctuation of a piece beside its name; a share of it is for the norm
 _MAX_NORM = 1e60  # any number of the largest values of bf16
-_ITEM = {"BF16": 2, "F32": 4}
-_DTYPE = {"BF16": torch.bfloat16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,12 @@ class _Writer:
             raise AdapterError(f"{self.path}: {name!r} is written twice")
         data = tensor.contiguous().view(torch.uint8).numpy()
         self._file.write(data.data)
-        kind = "BF16" if tensor.dtype == torch.bfloat16 else "F32"
         end = self._at + data.nbytes
-        self._entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [self._at, end]}
+        self._entries[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self._at, end],
+        }
         self._at = end
 
     def _close(self, norm: float) -> None:
@@ -179,11 +182,11 @@ def _unpack(packed: Tensor, side: int) -> Tensor:
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Piece:
-    begin: int
-    length: int
-    count: int
+class _File(RangedReader):
+    """Raises AdapterError, which says what to do."""
+
+    def bad(self, reason: str) -> AdapterError:
+        return AdapterError(f"{self.what}: {reason}; not a valid importance file, or damaged: delete it and run again")
 
 
 class _Reader:
@@ -193,9 +196,12 @@ class _Reader:
     _dtype: Literal["BF16", "F32"]
 
     def __init__(self, source: ByteSource) -> None:
-        self._source = source
-        self._label = str(source) if type(source).__str__ is not object.__str__ else f"{self.kind} file"
-        header, content, origin = self._header()
+        label = str(source) if type(source).__str__ is not object.__str__ else f"{self.kind} file"
+        self._file = _File(source, label)
+        self._bad = self._file.bad
+        if "importance" not in self._file.metadata:
+            raise self._bad("no importance metadata")
+        content = self._file.json_object(self._file.metadata["importance"], "importance metadata")
         found = (content.get("format"), content.get("kind"), content.get("version"))
         if found != (IMPORTANCE_FORMAT, self.kind, IMPORTANCE_FILE_VERSION) or type(found[2]) is not int:
             raise self._bad(f"it is {found!s:.100}, a {self.kind} file of version {IMPORTANCE_FILE_VERSION} is needed")
@@ -203,85 +209,33 @@ class _Reader:
         if not isinstance(base, str) or not isinstance(adapter, str) or type(rows) is not int or rows < 1:
             raise self._bad("base, adapter or rows are missing")
         self.meta = ImportanceMeta(base, adapter, rows)
-        pieces = {name: self._piece(name, row, origin) for name, row in header.items()}
-        self._check_layout(pieces, origin)
+        for name, piece in self._file.pieces.items():
+            if piece.dtype != DTYPES[self._dtype][0] or len(piece.shape) != 1:
+                raise self._bad(f"{name:.100}: must be {self._dtype} [n], is {piece.dtype} {list(piece.shape)!s:.100}")
         table = content.get("tensors")
         if not isinstance(table, dict) or not table:
             raise self._bad("it lists no tensors")
-        self._pieces: dict[str, _Piece] = {}
+        self._pieces: dict[str, str] = {}
         for name, row in table.items():
-            piece = row.get("piece") if isinstance(row, dict) else None
-            if not isinstance(piece, str) or piece not in pieces:
+            stored = row.get("piece") if isinstance(row, dict) else None
+            if not isinstance(stored, str) or stored not in self._file.pieces:
                 raise self._bad(f"{name:.100}: its piece is missing")
-            self._pieces[name] = pieces[piece]
-        if extra := sorted(set(pieces) - {row["piece"] for row in table.values()}):
+            self._pieces[name] = stored
+        if extra := sorted(set(self._file.pieces) - set(self._pieces.values())):
             raise self._bad(f"unexpected piece {extra[0]!r:.100}")
         self.names: list[str] = sorted(self._pieces)
         self._content = content
 
-    def _bad(self, what: str) -> AdapterError:
-        return AdapterError(f"{self._label}: {what}; not a valid importance file, or damaged: delete it and run again")
-
-    def _json(self, text: str | bytes) -> dict[str, Any]:
-        try:
-            value = json.loads(text, object_pairs_hook=_no_duplicates)
-        except (ValueError, RecursionError):
-            raise self._bad("header is not JSON") from None
-        if not isinstance(value, dict):
-            raise self._bad("header is not a JSON object")
-        return value
-
-    def _header(self) -> tuple[dict[str, Any], dict[str, Any], int]:
-        """The pieces' entries, the metadata, and where the data begin."""
-        size = self._source.size
-        if size < 8:
-            raise self._bad(f"only {size} bytes")
-        (length,) = struct.unpack("<Q", self._read(0, 8))
-        if length > min(size - 8, MAX_HEADER):
-            raise self._bad(f"header of {length} bytes in a file of {size}")
-        header = self._json(self._read(8, length))
-        metadata = header.pop("__metadata__", None)
-        if not isinstance(metadata, dict) or not isinstance(metadata.get("importance"), str):
-            raise self._bad("no importance metadata")
-        return header, self._json(metadata["importance"]), 8 + length
-
-    def _check_layout(self, pieces: Mapping[str, _Piece], at: int) -> None:
-        for piece in sorted(pieces.values(), key=lambda p: (p.begin, p.length)):
-            if piece.begin != at:
-                raise self._bad("pieces overlap or leave gaps")
-            at += piece.length
-        if at != self._source.size:
-            raise self._bad(f"{self._source.size} bytes where its header describes {at}")
-
-    def _piece(self, name: str, row: Any, origin: int) -> _Piece:
-        if not isinstance(row, dict) or row.get("dtype") != self._dtype:
-            raise self._bad(f"{name:.100}: dtype must be {self._dtype}")
-        shape, offsets = row.get("shape"), row.get("data_offsets")
-        if not _counts(shape, 1) or not _counts(offsets, 2):
-            raise self._bad(f"{name:.100}: wrong shape or offsets")
-        begin, end = offsets
-        if end - begin != shape[0] * _ITEM[self._dtype] or origin + end > self._source.size:
-            raise self._bad(f"{name:.100}: offsets {begin}..{end} do not fit its shape or the file")
-        return _Piece(origin + begin, end - begin, shape[0])
-
-    def _read(self, offset: int, length: int) -> bytes:
-        data = self._source.read(offset, length) if length else b""
-        if len(data) != length:
-            raise self._bad(f"{len(data)} bytes at offset {offset}, expected {length}")
-        return data
-
-    def _get(self, name: str) -> _Piece:
+    def _count(self, name: str) -> int:
+        """How many numbers are stored."""
         if name not in self._pieces:
             raise self._bad(f"holds no tensor {name!r:.100}")
-        return self._pieces[name]
+        return self._file.piece(self._pieces[name]).shape[0]
 
     def _values(self, name: str) -> Tensor:
         """The stored numbers, fp32 [n]; all finite."""
-        piece = self._get(name)
-        if not piece.length:
-            return torch.empty(0)
-        raw = bytearray(self._read(piece.begin, piece.length))
-        values = torch.frombuffer(raw, dtype=_DTYPE[self._dtype]).to(torch.float32)
+        self._count(name)
+        values = self._file.read(self._pieces[name]).to(torch.float32)
         if not bool(torch.isfinite(values).all()):
             raise self._bad(f"{name}: a value is not finite")
         return values
@@ -302,7 +256,7 @@ class FisherReader(_Reader):
 
     def count(self, name: str) -> int:
         """Number of values of a weight: that of the adapter's support."""
-        return self._get(name).count
+        return self._count(name)
 
     def load(self, name: str) -> Tensor:
         """fp32 [n]: the values divided by ``norm``, at least ``FLOOR``; all ``FLOOR`` where every value is zero."""
@@ -321,14 +275,14 @@ class GramReader(_Reader):
 
     def __init__(self, source: ByteSource) -> None:
         super().__init__(source)
-        for name, piece in self._pieces.items():
-            side = _side(piece.count)
-            if side * (side + 1) // 2 != piece.count:
-                raise self._bad(f"{name:.100}: {piece.count} values are no triangle of a matrix")
+        for name in self.names:
+            count, side = self._count(name), self.side(name)
+            if side * (side + 1) // 2 != count:
+                raise self._bad(f"{name:.100}: {count} values are no triangle of a matrix")
 
     def side(self, name: str) -> int:
         """``in`` of a weight [out, in]."""
-        return _side(self._get(name).count)
+        return _side(self._count(name))
 
     def load(self, name: str) -> Tensor:
         """fp32 [in, in], symmetric, its diagonal not negative."""
@@ -341,15 +295,3 @@ class GramReader(_Reader):
 def _side(count: int) -> int:
     """n of n (n + 1) / 2 = count, rounded down."""
     return (math.isqrt(8 * count + 1) - 1) // 2
-
-
-def _counts(value: Any, length: int) -> TypeGuard[list[int]]:
-    """Whether `value` is a list of this many integers (no booleans) from 0 on."""
-    return isinstance(value, list) and len(value) == length and all(type(item) is int and item >= 0 for item in value)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name appears twice")
-    return found

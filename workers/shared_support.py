@@ -17,7 +17,8 @@ import torch
 
 from infra.artifacts import Manifest, Recipe, publish
 from infra.environment import environment
-from infra.store import FileRef, Store, StoreSource
+from infra.store import FileRef, Store
+from infra.store_source import StoreSource
 from workers.adapter import AdapterMeta, AdapterReader, save_adapter
 from workers.base import fetch_base
 from workers.cache import cache_dir

@@ -97,7 +97,7 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Ca
                                                   {"method": "task_arithmetic", "params": {"lambda": [0.3, 0.6]}}]},
             "evaluate": {"few_shot": 1, "batch_size": 8},
             "resources": {"expert": {"memory_gib": 1.5}, "evaluator": {"memory_gib": 1.5},
-                          "node": {"cpus": 0, "memory_gib": 0.5}},
+                          "node": {"cpus": 0, "memory_gib": 1.0}},
         } | sections  # fmt: skip
 
     return make

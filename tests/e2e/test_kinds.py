@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 import torch
 
-from infra.store import Store, StoreSource
+from infra.store import Store
+from infra.store_source import StoreSource
 from tests.workers.tiny import tiny_encoder, tiny_encoder_tokenizer
 from workers.adapter import AdapterReader
 

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from infra.artifacts import Manifest, manifest_name
-from infra.store import Store, StoreSource
+from infra.store import Store
+from infra.store_source import StoreSource
 from merge.specs import Candidate, plan_reductions
 from merge.tree import build_tree, post_order
 from workers.adapter import AdapterReader

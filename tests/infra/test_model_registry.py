@@ -25,6 +25,7 @@ from infra.model_registry import (
     Registration,
     register,
     registered_versions,
+    split_place,
 )
 from infra.stack import StackState
 from infra.store import Store
@@ -43,7 +44,7 @@ def adapter(run_id: str) -> RegisteredAdapter:
         task=task,
         key="1" * 64,
         digest="2" * 64,
-        adapter_uri="s3://factory/some/prefix/objects/k/a/adapter.safetensors",
+        adapter_uri=f"s3://factory/some/prefix/objects/{'1' * 64}/a/adapter.safetensors",
         base_sha256="3" * 64,
         base_name="tiny",
         prompt_wrapper="<{prompt}>",
@@ -226,6 +227,19 @@ def test_versions_of_keys(adapter: RegisteredAdapter) -> None:
     wanted = {adapter.name: ("6" * 64, "2" * 64), other.name: ("6" * 64, "2" * 64), "tests.none": ("1" * 64, "2" * 64)}
     assert registered_versions(wanted) == {adapter.name: f"models:/{adapter.name}/3"}
     assert registered_versions({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("uri", "place"),
+    [
+        (f"s3://b/p/q/objects/{'a' * 64}/1/adapter", ("b", "p/q", f"objects/{'a' * 64}/1/adapter")),
+        (f"s3://b/objects/{'a' * 64}/1", ("b", "", f"objects/{'a' * 64}/1")),
+        ("s3://b/my-objects/m.safetensors", ("b", "", "my-objects/m.safetensors")),
+        ("s3://b/x/objects/m.safetensors", ("b", "", "x/objects/m.safetensors")),
+    ],
+)
+def test_only_a_stored_artifact_has_a_prefix(uri: str, place: tuple[str, str, str]) -> None:
+    assert split_place(uri) == place
 
 
 def _checkpoint(adapter: RegisteredAdapter, store: Store, folder: Path, file: Path) -> RegisteredCheckpoint:

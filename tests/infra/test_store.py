@@ -8,7 +8,8 @@ import pytest
 
 from infra import processes
 from infra.errors import StoreError
-from infra.store import ObjectMissing, Store, StoreSource, split_uri
+from infra.store import ObjectMissing, Store, split_uri
+from infra.store_source import StoreSource
 
 
 def test_round_trip(store: Store) -> None:

@@ -44,6 +44,21 @@ def test_one_large_write_is_cut_into_parts(store: Store) -> None:
     assert store.get("file") == data
 
 
+@pytest.mark.parametrize("size", [0, 10, 2 * PART + 7])
+def test_a_sealed_file_has_arrived_but_does_not_show(store: Store, size: int) -> None:
+    data = os.urandom(size)
+    with StoreWriter(store, "file", PART) as writer:
+        writer.write(data)
+        writer.seal()
+        assert not writer._buffer
+        assert store.head("file") is None
+        with pytest.raises(StoreError, match="sealed"):
+            writer.write(b"x")
+        writer.close()
+    assert store.get("file") == data
+    assert uploads(store) == []
+
+
 @pytest.mark.parametrize("size", [10, 2 * PART])
 def test_leaving_early_leaves_nothing(store: Store, size: int) -> None:
     with StoreWriter(store, "file", PART) as writer:

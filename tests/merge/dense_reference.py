@@ -80,6 +80,14 @@ def elected_mean(rows: Rows, weights: list[float], scale: float) -> list[float]:
     return out
 
 
+def elected_sum(rows: Rows, weights: list[float], scale: float) -> list[float]:
+    out = []
+    for column in columns(rows):
+        sign = 1 if sum(column) >= 0 else -1
+        out.append(scale * sum(v for v in column if v * sign > 0))
+    return out
+
+
 def by_magnitude(e: Expert) -> list[int]:
     """Positions, largest first, equal ones by position."""
     values = e.dense
@@ -131,7 +139,7 @@ def thinned(rule: Rule, then: Then) -> Reference:
     def reference(experts: Experts, c: Candidate) -> list[float]:
         keep_all = c.params["density"] == 1
         rows = [e.dense if keep_all else rule(name, e, c) for name, e in experts.items()]
-        return then(rows, weight_list(experts, c), c.params["lambda"])
+        return then(rows, weight_list(experts, c), c.params.get("lambda", 1.0))
 
     return reference
 
@@ -161,7 +169,7 @@ def agreed(experts: Experts, c: Candidate) -> list[float]:
     ones = [1.0] * len(experts)
     merged = linear(rows_of(experts), ones, 1.0)
     if c.method == "consensus_ties":
-        merged = elected_mean([trimmed(n, e, c) for n, e in experts.items()], ones, 1.0)
+        merged = elected_sum([trimmed(n, e, c) for n, e in experts.items()], ones, 1.0)
     out = []
     for i, target in enumerate(merged):
         votes = sum(
@@ -200,7 +208,7 @@ def regression(experts: Experts, c: Candidate) -> list[float]:
 
 def select(experts: Experts, c: Candidate) -> set[int]:
     n = len(experts)
-    if c.params["density"] == 1:
+    if c.params["density"] == 1 or n == 1:
         return set().union(*(e.held for e in experts.values()))
     variance = [n * sum(v * v for v in column) - sum(column) ** 2 for column in columns(rows_of(experts))]
     varying = sorted((i for i in range(NUMEL) if variance[i] > 0), key=lambda i: (-variance[i], i))
@@ -245,6 +253,7 @@ REFERENCES: dict[str, Reference] = {
     "magmax": largest,
     "consensus": agreed,
     "consensus_ties": agreed,
+    "ties_sum": thinned(trimmed, elected_sum),
     "fisher_on_support": fisher_average,
     "regmean": regression,
     "sce_selection": selected_sum,

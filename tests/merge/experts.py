@@ -9,9 +9,9 @@ from merge.adapter_file import AdapterDelta
 from merge.methods import METHODS
 from merge.reduce import ExpertChild
 from merge.specs import Candidate
-from merge.stream_file import LocalFile
 from workers.adapter import AdapterMeta, AdapterReader, FileSource, save_adapter
 from workers.importance_file import FisherWriter, GramWriter, ImportanceMeta
+from workers.ranged_file import LocalFile
 from workers.support import SparseTensor
 
 BASE = "b" * 64

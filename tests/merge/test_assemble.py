@@ -7,8 +7,8 @@ from merge.adapter_file import AdapterWriter
 from merge.assemble import assemble
 from merge.reduce import Part, reduce_root
 from merge.specs import Candidate, plan_reductions
-from merge.stream_file import LocalFile
 from tests.merge.experts import children, load, make_experts, same
+from workers.ranged_file import LocalFile
 
 
 def make_parts(folder, paths, candidate, of: int):

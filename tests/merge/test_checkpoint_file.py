@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infra.errors import MergeError
-from infra.store import Store, StoreSource
+from infra.store import Store
+from infra.store_source import StoreSource
 from infra.store_writer import StoreTarget
 from merge.adapter_file import AdapterDelta, AdapterWriter
 from merge.checkpoint_file import (
@@ -24,13 +25,13 @@ from merge.checkpoint_file import (
     write_checkpoint,
 )
 from merge.reduce import ExpertChild, flat_merge
-from merge.sink import Outline
+from merge.sink import Outline, Tee
 from merge.specs import Candidate
-from merge.stream_file import LocalFile
 from tests.merge.experts import load
 from tests.workers.tiny import tiny_model, tiny_tokenizer
 from workers.adapter import AdapterMeta, save_adapter
 from workers.base import prepare_base, upload_base
+from workers.ranged_file import LocalFile
 from workers.support import SparseTensor
 
 SHA = "b" * 64
@@ -222,6 +223,26 @@ def test_misfits_are_refused_and_leave_nothing(tmp_path):
     with pytest.raises(MergeError, match="not empty"):
         export(base, delta, out)
     assert [path.name for path in out.iterdir()] == ["precious"]
+
+
+def test_an_adapter_beside_a_checkpoint_that_cannot_be_finished_is_not_left(tmp_path):
+    """The tensor that fails in fp16 is one without δ, copied when everything else is written."""
+    (tmp_path / "base").mkdir()
+    save_file({"a": torch.ones(4), "z": torch.full((4,), 1e30)}, tmp_path / "base" / "model.safetensors")
+    tensor = SparseTensor((4,), torch.tensor([1]), torch.tensor([2.0]))
+    save_adapter(tmp_path / "delta", {"a": tensor}, AdapterMeta(SHA))
+    experts = [ExpertChild("d", AdapterDelta(LocalFile(tmp_path / "delta"), "d"))]
+    base = BaseCheckpoint.in_folder(tmp_path / "base", SHA)
+
+    def merge(dtype: torch.dtype) -> None:
+        sinks = [AdapterWriter(tmp_path / "merged"), CheckpointWriter(base, FolderTarget(tmp_path / "out"), dtype)]
+        flat_merge(experts, [Candidate("mean")], lambda _: Tee(sinks), SHA)
+
+    with pytest.raises(MergeError, match=r"z: not finite in torch\.float16"):
+        merge(torch.float16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta"]
+    merge(torch.bfloat16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta", "merged", "out"]
 
 
 def test_a_failed_export_to_the_store_leaves_nothing(tmp_path, store: Store):

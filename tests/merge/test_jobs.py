@@ -4,16 +4,21 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from infra.artifacts import find
+import merge.jobs
+import merge.local
+from infra.artifacts import Recipe, find
 from infra.errors import AdapterError, StoreError
-from infra.store import Store, StoreSource
+from infra.store import Store
+from infra.store_source import StoreSource
 from merge.adapter_file import AdapterDelta, AdapterWriter
 from merge.jobs import (
     FinishJob,
@@ -28,16 +33,17 @@ from merge.jobs import (
     run_job,
 )
 from merge.local import run_threads
-from merge.mask_file import MaskedAdapter, MaskReader
+from merge.methods import METHODS
 from merge.reduce import ExpertChild, flat_merge
 from merge.schedule import MASKS, NODES, MergeSchedule
 from merge.specs import Candidate, plan_reductions
-from merge.stream_file import LocalFile
 from merge.tree import build_tree, path_to, post_order
 from tests.workers.tiny import tiny_model, tiny_tokenizer
 from workers.adapter import AdapterMeta, AdapterReader, FileSource, save_adapter
 from workers.base import prepare_base, upload_base
 from workers.importance_file import FisherWriter, GramWriter, ImportanceMeta
+from workers.mask_file import MaskedAdapter, MaskReader
+from workers.ranged_file import LocalFile
 from workers.support import SparseTensor
 
 BASE = "b" * 64
@@ -73,7 +79,7 @@ class Experts:
         save_file({name: torch.randn(shape, generator=g).bfloat16() for name, shape in SHAPES.items()}, weights)
         store.upload_file("bases/b/model.safetensors", weights)
 
-    def make(self, name: str, seed: int) -> None:
+    def make(self, name: str, seed: int, dyadic: bool = True) -> None:
         g = torch.Generator().manual_seed(seed)
         path = self.folder / f"{name}-{seed}.safetensors"
         tensors = {}
@@ -81,8 +87,9 @@ class Experts:
             numel = shape[0] * shape[1]
             indices = torch.randperm(numel, generator=g)[: numel // 3].sort().values
             values = torch.randint(1, 33, (indices.numel(),), generator=g) / 64
-            tensors[tensor] = SparseTensor(shape, indices, values * torch.where(values * 64 % 2 == 0, 1, -1))
-        save_adapter(path, tensors, AdapterMeta(BASE))
+            values *= torch.where(values * 64 % 2 == 0, 1, -1)
+            tensors[tensor] = SparseTensor(shape, indices, values if dyadic else values * torch.rand(1, generator=g))
+        save_adapter(path, tensors, AdapterMeta(BASE), torch.float32)
         self.paths[name], self.refs[name] = path, self.put(path, f"expert {seed}")
         about = ImportanceMeta(BASE, hashlib.sha256(path.read_bytes()).hexdigest(), 4)
         fisher, gram = self.folder / f"{name}-{seed}.fisher", self.folder / f"{name}-{seed}.gram"
@@ -281,9 +288,72 @@ def test_a_lost_file_is_made_again(experts: Experts, store: Store) -> None:
     found = find(store, inner.recipe.key, {c.ref.key: c.ref.digest for c in inner.children})
     assert found is not None
     store.delete(found.files["statistics"].name)
-    again, jobs = experts.merge(NAMES, CANDIDATES[:1])
-    assert [job.label for job in jobs] == [inner.label]  # the same bytes again: nothing above it changes
-    assert again.merged == schedule.merged
+    assert experts.merge(NAMES, CANDIDATES[:1])[1] == []  # the merge is there: nobody needs the node
+    again, jobs = experts.merge(NAMES, CANDIDATES[:2])
+    assert [job.label for job in jobs] == [inner.label, build_tree(NAMES, 2).label]  # the same bytes again
+    assert again.merged[CANDIDATES[0]] == schedule.merged[CANDIDATES[0]]
+
+
+def test_a_merge_made_beside_others_has_the_bytes_and_key_of_one_made_alone(store: Store, tmp_path: Path) -> None:
+    """On values whose sums are rounded, in stores of their own; a later plan finds the earlier plan's merges."""
+    methods = [Candidate(name) for name, method in METHODS.items() if not (method.internal or method.weights_required)]
+    weights = {name: (number + 1) / 28 for number, name in enumerate(NAMES)}
+    weighted = [Candidate(name, {}, weights) for name in ("weighted_mean", "overlap_mean", "ties", "task_arithmetic")]
+    found: list[dict[Candidate, tuple[str, str]]] = []
+    for number, plans in enumerate(([methods + weighted], [[candidate] for candidate in methods + weighted])):
+        own = Experts(Store(store.bucket, store.endpoint, f"{store.prefix}-{number}"), tmp_path)
+        for seed, name in enumerate(NAMES):
+            own.make(name, seed, dyadic=False)
+        merges = [own.merge(NAMES, plan)[0].merged for plan in plans]
+        found.append({c: (made[c].key, made[c].digest) for made in merges for c in made})
+    assert found[0] == found[1]
+    again, jobs = own.merge(NAMES, [*reversed(weighted), *methods, Candidate("task_arithmetic", {"lambda": 0.7})])
+    assert {c: (again.merged[c].key, again.merged[c].digest) for c in found[0]} == found[0]
+    lowered = [candidate for job in jobs if isinstance(job, RootJob) for candidate, _ in job.candidates]
+    assert lowered == [Candidate("task_arithmetic", {"lambda": 0.7})]
+
+
+def test_a_repeated_job_finds_what_it_published(
+    experts: Experts, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, done = experts.merge(NAMES, CANDIDATES[:3])
+    monkeypatch.setattr(merge.jobs, "reduce_node", None)
+    monkeypatch.setattr(merge.jobs, "reduce_root", None)
+    for job in done:
+        assert not any(made for _, made in manifests_of(run_job(store, job)))
+
+
+def test_a_root_lowers_only_what_is_missing(experts: Experts, store: Store) -> None:
+    schedule, done = experts.merge(NAMES, CANDIDATES[:2])
+    (root,) = [job for job in done if isinstance(job, RootJob)]
+    store.delete(schedule.merged[CANDIDATES[0]].files["adapter"].name)
+    assert [made for _, made in manifests_of(run_job(store, root))] == [True, False]
+
+
+def test_parts_stay_until_every_merge_of_a_root_is_published(
+    experts: Experts, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published: list[Candidate] = []
+    real = merge.jobs._publish_merged
+
+    def fail_once(store: Store, job: RootJob, recipe: Recipe, file: Any, merged: Any, seconds: float) -> Any:
+        if len(published) == 1:
+            published.append(merged.candidate)
+            raise StoreError("gone for a moment")
+        published.append(merged.candidate)
+        return real(store, job, recipe, file, merged, seconds)
+
+    monkeypatch.setattr(merge.jobs, "_publish_merged", fail_once)
+    jobs: list[Job] = []
+    monkeypatch.setattr(merge.local, "run_job", lambda store, job: (jobs.append(job), run_job(store, job))[1])
+    with pytest.raises(StoreError, match="for a moment"):
+        experts.merge(NAMES, CANDIDATES[:2], parts=2)
+    (finish,) = [job for job in jobs if isinstance(job, FinishJob) and isinstance(job.whole, RootJob)]
+    parts = {file.name for output in finish.outputs for file in output.files.values()}
+    assert len(parts) == 4
+    assert parts <= set(store.list("objects/"))
+    assert [made for _, made in manifests_of(run_job(store, finish))] == [False, True]
+    assert not parts & set(store.list("objects/"))
 
 
 def test_corrupted_and_missing_inputs_end_the_merge_with_their_reason(experts: Experts, store: Store) -> None:
@@ -328,4 +398,9 @@ def test_a_checkpoint_is_exported_and_found(experts: Experts, tmp_path: Path, st
     assert json.loads(local["config.json"].read_text())["architectures"]
     again, made = export_checkpoint(store, export_job(merged, base.sha256, "float32", 1 << 30))
     assert (again, made) == (manifest, False)
+    other = replace(merged, key=hashlib.sha256(b"another merge of the same bytes").hexdigest())
+    again, made = export_checkpoint(store, export_job(other, base.sha256, "float32", 1 << 30))
+    assert (again, made) == (manifest, False)
+    assert all(store.head(file.name) for file in manifest.files.values())
+    assert len(list(store.list(f"objects/{manifest.key}/"))) == len(manifest.files)
     assert export_job(merged, base.sha256, "bfloat16", 1 << 30).recipe.key != job.recipe.key

@@ -1,7 +1,11 @@
 """Keys of merges change exactly when something that the bytes are a function of changes."""
 
-from merge.keys import checkpoint_recipe, merged_recipe, node_recipe, task_mask_recipe
+import pytest
+
+from merge import keys
+from merge.keys import checkpoint_recipe, merged_recipe, node_recipe, root_key, task_mask_recipe
 from merge.specs import Candidate, LiftSpec, candidate_lift
+from merge.tree import build_tree
 
 MEAN, SCALED = Candidate("mean"), Candidate("task_arithmetic", {"lambda": 0.3})
 ONE, TWO, THREE = "1" * 64, "2" * 64, "3" * 64
@@ -33,6 +37,39 @@ def test_weights_are_those_of_the_experts_below_whatever_these_are_called() -> N
     assert node_recipe(spec({"x": 0.25, "y": 0.5, "z": 0.25}), [ONE, TWO], [0.25, 0.75]).key == one.key
     assert node_recipe(spec({"a": 0.5, "b": 0.5}), [ONE, TWO], [0.5, 0.5]).key != one.key
     assert node_recipe(candidate_lift(MEAN), [ONE, TWO]).key != one.key
+
+
+def test_a_node_that_reads_importance_names_how_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for method in ("fisher_on_support", "regmean", "mean"):
+        lift = candidate_lift(Candidate(method))
+        key = node_recipe(lift, [ONE, TWO]).key
+        with monkeypatch.context() as patch:
+            patch.setattr(keys, "IMPORTANCE_READ_VERSION", -1)
+            assert (node_recipe(lift, [ONE, TWO]).key != key) == (method != "mean")
+
+
+def test_a_roots_key_is_that_of_a_tree_made_for_one_lift() -> None:
+    experts = {name: f"{at:064x}" for at, name in enumerate("abcdefg")}
+    extras = {name: f"{at:064x}" for at, name in enumerate("gfedcba")}
+    weights = {name: 1 / 7 for name in experts}
+    tree = build_tree(list(experts), 2)
+    mean, fisher = candidate_lift(MEAN), candidate_lift(Candidate("fisher_on_support"))
+    weighted = candidate_lift(Candidate("weighted_mean", {}, weights))
+    one = build_tree(["a", "b"], 2)
+    first, second = (child.name for child in one.children)
+    assert root_key(mean, one, experts) == node_recipe(mean, [experts[first], experts[second]]).key
+    assert root_key(weighted, build_tree(["a"], 2), experts) == node_recipe(weighted, [experts["a"]], [1 / 7]).key
+    found = [
+        root_key(mean, tree, experts),
+        root_key(mean, tree, experts | {"d": ONE}),
+        root_key(mean, tree, experts, reference=ONE),
+        root_key(mean, build_tree(list(experts), 4), experts),
+        root_key(weighted, tree, experts),
+        root_key(candidate_lift(Candidate("weighted_mean", {}, weights | {"a": 0.0, "b": 2 / 7})), tree, experts),
+        root_key(fisher, tree, experts, extras),
+        root_key(fisher, tree, experts, extras | {"c": ONE}),
+    ]
+    assert len(set(found)) == len(found)
 
 
 def test_a_merge_is_a_function_of_its_root_and_method() -> None:

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from infra.errors import AdapterError, MergeError
 from merge.adapter_file import AdapterDelta, AdapterWriter
-from merge.mask_file import MaskedAdapter, MaskMeta, MaskReader, MaskWriter, write_task_mask
-from merge.per_task import apply_mask, task_mask, task_scale
+from merge.mask_file import MaskWriter, write_task_mask
+from merge.per_task import task_mask, task_scale
 from merge.reduce import flat_merge
 from merge.specs import Candidate
-from merge.stream_file import LocalFile
 from tests.merge.experts import BASE, SHAPES, children, load, make_experts
 from workers.adapter import AdapterMeta, AdapterReader, FileSource, save_adapter
+from workers.mask_file import MaskedAdapter, MaskMeta, MaskReader, apply_mask
+from workers.ranged_file import LocalFile
 from workers.support import SparseTensor
 
 SHA = "f" * 64

@@ -14,7 +14,8 @@ from merge.lift import LiftInput, lift
 from merge.node_file import NodeMeta, StatisticsReader, StatisticsWriter
 from merge.specs import Candidate, LiftSpec
 from merge.statistics import TensorStatistics, combine
-from merge.stream_file import DTYPES, LocalFile, RangedReader, ReadAhead, SafetensorsWriter
+from merge.stream_file import SafetensorsWriter
+from workers.ranged_file import DTYPES, LocalFile, RangedReader, ReadAhead
 from workers.support import SparseTensor
 
 SIGNED = LiftSpec(("positive_mass", "negative_mass", "positive_count", "negative_count", "zero_count"))

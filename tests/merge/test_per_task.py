@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import MergeError
-from merge.per_task import PER_TASK_VERSION, TaskMask, apply_mask, task_mask, task_scale
+from merge.per_task import PER_TASK_VERSION, TaskMask, task_mask, task_scale
 from merge.specs import Candidate
 from tests.merge.dense_reference import NUMEL, REFERENCES, SHAPE, Experts, make_experts
+from workers.mask_file import apply_mask
 from workers.support import SparseTensor
 
 

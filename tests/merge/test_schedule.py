@@ -66,8 +66,9 @@ def pretend(store: Memory, job: Job) -> JobResult:
     whole = job.whole if isinstance(job, FinishJob) else job
     if not isinstance(job, FinishJob) and job.part is not None:
         return PartOutput({}, NodeInfo((), 0, 0, 0), 0.0)
-    recipes = [whole.recipe] if isinstance(whole, NodeJob) else [recipe for _, recipe in whole.candidates]
-    return tuple(publish(store, recipe, consumed(whole.children, whole.reference)) for recipe in recipes)
+    if isinstance(whole, NodeJob):
+        return (publish(store, whole.recipe, consumed(whole.children, whole.reference)),)
+    return tuple(publish(store, recipe, dict(whole.inputs)) for _, recipe in whole.candidates)
 
 
 def schedule(store: Any, names: Sequence[str], *candidates: Candidate, **options: Any) -> MergeSchedule:
@@ -203,6 +204,41 @@ def test_a_job_holds_the_weights_of_its_own_experts_only():
             own = {child.name for child in job.children if child.kind == "expert"}
             assert dict(job.spec.weights or ()) == {name: weights[name] for name in own}
             assert job.spec.weighted
+
+
+ALONE = [MEAN, TIES, SCALED, CONSENSUS, FISHER, EMR, Candidate("overlap_mean"), Candidate("consensus_ties")]
+
+
+@given(names_of, st.lists(st.sampled_from(ALONE), min_size=2, unique=True), st.data())
+@settings(max_examples=30, deadline=None)
+def test_a_merge_that_exists_is_found_whatever_else_is_listed(names, candidates, data):
+    store, some = Memory(), data.draw(st.integers(1, len(candidates) - 1))
+    first = schedule(store, names, *candidates[:some])
+    run(first, store, names)
+    second = schedule(store, names, *data.draw(st.permutations(candidates)))
+    lowered = [c for job in run(second, store, names) if isinstance(job, RootJob) for c, _ in job.candidates]
+    assert not set(lowered) & set(first.merged)
+    assert set(lowered) | set(first.merged) == set(second.merged)
+    assert {c: second.merged[c] for c in first.merged} == first.merged
+    fewer = schedule(store, names, *candidates[some:])
+    every = {name: ref(name) for name in names}
+    for kind in fewer.extras:
+        for name in names:
+            assert fewer.add_extra(name, kind, ref(name, f"{kind} of {every[name].key}")) == []
+    assert fewer.add_experts(every) == []  # not even a node that these alone would need
+    assert fewer.complete
+
+
+def test_a_merge_names_its_experts_extras_and_reference_not_the_nodes_between():
+    names, store = [f"task{number}" for number in range(9)], Memory()
+    made = schedule(store, names, MEAN, FISHER, CONSENSUS)
+    run(made, store, names)
+    experts = {ref(name).key: ref(name).digest for name in names}
+    extras = [ref(name, f"fisher of {ref(name).key}") for name in names]
+    reference = made.merged[CONSENSUS.reference]
+    assert made.merged[MEAN].inputs == experts
+    assert made.merged[FISHER].inputs == experts | {each.key: each.digest for each in extras}
+    assert made.merged[CONSENSUS].inputs == experts | {reference.key: reference.digest}
 
 
 def test_a_later_round_waits_for_the_merge_that_it_reads():

@@ -12,8 +12,8 @@ from merge.specs import (
     Candidate,
     LiftSpec,
     candidate_lift,
+    check_candidate,
     check_served,
-    check_weights,
     describe_plan,
     plan_reductions,
 )
@@ -130,7 +130,16 @@ def test_weights_that_a_method_cannot_take_are_refused(method, weights, message)
 )
 def test_weights_that_do_not_fit_the_experts_are_refused(method, weights, message):
     with pytest.raises(MergeError, match=message):
-        check_weights(Candidate(method, {}, weights), ["b", "a"])
+        check_candidate(Candidate(method, {}, weights), ["b", "a"])
+
+
+def test_more_agreeing_experts_than_there_are_is_refused():
+    for method in ("consensus", "consensus_ties"):
+        check_candidate(Candidate(method, {"at_least": 3}), ["a", "b", "c"])
+        with pytest.raises(MergeError, match=r"'at_least' .* is 4, but 3 experts can agree at most: .* 1 to 3"):
+            check_candidate(Candidate(method, {"at_least": 4}), ["a", "b", "c"])
+    with pytest.raises(MergeError, match="is 2, but 1 expert can agree"):
+        check_candidate(Candidate("consensus"), ["a"])
 
 
 def test_required_weights_are_missed_by_the_plan_as_well():
@@ -139,10 +148,10 @@ def test_required_weights_are_missed_by_the_plan_as_well():
 
 
 def test_weights_that_fit():
-    check_weights(Candidate("mean"), ["a"])
-    check_weights(Candidate("ties"), ["a"])
-    check_weights(Candidate("weighted_mean", {}, {"a": 0.3, "b": 0.7 + 5e-7}), ["b", "a"])
-    check_weights(Candidate("task_arithmetic", {}, {"a": -1, "b": 5}), ["b", "a"])
+    check_candidate(Candidate("mean"), ["a"])
+    check_candidate(Candidate("ties"), ["a"])
+    check_candidate(Candidate("weighted_mean", {}, {"a": 0.3, "b": 0.7 + 5e-7}), ["b", "a"])
+    check_candidate(Candidate("task_arithmetic", {}, {"a": -1, "b": 5}), ["b", "a"])
 
 
 # Reductions
@@ -166,7 +175,7 @@ def test_methods_that_trim_nothing_share_one_reduction():
     (one,) = plan_reductions(candidates)
     assert one.candidates == tuple(candidates)
     assert one.round == 1
-    assert set(one.spec.statistics) == {*SIGNED, "zero_count", "positive_max", "negative_max"}
+    assert set(one.spec.statistics) == {*SIGNED, "sum", "zero_count", "positive_max", "negative_max"}
     assert (one.spec.sparsify, one.spec.options, one.spec.weighted) == ("none", (), False)
 
 
@@ -208,8 +217,10 @@ def test_a_reduction_holds_no_more_than_its_candidates_read():
     mean, ties = Candidate("mean"), Candidate("ties")
     assert lifts(mean, Candidate("task_arithmetic")) == [("sum",)]
     assert lifts(mean, Candidate("overlap_mean")) == [("count", "sum")]
-    assert lifts(ties, mean) == [SIGNED]
-    assert lifts(ties, Candidate("overlap_mean")) == [(*SIGNED, "zero_count")]
+    assert lifts(ties, mean) == [(*SIGNED, "sum")]
+    assert lifts(ties, Candidate("overlap_mean")) == [(*SIGNED, "sum", "zero_count")]
+    weights = {"a": 0.1, "b": 0.2}  # sums of weights are rounded: a count is then not the sum of three
+    assert lifts(Candidate("ties", {}, weights), Candidate("overlap_mean", {}, weights)) == [("count", *SIGNED, "sum")]
     assert lifts(Candidate("magmax")) == [("negative_max", "positive_max")]
     assert [r.candidates for r in plan_reductions([mean, mean])] == [(mean,)]
 
@@ -228,11 +239,11 @@ def test_later_rounds_read_a_candidate_of_an_earlier_one():
     summed = Candidate("task_arithmetic", {"lambda": 1})
     assert [r.round for r in plan] == [1, 1, 2, 2, 2]
     assert set(plan[0].candidates) == {Candidate("sce_selection", {"density": 0.5}), summed, Candidate("mean")}
-    assert plan[1].candidates == (Candidate("ties", {"density": 0.2}),)
+    assert plan[1].candidates == (Candidate("ties_sum", {"density": 0.2}),)
     assert [(r.candidates, r.spec.reference) for r in plan[2:]] == [
         ((sce,), sce.reference),
         ((consensus,), summed),
-        ((ties,), Candidate("ties", {"density": 0.2})),
+        ((ties,), Candidate("ties_sum", {"density": 0.2})),
     ]
     assert lifts(Candidate("consensus"), Candidate("consensus", {"at_least": 3})) == [("sum",), ("agreement_count",)]
 

@@ -85,12 +85,27 @@ def test_weights_are_given_listed_or_in_proportion_to_the_training_rows() -> Non
         ({"method": "weighted_mean", "weights": {"one": 0.5, "two": 0.6}}, r"sum to 1\.1"),
         ({"method": "mean", "weights": "training_rows"}, r"takes no weights"),
         ({"method": "ties", "weights": {"one": 1, "two": -1}}, r"-1.*from 0"),
+        ({"method": "consensus", "params": {"at_least": [2, 3]}}, r"at_least.* is 3, but 2 experts"),
         ({"method": "emr"}, r"needs the task at inference .*emr.*add another"),
     ],
 )
 def test_a_wrong_candidate_is_refused(entry: dict[str, Any], expected: str) -> None:
     with pytest.raises(FactoryError, match=expected):
         listed(entry)
+
+
+def test_a_yaml_boolean_is_no_number() -> None:
+    entries: list[dict[str, Any]] = [
+        {"method": "ties", "params": {"lambda": True}},
+        {"method": "ties", "params": {"lambda": [0.5, True]}},
+        {"method": "ties", "weights": {"one": True, "two": 1}},
+        {"method": "ties", "weights": [{"one": 1, "two": False}]},
+        {"method": "ties", "weights": {"one": "1", "two": 1}},
+    ]
+    for entry in entries:
+        with pytest.raises((ValidationError, FactoryError)):
+            listed(entry)
+    assert listed({"method": "ties", "weights": {"one": 1, "two": 2}, "params": {"lambda": 1}})
 
 
 def test_an_empty_list_of_values_or_weights_is_refused() -> None:

@@ -12,16 +12,23 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from infra import registry
+from infra.artifacts import Recipe, publish
 from infra.digests import file_sha256
+from infra.errors import MergeError
 from infra.store import Store
-from merge.mask_file import MaskReader
+from infra.store_writer import StoreWriter
+from merge.checkpoint_file import CheckpointWriter
+from merge.jobs import Ref
 from merge.methods import METHODS
+from pipeline import merge_run
 from pipeline.merge_command import main, methods_markdown
 from tests.e2e.conftest import write_tiny_base
 from workers.adapter import AdapterMeta, AdapterReader, FileSource, save_adapter
 from workers.base import PreparedBase, prepare_base
 from workers.cache import cache_dir
 from workers.importance_file import FisherWriter, GramWriter, ImportanceMeta
+from workers.mask_file import MaskReader
 from workers.support import SparseTensor
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -312,6 +319,8 @@ def test_bad_input_ends_with_status_2(merge: Callable[..., Result], folder: Path
         (["--method", "mean"], "no output"),
         (["--out", "m", "--method", "mean", "--config", "none.yaml"], "none.yaml: not readable"),
         (["--out", "m", "--method", "mean", "--shard-gib", "0"], "--shard-gib"),
+        (["--out", "m", "--method", "mean", "--shard-gib", "nan"], "shard_gib"),
+        (["--out", "m", "--method", "mean", "--shard-gib", "inf"], "shard_gib"),
     ):
         refused(merge("run", *arguments, method=None), told)
     assert not Path("m").exists()
@@ -325,7 +334,129 @@ def test_a_failure_ends_with_status_1_and_leaves_nothing(merge: Callable[..., Re
     assert {path.name for path in folder.iterdir()} == {f"e{at}.safetensors" for at in range(4)}
 
 
+def test_a_checkpoint_that_cannot_be_finished_leaves_no_adapter(
+    merge: Callable[..., Result], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in ("finish", "publish"):
+
+        def fail(*_: object) -> None:
+            raise MergeError("no more room")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CheckpointWriter, step, fail)
+            refused(merge("run", "--out", "merged.safetensors", "--checkpoint", "full"), "no more room", status=1)
+        assert {path.name for path in folder.iterdir()} == {f"e{at}.safetensors" for at in range(4)}
+
+
+def test_a_folder_of_the_same_name_as_ours_is_left_alone(merge: Callable[..., Result], folder: Path) -> None:
+    (folder / ".full.merging").mkdir()
+    (folder / ".full.merging" / "thesis.tex").write_text("…")
+    succeeded(merge("run", "--checkpoint", "full"))
+    assert (folder / ".full.merging" / "thesis.tex").exists()
+
+
+def test_unreachable_services_are_bad_input(merge: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FACTORY_S3_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("pipeline.merge_by_hand.prepare_base", None)  # they come before any download
+    refused(merge("run", "--out", "s3://elsewhere/m"), "unreachable")
+    refused(merge("run", "--out", "m", "--store"), "unreachable")
+    refused(merge("run", "--out", "s3://elsewhere/m", "--register", "x"), "MLFLOW_TRACKING_URI")
+
+
 # -- object store and registry --
+
+
+def claiming(folder: Path, base: PreparedBase, name: str, recipe: str, seed: int) -> Path:
+    """An expert that says what its recipe is."""
+    g = torch.Generator().manual_seed(seed)
+    delta = {Q: SparseTensor(SHAPES[Q], torch.arange(300), torch.randint(1, 9, (300,), generator=g) / 64)}
+    file = folder / f"{name}.safetensors"
+    save_adapter(file, delta, AdapterMeta(base.sha256, info={"recipe": recipe}), torch.float32)
+    return file
+
+
+def test_a_claimed_recipe_names_no_bytes(
+    merge: Callable[..., Result], folder: Path, store: Store, base: PreparedBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "from_env", classmethod(lambda _: store))
+    recipe = Recipe("expert", 1, {"x": store.prefix})
+    own = claiming(folder, base, "own", recipe.key, 0)
+    edited = claiming(folder, base, "edited", recipe.key, 1)
+    publish(store, recipe, {"adapter": own}, {}, {})
+    found: dict[str, list[str]] = {}
+    make = merge_run.run_threads
+
+    def note(schedule: Any, store: Store, experts: dict[str, Ref], *more: Any) -> None:
+        for name, ref in experts.items():
+            found.setdefault(name, []).append(ref.key)
+        make(schedule, store, experts, *more)
+
+    monkeypatch.setattr(merge_run, "run_threads", note)
+    for method in ("mean", "dare_linear"):
+        given = [item for file in (own, edited) for item in ("--expert", str(file))]
+        succeeded(merge("run", "--store", *given, "--out", "stored", method=method, count=0))
+        succeeded(merge("run", *given, "--out", "flat", method=method, count=0))
+        check_equal(dense("stored"), dense("flat"))
+    assert set(found["own"]) == {recipe.key}
+    assert recipe.key not in found["edited"]
+
+
+def test_a_stored_artifact_without_a_recipe_draws_the_same(
+    merge: Callable[..., Result], folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "from_env", classmethod(lambda _: store))
+    manifest, _ = publish(store, Recipe("merged", 1, {}), {"adapter": folder / "e0.safetensors"}, {}, {})
+    given = ["--expert", "x=" + store.uri(manifest.files["adapter"].name), "--expert", "e1.safetensors"]
+    succeeded(merge("run", "--store", *given, "--out", "stored", method="dare_linear", count=0))
+    succeeded(merge("run", *given, "--out", "flat", method="dare_linear", count=0))
+    succeeded(merge("run", "--expert", "x=e0.safetensors", *given[2:], "--out", "local", method="dare_linear", count=0))
+    check_equal(dense("stored"), dense("flat"))
+    check_equal(dense("local"), dense("flat"))
+
+
+def test_a_checkpoint_in_s3_survives_what_fails_and_what_is_killed(
+    merge: Callable[..., Result], folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = store.uri("full")
+
+    def there() -> set[str]:
+        return {name.removeprefix("full/") for name in store.list("full/")}
+
+    succeeded(merge("run", "--checkpoint", full, "--shard-gib", "0.0001"))
+    names = there()
+    assert "merge.partial.json" not in names
+    assert len(names) > 4
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "finish", lambda _: (_ for _ in ()).throw(MergeError("no more room")))
+        refused(merge("run", "--checkpoint", full, method="ties"), "no more room", status=1)
+    assert "nothing to do" in succeeded(merge("run", "--checkpoint", full, "--shard-gib", "0.0001")), (
+        "it is still whole"
+    )
+
+    class Killed(BaseException):
+        pass
+
+    closed = StoreWriter.close
+
+    def killed(self: StoreWriter) -> None:
+        closed(self)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "close", killed)
+        patch.setattr(StoreWriter, "abort", lambda _: None)
+        patch.setattr("pipeline.merge_checkpoint._StorePlace.abort", lambda _: None)
+        patch.setattr("pipeline.merge_checkpoint._StorePlace.discard", lambda _: None)
+        with pytest.raises(Killed):
+            merge("run", "--checkpoint", full, method="ties")
+    assert "merge.json" not in there()
+    succeeded(merge("run", "--checkpoint", full, method="ties"))
+    assert {name for name in there() if name.startswith("m")} == {"model.safetensors", "merge.json"}
+    store.put("full/thesis.tex", b"...")
+    refused(merge("run", "--checkpoint", full), "holds 'thesis.tex'")
 
 
 def test_a_stored_tree_computes_only_what_changed(
@@ -336,13 +467,18 @@ def test_a_stored_tree_computes_only_what_changed(
     assert made
     succeeded(merge("run", "--out", "flat.safetensors", method="ties"))
     check_equal(dense("stored.safetensors"), dense("flat.safetensors"))
-    assert "merge nodes: 0 made" in succeeded(merge("run", "--store", "--out", "stored.safetensors", method="ties"))
+    again = succeeded(merge("run", "--store", "--out", "stored.safetensors", method="ties"))
+    assert "nothing to do" in again
+    assert "merge nodes: 0 made" in succeeded(merge("run", "--store", "--out", "other.safetensors", method="ties"))
+    assert Path("other.safetensors").read_bytes() == Path("stored.safetensors").read_bytes()
+    assert "wrote stored" in succeeded(merge("run", "--out", "stored.safetensors", method="ties")), "another plan"
     succeeded(merge("run", "--store", "--out", "emr.safetensors", method="emr"))
     succeeded(merge("run", "--out", "flat.safetensors", method="emr"))
     check_equal(dense("emr.safetensors"), dense("flat.safetensors"))
     for at in range(4):
         stored, flat = (MaskReader(FileSource(f"{n}.e{at}.mask.safetensors")) for n in ("emr", "flat"))
         assert stored.scale == flat.scale
+        assert stored.meta.unified_sha256 == file_sha256("emr.safetensors")
         assert all(torch.equal(stored.load(name), flat.load(name)) for name in SHAPES)
 
 
@@ -361,9 +497,21 @@ def test_s3_and_the_registry(merge: Callable[..., Result], folder: Path, store: 
     said = succeeded(merge("run", "--out", out, "--checkpoint", full, "--register", name))
     version = f"models:/{name}/1"
     assert f"registered as {version}" in said
+    mlflow = registry.client()
+    experiment = mlflow.get_experiment_by_name(name)
+    assert experiment is not None
     again = succeeded(merge("run", "--out", out, "--checkpoint", full, "--register", name))
+    assert len(mlflow.search_runs([experiment.experiment_id])) == 1, "no run for a version that is there"
     assert f"registered as {version} (it was already)" in again
     assert again.count("nothing to do") == 2
+    mlflow.create_registered_model(f"{name}-full")
+    mlflow.create_model_version(f"{name}-full", full, tags={"factory.checkpoint_uri": full})
+    result = merge("run", "--expert", f"x=models:/{name}-full/1", "--out", "m.safetensors", count=0)
+    succeeded(result)
+    for tensor, delta in expected_mean(folder).items():
+        assert torch.equal(dense("m.safetensors")[tensor], delta)
+    mlflow.create_registered_model(f"{name}-task", tags={"factory.task": "another"})
+    refused(merge("run", "--out", out, "--register", f"{name}-task"), "registered for the task 'another'")
     sources = {"a": out, "b": full, "c": version, "d": f"models:/{name}@champion"}
     for source in sources:
         if source in "ab":

@@ -15,7 +15,8 @@ from infra.artifacts import Recipe, publish
 from infra.errors import AdapterError, ConfigError, FactoryError, MergeError
 from infra.store import Store
 from pipeline.merge_by_hand import Checked, check, fingerprint
-from pipeline.merge_inputs import find_experts, hash_experts
+from pipeline.merge_inputs import Expert, hash_experts, locate_experts
+from pipeline.merge_inputs import find_experts as read_experts
 from pipeline.merge_outputs import output, prepare
 from pipeline.merge_request import MergeRequest, read_request
 from pipeline.merge_sources import locate, name_experts, split_expert
@@ -63,6 +64,10 @@ def adapter(file: Path, base: PreparedBase, seed: int = 0, **fields: Any) -> Pat
 
 def experts(tmp_path: Path, base: PreparedBase, count: int = 2) -> dict[str, str]:
     return {f"e{at}": str(adapter(tmp_path / f"e{at}.safetensors", base, at)) for at in range(count)}
+
+
+def find_experts(sources: dict[str, str], base: PreparedBase, scratch: Path) -> list[Expert]:
+    return read_experts(locate_experts(sources), base, scratch)
 
 
 def request(model: Path, experts: dict[str, str], tmp_path: Path, **fields: Any) -> MergeRequest:
@@ -226,6 +231,11 @@ class TestRefused:
             ({"register_as": "merged"}, "--register needs the adapter in S3"),
             ({"method": "emr", "out": None, "checkpoint": "x"}, "a mask for each task"),
             ({"method": "emr", "checkpoint": "x"}, "needs the task's mask at inference"),
+            ({"method": "emr", "out": "s3://b/x", "register_as": "x"}, "mask at inference, which a registered adapter"),
+            ({"out": "s3://factory/objects/x"}, "among what the factory stores"),
+            ({"out": None, "checkpoint": "s3://factory/bases"}, "among what the factory stores"),
+            ({"out": f"s3://b/p/objects/{'a' * 64}/1/adapter"}, "among what the factory stores"),
+            ({"shard_gib": 1e-10}, "--shard-gib 1e-10: accepted"),
             ({"method": "sce_selection"}, "'sce_selection'"),
             ({"base": "llama"}, "accepted are pypi:"),
         ],
@@ -237,8 +247,13 @@ class TestRefused:
     def test_outputs(self, tmp_path: Path, base: PreparedBase, model: Path) -> None:
         given = experts(tmp_path, base)
         (tmp_path / "file").write_text("a diary")
+        (tmp_path / "u.e1.mask.safetensors").write_text("a diary")
         (tmp_path / "folder").mkdir()
         (tmp_path / "folder" / "thesis.tex").write_text("…")
+        for name, files in (("edited", {"config.json": 3}), ("above", {"config.json": 2, "../file": 7})):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "config.json").write_text("{}")
+            (tmp_path / name / "merge.json").write_text(json.dumps({"merge": {}, "files": files}))
         for fields, told in (
             ({"out": given["e1"]}, "is the input expert 'e1'"),
             ({"out": str(tmp_path / "file")}, "holds something else than a merge"),
@@ -250,6 +265,9 @@ class TestRefused:
             ({"checkpoint": str(model / "below")}, "overlaps the input the base"),
             ({"checkpoint": str(tmp_path / "folder")}, r"holds 'thesis\.tex', which is no part of a merge"),
             ({"checkpoint": str(tmp_path / "file")}, "is a file"),
+            ({"checkpoint": str(tmp_path / "edited")}, r"holds 'config\.json'"),
+            ({"checkpoint": str(tmp_path / "above")}, "no part of a merge"),
+            ({"method": "emr", "out": str(tmp_path / "u.safetensors")}, "mask of 'e1' .*something else than a mask"),
             ({"checkpoint": str(tmp_path / "out.safetensors")}, "is the input --out"),
         ):
             with pytest.raises(ConfigError, match=told):

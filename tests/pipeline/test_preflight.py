@@ -10,10 +10,12 @@ from rich.console import Console
 
 from infra.errors import ConfigError, FactoryError, MergeError
 from infra.store import Store
+from merge.specs import Candidate, plan_reductions
 from pipeline import preflight
 from pipeline.candidates import Candidates
 from pipeline.cluster import GIB, ray_options, slots_of
 from pipeline.config import PipelineConfig, WorkerResources
+from pipeline.node_memory import NodeNeed, largest_node
 from pipeline.preflight import Cost, Prepared, check_room, check_services, expected_cost, measured_flops
 from pipeline.recipes import expert_spec
 from pipeline.tasks import TaskConfig, TaskData, fingerprint
@@ -168,6 +170,39 @@ def test_a_tied_weight_is_refused_before_training(base: PreparedBase, tasks: dic
         select_supports(load_model(base.path, torch.float32), expert_spec(chosen, tasks["one"]))
     with pytest.raises(ConfigError, match="tied"):
         expected_cost(chosen, base, tasks)
+
+
+# -- merge nodes --
+
+WIDE = {"small.weight": (64, 64), "wide.weight": (256, 1024), "tall.weight": (2048, 256)}
+
+
+def need(*methods: str, union: float = 1.0, experts: int = 4) -> NodeNeed:
+    return largest_node(plan_reductions([Candidate(method) for method in methods]), WIDE, experts, union)
+
+
+def test_a_node_needs_what_its_largest_tensor_takes() -> None:
+    mean = need("mean")
+    assert (mean.tensor, mean.shape, mean.methods) == ("tall.weight", (2048, 256), ("mean",))
+    assert 50 < mean.bytes / 2**19 < 110  # about 60 bytes a position were measured
+    assert 125 < need("mean", "overlap_mean", "ties", "magmax").bytes / 2**19 < 200  # about 132
+    assert need("mean", union=0.2).bytes < mean.bytes
+    assert need("ties", experts=300).bytes > need("ties").bytes  # counts of 4 bytes
+    regmean = need("mean", "regmean", union=0.1)
+    assert (regmean.tensor, regmean.methods) == ("wide.weight", ("regmean",))
+    assert regmean.bytes > 40 * 1024**2
+
+
+def test_a_node_that_needs_more_than_it_reserves_is_refused_before_training(
+    base: PreparedBase, tasks: dict[str, TaskData]
+) -> None:
+    candidates = {"candidates": [{"method": "mean"}, {"method": "regmean"}]}
+    room = {"node": {"memory_gib": preflight.PROCESS_GIB}}
+    with pytest.raises(ConfigError) as caught:
+        expected_cost(config(merge=candidates, resources=room, mask={"modules": "mlp"}), base, tasks)
+    for part in ("memory_gib is 0.9, but merging model.layers.0.mlp.down_proj.weight [32, 48] by regmean", "1 GiB"):
+        assert part in str(caught.value)
+    expected_cost(config(merge=candidates, resources={"node": {"memory_gib": 1}}), base, tasks)
 
 
 # -- room --

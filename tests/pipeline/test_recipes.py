@@ -14,6 +14,7 @@ from pipeline.recipes import (
     support_recipe,
 )
 from pipeline.tasks import TaskConfig, TaskData, fingerprint
+from workers.importance_file import IMPORTANCE_FILE_VERSION
 from workers.rows import Row
 from workers.scoring import EvaluateSpec
 
@@ -107,12 +108,19 @@ def test_a_shared_support_is_a_function_of_all_tasks_and_an_input_of_every_exper
 
 def test_an_importance_is_a_function_of_its_expert_and_the_number_of_rows() -> None:
     config, expert = load_config(CONFIG), "1" * 64
-    one = importance_recipe(config, "fisher", expert)
+    one = importance_recipe(config, "fisher", expert, data())
     assert one.inputs == (expert,)
-    assert importance_recipe(config, "gram", expert).key != one.key
-    assert importance_recipe(config, "fisher", "2" * 64).key != one.key
-    assert importance_recipe(load_config(CONFIG, ["merge.importance_rows=7"]), "fisher", expert).key != one.key
-    assert importance_recipe(load_config(CONFIG, ["merge.fan_in=2"]), "fisher", expert).key == one.key
+    assert one.config["file"] == IMPORTANCE_FILE_VERSION
+    assert importance_recipe(config, "gram", expert, data()).key != one.key
+    assert importance_recipe(config, "fisher", "2" * 64, data()).key != one.key
+
+    def other(override: str) -> str:
+        return importance_recipe(load_config(CONFIG, [override]), "fisher", expert, data()).key
+
+    assert other("merge.importance_rows=7") != one.key
+    assert other("merge.importance_rows=19") != other("merge.importance_rows=20")
+    assert other("merge.importance_rows=20") == other("merge.importance_rows=21")  # there are 20 rows
+    assert other("merge.fan_in=2") == one.key
 
 
 def test_a_scores_key_names_model_rows_decoding_and_types() -> None:

@@ -13,13 +13,14 @@ from infra.artifacts import Recipe
 from infra.digests import file_sha256
 from infra.errors import AdapterError, MergeError, StoreError
 from infra.store import FileRef
-from merge.mask_file import MaskMeta, MaskWriter
+from merge.mask_file import MaskWriter
 from tests.workers.tiny import WRAPPER, tiny_encoder, tiny_encoder_tokenizer, tiny_model, tiny_tokenizer
 from workers.adapter import AdapterMeta, save_adapter
 from workers.base import PreparedBase, prepare_base
 from workers.classification import ClassifySpec, head_state
 from workers.evaluator import EvaluationJob, Evaluator
 from workers.inplace import apply_delta
+from workers.mask_file import MaskMeta
 from workers.model import load_classifier
 from workers.rows import Row, fingerprint, rows_object, rows_to_jsonl
 from workers.scoring import EvaluateSpec

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from infra.artifacts import Recipe
 from infra.errors import AdapterError, ConfigError
-from infra.store import FileRef, Store, StoreSource
+from infra.store import FileRef, Store
+from infra.store_source import StoreSource
 from tests.workers.tiny import WRAPPER, tiny_encoder, tiny_encoder_tokenizer, tiny_model, tiny_tokenizer
 from workers.adapter import AdapterMeta, AdapterReader, FileSource, LowRank, save_adapter
 from workers.base import PreparedBase, prepare_base, upload_base
