@@ -37,7 +37,7 @@ CHECKPOINT_CASES = [name for name, case in CASES.items() if case.reads == "check
 @click.option("--modules", type=click.Choice(["all_linear", "attention"]), default="all_linear", show_default=True)
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--threads", default=2, show_default=True, help="Of every case.")
-@click.option("--fan-in", default=4, show_default=True, help="Of the stored tree.")
+@click.option("--fan-in", default=16, show_default=True, help="Of the stored tree.")
 @click.option("--parts", default=1, show_default=True, help="Jobs that a node's tensors are split over.")
 @click.option("--density", default=0.2, show_default=True, help="Share of a tensor that TIES keeps.")
 @click.option("--only", multiple=True, type=click.Choice([*CASES]), help="Default: all.")

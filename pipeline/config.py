@@ -201,7 +201,7 @@ class ExportConfig(Section):
 class MergeConfig(Section):
     """How the experts become one model."""
 
-    fan_in: Literal[2, 4, 8, 16] = 4
+    fan_in: Literal[2, 4, 8, 16] = 16
     """Radix of the merge tree: most children of a node."""
     candidates: Annotated[list[CandidateConfig], Field(min_length=1)]
     """Methods tried; the one with the best mean validation score is chosen, ties to the earlier."""
