@@ -46,7 +46,7 @@ def weight_files(what: str, exists: Callable[[str], bool], read: Callable[[str],
         raise MergeError(f"{what}: {INDEX} is no index of a sharded checkpoint") from None
     for shard in shards:
         if not isinstance(shard, str) or PurePosixPath(shard).name != shard or not exists(shard):
-            raise MergeError(f"{what}: its index lists {str(shard)[:100]!r}, which is not there")
+            raise MergeError(f"{what}: {str(shard)[:100]} missing: its index lists a file which is not there")
     return shards
 
 

@@ -19,7 +19,7 @@ from infra.artifacts import Recipe
 from infra.digests import file_sha256
 from infra.errors import AdapterError, ConfigError, MergeError, RegistryError
 from infra.store_source import StoreSource
-from merge.checkpoint import BaseCheckpoint, CheckpointDelta, CheckpointFiles
+from merge.checkpoint import BaseCheckpoint, CheckpointDelta, CheckpointFiles, weight_files
 from pipeline.merge_sources import Place, locate
 from workers.adapter import AdapterReader, ByteSource
 from workers.base import PreparedBase
@@ -32,7 +32,6 @@ from workers.ranged_file import LocalFile
 from workers.tensorfile import WEIGHTS, list_entries
 
 _CHUNK = 1 << 24
-_INDEX = WEIGHTS + ".index.json"
 
 
 @dataclass(frozen=True)
@@ -136,9 +135,9 @@ def checkpoint_files(place: Place) -> dict[str, ByteSource]:
         assert place.path is not None
         return LocalFile(place.path / name)
 
-    def text(name: str) -> str:
+    def read(name: str) -> bytes:
         file = source(name)
-        return file.read(0, file.size).decode()
+        return file.read(0, file.size)
 
     def exists(name: str) -> bool:
         if place.store is not None:
@@ -146,19 +145,10 @@ def checkpoint_files(place: Place) -> dict[str, ByteSource]:
         assert place.path is not None
         return (place.path / name).is_file()
 
-    names = {WEIGHTS}
-    if not exists(WEIGHTS):
-        if not exists(_INDEX):
-            raise AdapterError(f"{place.given}: no {WEIGHTS} and no {_INDEX} there; pickled weights are not accepted")
-        try:
-            names = {str(shard) for shard in json.loads(text(_INDEX))["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise AdapterError(f"{place.given}: {_INDEX} is not an index of shards ({error})") from error
-    if strange := sorted(name for name in names if Path(name).name != name):
-        raise AdapterError(f"{place.given}: {_INDEX} names {strange[0]!r}, which is not a file beside it")
-    if missing := sorted(name for name in names if not exists(name)):
-        raise AdapterError(f"{place.given}: {', '.join(missing)} missing, which {_INDEX} names")
-    return {name: source(name) for name in sorted(names)}
+    try:
+        return {name: source(name) for name in weight_files(place.given, exists, read)}
+    except MergeError as error:
+        raise AdapterError(str(error)) from error
 
 
 def adapter_source(place: Place) -> ByteSource:
