@@ -1,0 +1,355 @@
+"""Retraining on a schedule, on one machine: every tick of a cron expression submits the main job to Ray.
+
+    python -m infra.schedule --cron "0 2 * * *" --config pipeline/configs/quickstart.yaml [section.field=value …]
+
+The submission's id is a function of suite and tick, and Ray refuses an id that it has: no tick is submitted twice.
+``infra.ticks`` decides; what it must remember between two calls is one small object in the store, replaced only
+by whoever read it last, so a scheduler may be killed at any point, and several for one suite stand in for each other.
+What is running when a scheduler ends keeps running, and the next scheduler reports its outcome.
+
+Covers outcomes (log and webhook), overlap, missed ticks, a lost Ray head. Does not cover starting the scheduler
+itself (systemd, or ``nohup``), nor Kubernetes (``infra/kubernetes``), where a CronJob takes this place.
+
+Exit status: 0 ended by SIGTERM or SIGINT; 2 bad input.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import requests
+from ray.job_submission import JobSubmissionClient
+
+from infra import webhook
+from infra.errors import ConfigError, FactoryError
+from infra.store import Store
+from infra.ticks import DELIVERIES, Cron, Job, Notice, State, advance, due, first_state, submission_id, tick_of
+
+ROOT = Path(__file__).resolve().parent.parent
+_POLL = 15.0  # seconds; short, because a wait does not count the time for which the machine sleeps
+_REQUEST_SECONDS = 60.0
+_LOG = logging.getLogger("infra.schedule")
+_READ_CONFIG = """
+import sys
+from infra.errors import FactoryError
+from pipeline.config import load_config
+try:
+    print(load_config(sys.argv[1], sys.argv[2:]).suite)
+except FactoryError as error:
+    sys.exit(str(error))
+"""
+
+
+class RayError(FactoryError):
+    """Ray's job API is unreachable, or refused what was asked."""
+
+
+class Clock(Protocol):
+    """Time, as the scheduler sees it."""
+
+    def now(self) -> datetime:
+        """The present moment, in UTC."""
+
+    def wait(self, seconds: float) -> bool:
+        """Wait at most so long; True once the scheduler is to end."""
+
+
+class Jobs(Protocol):
+    """The submissions of one schedule."""
+
+    def list(self) -> Mapping[datetime, Job]:
+        """Those that Ray knows, by tick. Raises RayError."""
+
+    def submit(self, tick: datetime) -> bool:
+        """Submit a tick; False if Ray has a submission of that id already. Raises RayError."""
+
+
+class SystemClock:
+    """The machine's clock; ``stop`` ends waits."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self._stop = stop
+
+    def now(self) -> datetime:
+        """See Clock."""
+        return datetime.now(UTC)
+
+    def wait(self, seconds: float) -> bool:
+        """See Clock."""
+        return self._stop.wait(seconds)
+
+
+class _Client(JobSubmissionClient):
+    """Ray's client, with a limit for the time that a request may hang; Ray's own has none."""
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
+        return super()._do_request(method, endpoint, **{"timeout": _REQUEST_SECONDS, **options})
+
+
+class RayJobs:
+    """Submissions through Ray's job API: `entrypoint` in a copy of ``working_dir`` (less what .rayignore names)."""
+
+    def __init__(self, address: str, suite: str, entrypoint: str, working_dir: Path = ROOT) -> None:
+        self._address = address
+        self._suite = suite
+        self._entrypoint = entrypoint
+        self._working_dir = working_dir
+
+    def list(self) -> Mapping[datetime, Job]:
+        """See Jobs."""
+        try:
+            details = self._client().list_jobs()
+        except Exception as error:  # Ray's client raises what it pleases
+            raise self._failed("list its jobs", error) from error
+        jobs = {}
+        for detail in details:
+            tick = tick_of(self._suite, detail.submission_id or "")
+            if tick is not None:
+                jobs[tick] = Job(str(detail.status), detail.driver_exit_code, (detail.message or "")[-500:])
+        return jobs
+
+    def submit(self, tick: datetime) -> bool:
+        """See Jobs."""
+        name = submission_id(self._suite, tick)
+        try:
+            self._client().submit_job(
+                entrypoint=self._entrypoint,
+                submission_id=name,
+                # Ray does not tell a job its submission id; the run's tag in MLflow, and so a notice's link, need it.
+                runtime_env={"working_dir": str(self._working_dir), "env_vars": {"RAY_JOB_SUBMISSION_ID": name}},
+                metadata={"suite": self._suite, "tick": tick.isoformat()},
+            )
+        except Exception as error:
+            if tick in self.list():  # refused as a reused id, or taken and the answer lost
+                return False
+            raise self._failed(f"take the submission {name}", error) from error
+        return True
+
+    def _client(self) -> JobSubmissionClient:
+        # A new one each time: it reads the token once, and that changes with a new cluster. The variable is set
+        # because Ray prefers it, wherever it comes from, to the address that it is given.
+        os.environ["RAY_API_SERVER_ADDRESS"] = self._address
+        return _Client(self._address)
+
+    def _failed(self, what: str, error: Exception) -> RayError:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return RayError(f"Ray at {self._address} could not {what}: {lines[-1][:500]}")
+
+
+class Scheduler:
+    """One schedule. ``step`` may be called at any time and any number of times."""
+
+    def __init__(
+        self, suite: str, cron: Cron, grace: timedelta, jobs: Jobs, store: Store, clock: Clock, url: str | None = None
+    ) -> None:
+        """``store`` keeps the state, as ``schedules/<suite>.json``; ``url`` is the webhook's."""
+        self._suite, self._cron, self._grace = suite, cron, grace
+        self._jobs, self._store, self._clock, self._url = jobs, store, clock, url
+        self._state: State | None = None
+        self._etag = ""
+        self._trouble = ""
+
+    def run(self) -> None:
+        """Work until the clock says to end. What fails is logged and tried again."""
+        _LOG.info("schedule of %s: %s, %s", self._suite, self._cron.expression, self._cron.timezone)
+        _LOG.info("next tick: %s", self._cron.next(self._clock.now()).isoformat())
+        while True:
+            try:
+                self.step()
+            except FactoryError as error:
+                if str(error) != self._trouble:
+                    _LOG.warning("%s; trying again every %.0f s", error, _POLL)
+                self._trouble = str(error)
+            else:
+                if self._trouble:
+                    _LOG.info("the trouble is over")
+                self._trouble = ""
+            if self._clock.wait(_POLL):
+                _LOG.info("ended; what is running keeps running")
+                return
+
+    def step(self) -> None:
+        """Look at clock and jobs, and do what is due. Raises RayError or StoreError; then nothing is lost."""
+        try:
+            state = self._known()
+            if state.watched or due(self._clock.now(), state.last, self._cron, self._grace):
+                self._advance(state)
+        finally:
+            self._deliver()
+
+    def _advance(self, state: State) -> None:
+        decision = advance(state, self._clock.now(), self._cron, self._grace, self._jobs.list())
+        done, failure = decision.state, None
+        if decision.submit is not None:
+            name = submission_id(self._suite, decision.submit)
+            try:
+                if self._jobs.submit(decision.submit):
+                    _LOG.info("%s: submitted", name)
+            except RayError as error:
+                done, failure = decision.otherwise, error
+        if done != state:
+            if not self._save(done):
+                return  # another scheduler was faster: the next step goes on from what it decided
+            for notice in done.notices[len(state.notices) :]:
+                level = logging.INFO if notice.status == "SUCCEEDED" else logging.WARNING
+                code = "" if notice.exit_code is None else f", exit status {notice.exit_code}"
+                name = submission_id(self._suite, notice.tick)
+                _LOG.log(level, "%s: %s%s %s", name, notice.status, code, " ".join(notice.message.split()))
+        if failure is not None:
+            raise failure
+
+    def _deliver(self) -> None:
+        """One attempt for the first notice whose time has come; claimed first, so that only one scheduler does it."""
+        state, now = self._known(), self._clock.now()
+        if self._url is None:
+            if state.notices:
+                self._save(replace(state, notices=()))
+            return
+        ready = [item for item in state.notices if item.not_before is None or item.not_before <= now]
+        if not ready:
+            return
+        claimed = ready[0].claimed(now)
+        state = replace(state, notices=tuple(claimed if item is ready[0] else item for item in state.notices))
+        if not self._save(state):
+            return
+        final, what = webhook.post(self._url, self._document(claimed))
+        if final or claimed.deliveries >= DELIVERIES:
+            self._save(replace(state, notices=tuple(item for item in state.notices if item is not claimed)))
+        name = submission_id(self._suite, claimed.tick)
+        _LOG.info("%s: webhook, attempt %d of %d: %s", name, claimed.deliveries, DELIVERIES, what)
+
+    def _document(self, notice: Notice) -> dict[str, Any]:
+        name = submission_id(self._suite, notice.tick)
+        ran = notice.status not in ("SKIPPED", "MISSED")
+        return {
+            "suite": self._suite,
+            "tick": notice.tick.isoformat(),
+            "submission_id": name,
+            "status": notice.status,
+            "exit_code": notice.exit_code,
+            "message": notice.message,
+            "mlflow_run": mlflow_run(self._suite, name) if ran else None,
+        }
+
+    def _known(self) -> State:
+        return self._load() if self._state is None else self._state
+
+    def _load(self) -> State:
+        name = f"schedules/{self._suite}.json"
+        found = self._store.get_with_etag(name)
+        if found is None:
+            state = first_state(self._clock.now(), self._jobs.list())
+            self._store.put_if_absent(name, _packed(state))
+            found = self._store.get_with_etag(name)
+        if found is None:
+            raise ConfigError(f"{self._store.uri(name)} vanished as soon as it was written")
+        try:
+            self._state, self._etag = State.from_dict(json.loads(found[0])), found[1]
+        except (ValueError, ConfigError) as error:
+            raise ConfigError(f"{self._store.uri(name)}: {error}; delete it to start the schedule anew") from error
+        return self._state
+
+    def _save(self, state: State) -> bool:
+        """Replace the stored state; False (and the cached one dropped) if it is no longer what was read."""
+        name = f"schedules/{self._suite}.json"
+        self._state = None  # whatever happens, the next step reads what is stored
+        return self._store.replace_if_match(name, _packed(state), self._etag) and self._load() == state
+
+
+def _packed(state: State) -> bytes:
+    return json.dumps(state.to_dict(), indent=1).encode()
+
+
+def mlflow_run(suite: str, submission: str) -> str | None:
+    """Address of the MLflow page of a submission's latest run; None if there is none or the server does not say."""
+    from infra import registry  # takes seconds and memory that a schedule without a webhook need not spend
+
+    try:
+        client, uri = registry.client(), registry.tracking_uri()
+        experiment = client.get_experiment_by_name(suite)
+        if experiment is None:
+            return None
+        found = client.search_runs(
+            [experiment.experiment_id], f"tags.ray_submission_id = '{submission}'", max_results=1
+        )
+        return f"{uri}/#/experiments/{experiment.experiment_id}/runs/{found[0].info.run_id}" if found else None
+    except Exception as error:  # a link is worth nothing more than this line
+        _LOG.info("no link to MLflow: %s", str(error).partition("\n")[0])
+        return None
+
+
+def job_entrypoint(config: Path, overrides: list[str]) -> str:
+    """The command that every tick runs, relative to the project's copy where the configuration is part of it."""
+    path = config.resolve()
+    shown = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+    return shlex.join(["python", "pipeline/main.py", "--config", shown, *overrides])
+
+
+def read_suite(config: Path, overrides: list[str]) -> str:
+    """The configuration's suite; ConfigError if anything in it is wrong.
+
+    In a process of its own: reading the configuration imports torch, which a scheduler need not keep in memory.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _READ_CONFIG, str(config), *overrides],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise ConfigError(done.stderr.strip())
+    return done.stdout.strip()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m infra.schedule", description="Submit the main job at every tick.")
+    parser.add_argument("--cron", required=True, help='minute hour day month weekday, for example "0 2 * * *"')
+    parser.add_argument("--config", required=True, type=Path, help="configuration file of the run")
+    parser.add_argument("--timezone", default="UTC", help="of the cron expression, for example Europe/Berlin")
+    parser.add_argument("--address", help="Ray's job API (default: $RAY_API_SERVER_ADDRESS)")
+    parser.add_argument("--grace-hours", type=float, default=12.0, help="a tick missed longer ago is not run")
+    parser.add_argument("--webhook", help=f"POST outcomes there (default: ${webhook.VARIABLE}, which ps does not show)")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    options = parser.parse_intermixed_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    # A link in a notice is not worth minutes of retries.
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"], os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "1", "10"
+    try:
+        cron, url = Cron(options.cron, options.timezone), webhook.webhook_url(options.webhook)
+        if options.grace_hours <= 0:
+            raise ConfigError(f"--grace-hours {options.grace_hours:g}: more than 0 is accepted")
+        address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS")
+        if not address:
+            raise ConfigError('give --address, or set RAY_API_SERVER_ADDRESS (eval "$(python -m infra.stack env)")')
+        suite = read_suite(options.config, options.overrides)
+        jobs = RayJobs(address, suite, job_entrypoint(options.config, options.overrides))
+        store = Store.from_env()
+        grace = timedelta(hours=options.grace_hours)
+        scheduler = Scheduler(suite, cron, grace, jobs, store, SystemClock(stop), url)
+        jobs.list()  # an address or a token that is wrong is refused now
+        store.check()
+        scheduler.run()
+    except FactoryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""The browser against MLflow's pages of one small logged run."""
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infra import registry
+from infra.stack import StackState
+from tests.e2e.browser import NoBrowser, Pages, chromium, window
+
+
+@pytest.fixture(scope="module")
+def pages() -> Iterator[Pages]:
+    """A browser window; fetched on the first use, and the test skipped where that fails."""
+    try:
+        found = chromium()
+    except NoBrowser as error:
+        pytest.skip(str(error))
+    with window(found) as opened:
+        yield opened
+
+
+def test_a_run_is_where_a_person_looks_for_it(stack: StackState, pages: Pages, tmp_path: Path) -> None:
+    experiment = f"browser-{uuid.uuid4().hex[:6]}"
+    run_id = registry.start_run(experiment, "the-named-run", {"kind": "pipeline"}, {"learning_rate": 0.25})
+    registry.log_history(run_id, [{"step": step, "train_loss": 1 / (step + 1)} for step in range(20)])
+    registry.finish_run(run_id, "FINISHED")
+    found = registry.client().get_experiment_by_name(experiment)
+    assert found is not None
+    address = f"{stack.urls()['mlflow']}/#/experiments/{found.experiment_id}"
+    listed = pages.open(f"{address}/runs", experiment, "the-named-run", picture=tmp_path / "experiment.png")
+    assert "1 matching run" in listed
+    assert "Model registry" in listed  # the view of model training, not the one of generative AI
+    shown = pages.open(f"{address}/runs/{run_id}", "learning_rate", "0.25", "train_loss", picture=tmp_path / "run.png")
+    assert "the-named-run" in shown
+    assert "Finished" in shown
+    pages.open(f"{address}/runs/{run_id}/model-metrics", "train_loss", "Step", picture=tmp_path / "curve.png")
+    curve = pages.page.locator(".js-plotly-plot .scatterlayer path.js-line").first
+    assert curve.get_attribute("d").count("L") > 5  # a curve; points that add nothing to it are left out
+    picture = (tmp_path / "run.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000  # an empty page makes a smaller one
+
+
+def test_a_missing_text_is_named(stack: StackState, pages: Pages) -> None:
+    with pytest.raises(AssertionError, match=r"'no such text' is not on .*which says:\n[\s\S]*MLflow|'no such text'"):
+        pages.open(stack.urls()["mlflow"], "no such text", seconds=3)

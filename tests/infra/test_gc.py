@@ -1,0 +1,259 @@
+"""Collections of a real store: what goes, and what happens to whoever reads, publishes or is killed meanwhile."""
+
+import dataclasses
+import json
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from infra.artifacts import Manifest, Recipe, find, manifest_name, publish
+from infra.errors import StoreError
+from infra.gc import LEASE, announce, collect, execute, links_of, read_roots, take_inventory
+from infra.gc_plan import GcPlan, Links, Roots, plan_gc
+from infra.leases import Holder, holding, lease_name, try_acquire
+from infra.store import Store
+from infra.store_admin import list_uploads
+
+
+def roots(*keys: str, runs: tuple[str, ...] = ()) -> Roots:
+    return Roots(frozenset(keys), frozenset(runs))
+
+
+def made(store: Store, folder: Path, letter: str, *inputs: Manifest) -> Manifest:
+    path = folder / letter
+    path.write_bytes(letter.encode())
+    recipe = Recipe("test", 1, {"name": letter}, tuple(found.key for found in inputs))
+    return publish(store, recipe, {"w": path}, {found.key: found.digest for found in inputs}, {"ä": "ö"})[0]
+
+
+def plan_later(store: Store, kept: Roots) -> GcPlan:
+    """The plan two days from now."""
+    inventory = take_inventory(store)
+    return plan_gc(kept, dataclasses.replace(inventory, now=inventory.now + timedelta(days=2)))
+
+
+def names(store: Store) -> set[str]:
+    return set(store.list())
+
+
+def of(*manifests: Manifest) -> set[str]:
+    return {name for m in manifests for name in (manifest_name(m.key), *(ref.name for ref in m.files.values()))}
+
+
+def test_only_what_nothing_reaches_goes(store: Store, tmp_path: Path) -> None:
+    a = made(store, tmp_path, "a")
+    b = made(store, tmp_path, "b", a)
+    c, d = made(store, tmp_path, "c"), made(store, tmp_path, "d")
+    begun = Recipe("test", 1, {"name": "begun"}).key
+    for name in (
+        f"objects/{b.key}/lost/w", f"objects/{begun}/x/w", f"checkpoints/{b.key}.json", f"checkpoints/{begun}.json",
+        f"checkpoints/{begun}/1-x", lease_name(d.key), "runs/kept/keys.json", "runs/gone/keys.json",
+        "bases/x/model.safetensors", "rows/x.jsonl", "artifacts/README",
+    ):  # fmt: skip
+        store.put(name, b"{}")
+    s3, where = store._client(), {"Bucket": store.bucket, "Key": store._key(f"objects/{begun}/y/w")}
+    s3.upload_part(**where, UploadId=s3.create_multipart_upload(**where)["UploadId"], PartNumber=1, Body=b"123")
+    before = names(store)
+
+    kept = roots(b.key, begun, runs=("kept",))
+    plan, outcome = collect(store, lambda: kept)
+    assert (plan.removals, outcome) == ((), None)  # all is young
+    plan = plan_later(store, kept)
+    assert names(store) == before  # to plan is to look only
+
+    done = execute(store, plan, lambda: kept)
+    assert before - names(store) == of(c, d) | {
+        f"objects/{b.key}/lost/w", f"objects/{begun}/x/w", f"checkpoints/{b.key}.json", lease_name(d.key),
+        "runs/gone/keys.json",
+    }  # fmt: skip
+    assert names(store) <= before
+    assert list(list_uploads(store)) == []
+    assert done.removed == {"artifact": 2, "orphan": 2, "checkpoint": 1, "lease": 1, "upload": 1, "run": 1}
+    assert (done.size, done.skipped, done.restored) == (plan.size, 0, 0)
+    assert find(store, b.key, {a.key: a.digest}) == b
+    assert plan_later(store, kept).removals == ()
+    assert collect(store, lambda: kept, min_age_s=-1.0, remove=True)[1] is not None
+
+
+# -- races -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_announced_itself_meanwhile_keeps_what_it_found(store: Store, tmp_path: Path) -> None:
+    a = made(store, tmp_path, "a")
+    b = made(store, tmp_path, "b", a)
+    c = made(store, tmp_path, "c")
+    plan = plan_later(store, roots())
+    seen: list[bool] = []
+
+    def again() -> Roots:
+        seen.append(find(store, b.key, {a.key: a.digest}) is None)
+        return roots(b.key)
+
+    done = execute(store, plan, again)
+    assert seen[0]  # for a moment it was absent, so a run that looked then would have made it again
+    assert find(store, b.key, {a.key: a.digest}) == b
+    assert find(store, a.key, {}) == a
+    assert names(store) == of(a, b)
+    assert (done.restored, done.skipped, done.removed["artifact"]) == (2, 2, 1)
+    assert find(store, c.key, {}) is None
+
+
+def test_who_makes_it_again_meanwhile_keeps_the_new_one(store: Store, tmp_path: Path) -> None:
+    old = made(store, tmp_path, "a")
+    new: list[Manifest] = []
+
+    def again() -> Roots:
+        if not new:
+            new.append(made(store, tmp_path, "a"))
+        return roots()
+
+    execute(store, plan_later(store, roots()), again)
+    assert find(store, old.key, {}) == new[0]
+    assert new[0].files != old.files
+    assert names(store) == of(new[0])
+
+
+def test_what_changed_since_the_plan_stays(store: Store, tmp_path: Path) -> None:
+    a = made(store, tmp_path, "a")
+    late = Recipe("test", 1, {"name": "late"})
+    data = f"objects/{late.key}/x/w"
+    for name in (data, f"checkpoints/{late.key}.json", f"checkpoints/{late.key}/1-x", "runs/back/keys.json"):
+        store.put(name, b"1")
+    lease = try_acquire(store, "k", "alice")
+    assert lease is not None
+    plan = plan_later(store, roots())
+    assert len(plan.removals) == 5
+
+    store.delete(a.files["w"].name)
+    replaced = made(store, tmp_path, "a")  # unusable, so another attempt's manifest takes its place
+    body = {"key": late.key, "inputs": {}, "files": {"w": {"name": data}}}
+    store.put(manifest_name(late.key), json.dumps(body).encode())
+    store.put(f"checkpoints/{late.key}.json", b"2")
+    lease.beat()
+    before = names(store)
+    done = execute(store, plan, lambda: roots(runs=("back",)))
+    assert names(store) == before
+    assert done.skipped == 5
+    assert find(store, a.key, {}) == replaced
+
+
+def test_a_state_that_a_new_run_plans_to_use_stays(store: Store) -> None:
+    key = Recipe("test", 1, {}).key
+    store.put(f"checkpoints/{key}.json", b"1")
+    plan = plan_later(store, roots())
+    assert execute(store, plan, lambda: roots(key)).skipped == 1
+    assert execute(store, plan, roots).removed["checkpoint"] == 1
+    assert names(store) == set()
+
+
+# -- accidents ---------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+class Dying(Store):
+    """Lives for a number of deletions, then cannot do anything any more."""
+
+    left = 0
+
+    def delete(self, name: str) -> None:
+        if self.left == 0:
+            raise Killed
+        self.left -= 1
+        super().delete(name)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_collection_that_was_killed_is_undone_by_the_next(store: Store, tmp_path: Path, left: int) -> None:
+    a = made(store, tmp_path, "a")
+    plan = plan_later(store, roots())
+    dying = Dying(store.bucket, store.endpoint, store.prefix)
+    dying.left = left
+    with pytest.raises(Killed):
+        execute(dying, plan, roots)
+    assert find(store, a.key, {}) is None  # no manifest is left that has no data
+    assert [name for name in names(store) if name.startswith("gc/")]
+
+    done = execute(store, plan_later(store, roots(a.key)), lambda: roots(a.key))
+    assert not [name for name in names(store) if name.startswith("gc/")]
+    if left == 0:  # its data are whole
+        assert done.restored == 1
+        assert find(store, a.key, {}) == a
+    else:
+        assert done.restored == 0
+        assert names(store) == set()
+
+
+def test_when_the_roots_cannot_be_read_again_everything_comes_back(store: Store, tmp_path: Path) -> None:
+    a = made(store, tmp_path, "a")
+
+    def fail() -> Roots:
+        raise StoreError("the registry is down")
+
+    with pytest.raises(StoreError, match="registry"):
+        execute(store, plan_later(store, roots()), fail)
+    assert names(store) == of(a)
+
+
+def test_one_collection_at_a_time(store: Store, tmp_path: Path) -> None:
+    a = made(store, tmp_path, "a")
+    plan = plan_later(store, roots())
+    with holding(store, LEASE, beat_s=0.05), pytest.raises(StoreError, match="another garbage collection"):
+        execute(store, plan, roots, expiry_s=1.0)
+    assert names(store) == of(a)
+    store.put(lease_name(LEASE), Holder("killed", "there", 1, 0.0).to_json())  # nobody renews it
+    assert execute(store, plan, roots, expiry_s=1.0).removed["artifact"] == 1
+    assert names(store) == set()
+
+
+def test_a_collection_that_lost_its_lease_stops_and_undoes(store: Store, tmp_path: Path) -> None:
+    a = made(store, tmp_path, "a")
+    b = made(store, tmp_path, "b")
+    plan = plan_later(store, roots())
+
+    def lose() -> Roots:
+        found = store.get_with_etag(lease_name(LEASE))
+        assert found is not None
+        assert try_acquire(store, LEASE, "other", found[1]) is not None
+        learnt = threading.Event()
+        learnt.wait(1.0)
+        return roots()
+
+    with pytest.raises(StoreError, match="lost its lease"):
+        execute(store, plan, lose, expiry_s=1.2)
+    assert names(store) == of(a, b) | {lease_name(LEASE)}
+
+
+# -- roots -------------------------------------------------------------------------------------------------------
+
+
+def _raises(what: Callable[[], object]) -> None:
+    with pytest.raises(StoreError, match="does not say"):
+        what()
+
+
+def test_roots_are_what_runs_announced_and_versions_name(store: Store) -> None:
+    announce(store, "new", {"b", "a"})
+    results = {"chosen": {"key": "m"}, "held_in": {"t": {"expert_key": "e"}}}
+    store.put("runs/older/results.json", json.dumps(results).encode())
+    store.put("runs/forgotten/results.json", json.dumps(results).encode())
+    assert read_roots(store, ["older", "absent"], ["v"]) == roots(
+        "a", "b", "m", "e", "v", runs=("new", "older", "absent")
+    )  # "new" may be in progress
+    assert read_roots(store, [], []) == roots("a", "b", runs=("new",))
+    for name, data in (("keys.json", b"{"), ("keys.json", b"3"), ("results.json", b"{}")):
+        store.put(f"runs/bad/{name}", data)
+        _raises(lambda: read_roots(store, ["bad"], []))
+        store.delete(f"runs/bad/{name}")
+
+
+def test_links_are_read_leniently_and_never_lead_elsewhere() -> None:
+    body = {"inputs": {"i": "d"}, "files": {"w": {"name": "objects/k/x/w"}, "v": {"name": "bases/x"}}, "more": 1}
+    assert links_of("k", json.dumps(body).encode()) == Links(frozenset("i"), frozenset({"objects/k/x/w"}))
+    for bad in (b"", b"[]", b'{"inputs": {}}', b'{"inputs": {}, "files": {"w": {}}}', b"\xff"):
+        assert links_of("k", bad) is None

@@ -1,0 +1,249 @@
+"""What a collection decides, on stores drawn at random too: nothing reached goes, nothing old and unreached stays."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infra.artifacts import manifest_name
+from infra.gc_plan import (
+    LEASED,
+    MIN_AGE_S,
+    YOUNG,
+    GcPlan,
+    Inventory,
+    Links,
+    Roots,
+    describe,
+    plan_gc,
+    reachable,
+)
+from infra.store_admin import PendingUpload, StoredObject
+
+NOW = datetime(2026, 1, 31, tzinfo=UTC)
+OLD, NEW = timedelta(seconds=MIN_AGE_S), timedelta(seconds=MIN_AGE_S - 1)
+
+
+def key(number: int) -> str:
+    return f"{number:064x}"
+
+
+@dataclass
+class World:
+    """A store to fill by hand; sizes are powers of two, so that a sum says what is in it."""
+
+    objects: list[StoredObject] = field(default_factory=list)
+    links: dict[str, Links | None] = field(default_factory=dict)
+    uploads: list[tuple[PendingUpload, int]] = field(default_factory=list)
+
+    def add(self, name: str, age: timedelta = OLD, size: int = 1) -> str:
+        self.objects.append(StoredObject(name, size, NOW - age, '"e"'))
+        return name
+
+    def artifact(self, number: int, inputs: tuple[int, ...] = (), age: timedelta = OLD, data: timedelta = OLD) -> None:
+        self.add(manifest_name(key(number)), age)
+        names = [self.add(f"objects/{key(number)}/won/{label}", data) for label in ("a", "b")]
+        self.links[key(number)] = Links(frozenset(map(key, inputs)), frozenset(names))
+
+    def plan(self, *roots: int, runs: tuple[str, ...] = ()) -> GcPlan:
+        inventory = Inventory(NOW, tuple(self.objects), tuple(self.uploads), self.links)
+        return plan_gc(Roots(frozenset(map(key, roots)), frozenset(runs)), inventory)
+
+
+def goes(plan: GcPlan) -> set[str]:
+    """Names of the objects that a plan removes; of nothing twice."""
+    names = [found.name for removal in plan.removals for found in removal.objects]
+    names += [removal.manifest.name for removal in plan.removals if removal.manifest]
+    assert len(names) == len(set(names))
+    return set(names)
+
+
+def test_what_roots_reach_over_inputs_stays() -> None:
+    world = World()
+    world.artifact(1)
+    world.artifact(2, (1,))
+    world.artifact(3, (2,))
+    world.artifact(4, (1,))
+    plan = world.plan(3)
+    assert [removal.key for removal in plan.removals] == [key(4)]
+    assert goes(plan) == {manifest_name(key(4)), f"objects/{key(4)}/won/a", f"objects/{key(4)}/won/b"}
+    assert plan.kept == 3
+    assert plan.size == 3
+    assert len(goes(world.plan())) == 12
+
+
+def test_what_is_young_or_leased_stays_with_its_inputs() -> None:
+    world = World()
+    world.artifact(1)
+    world.artifact(2, (1,), age=NEW)
+    world.artifact(3)
+    world.artifact(4, (3,), data=NEW)
+    world.artifact(5)
+    world.artifact(6, (5,))
+    world.add(f"leases/{key(6)}.json", NEW)
+    world.artifact(7)
+    world.add(f"leases/{key(7)}.json", OLD)
+    plan = world.plan()
+    assert [(removal.kind, removal.key) for removal in plan.removals] == [("artifact", key(7)), ("lease", key(7))]
+    assert {(spared.key, spared.reason) for spared in plan.spared} == {
+        *((key(number), YOUNG) for number in (2, 4)),
+        (key(6), LEASED),
+        *((key(number), "input of what is spared") for number in (1, 3, 5)),
+    }
+
+
+def test_attempts_that_no_manifest_names() -> None:
+    world = World()
+    world.artifact(1)
+    world.add(f"objects/{key(1)}/won/stray")  # of the attempt that won: stays and goes with it
+    world.add(f"objects/{key(1)}/lost/a")
+    world.add(f"objects/{key(2)}/begun/a")
+    world.add(f"objects/{key(3)}/begun/a")
+    world.add(f"objects/{key(3)}/begun/b", NEW)  # the attempt is still going on
+    world.add(f"objects/{key(4)}/begun/a")
+    world.add(f"leases/{key(4)}.json", NEW)
+    plan = world.plan(1, 2, 3, 4)
+    assert goes(plan) == {f"objects/{key(1)}/lost/a", f"objects/{key(2)}/begun/a"}
+    assert {(spared.key, spared.reason) for spared in plan.spared} == {(key(3), YOUNG), (key(4), LEASED)}
+    assert f"objects/{key(1)}/won/stray" in goes(world.plan())
+
+
+def test_a_manifest_that_cannot_be_read_keeps_its_data_while_it_is_reached() -> None:
+    world = World()
+    world.artifact(1)
+    world.links[key(1)] = None
+    assert goes(world.plan(1)) == set()
+    assert len(goes(world.plan())) == 3
+
+
+def test_states_of_unfinished_reached_trainings_stay() -> None:
+    world = World()
+    world.artifact(1)
+    for number in range(1, 6):
+        world.add(f"checkpoints/{key(number)}/10-x", OLD)
+        world.add(f"checkpoints/{key(number)}.json", NEW if number == 4 else OLD)
+    world.add(f"leases/{key(5)}.json", NEW)
+    plan = world.plan(1, 2)  # 1 finished, 2 begun, 3 unreached, 4 unreached and young, 5 unreached and leased
+    assert [removal.key for removal in plan.of("checkpoint")] == [key(1), key(3)]
+    assert plan.of("checkpoint")[0].objects[0].name == f"checkpoints/{key(1)}.json"  # the pointer first
+    assert {(spared.key, spared.reason) for spared in plan.spared} == {(key(4), YOUNG), (key(5), LEASED)}
+
+
+def test_uploads_and_runs() -> None:
+    world = World()
+    for number, age in ((1, OLD), (2, NEW), (3, OLD)):
+        upload = PendingUpload(f"objects/{key(number)}/x/f", f"u{number}", NOW - age)
+        world.uploads.append((upload, 2**number))
+    world.add(f"leases/{key(3)}.json", NEW)
+    for run, age in (("kept", OLD), ("gone", OLD), ("late", NEW)):
+        world.add(f"runs/{run}/results.json", age, 16)
+        world.add(f"runs/{run}/keys.json", OLD, 32)
+    plan = world.plan(runs=("kept",))
+    assert [(removal.kind, removal.key) for removal in plan.removals] == [("upload", key(1)), ("run", "gone")]
+    assert plan.size == 2 + 16 + 32
+    assert {(spared.kind, spared.key, spared.reason) for spared in plan.spared} == {
+        ("upload", key(2), YOUNG),
+        ("upload", key(3), LEASED),
+        ("run", "late", YOUNG),
+    }
+
+
+def test_describe_says_how_much_goes_and_why_the_rest_stays() -> None:
+    world = World()
+    world.artifact(1)
+    world.artifact(2, age=NEW)
+    world.add(f"objects/{key(3)}/x/f", size=1_500_000)
+    text = describe(world.plan())
+    assert [line.split() for line in text.splitlines()[1:4]] == [
+        ["remove", "artifact", "1", "3", "B"],
+        ["remove", "orphan", "1", "1.5", "MB"],
+        ["spare", "artifact", "1", "3", "B", *YOUNG.split()],
+    ]
+    assert "1.5 MB would be freed" in text
+
+
+# -- stores drawn at random --------------------------------------------------------------------------------------
+
+NUMBERS = st.integers(0, 7)
+AGES = st.sampled_from([OLD, OLD, OLD, NEW])
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> tuple[World, set[int]]:
+    world = World()
+    for number in draw(st.sets(NUMBERS)):
+        inputs = draw(st.sets(NUMBERS, max_size=3))  # cycles cannot occur in a store, and must not matter
+        world.artifact(number, tuple(inputs), draw(AGES), draw(AGES))
+        if draw(st.integers(0, 9)) == 0:
+            world.links[key(number)] = None
+    for number in draw(st.sets(NUMBERS)):
+        world.add(f"objects/{key(number)}/lost/a", draw(AGES))
+    for number in draw(st.sets(NUMBERS)):
+        world.add(f"checkpoints/{key(number)}.json", draw(AGES))
+        world.add(f"checkpoints/{key(number)}/1-x", draw(AGES))
+    for number in draw(st.sets(NUMBERS, max_size=2)):
+        world.add(f"leases/{key(number)}.json", draw(AGES))
+    for number in draw(st.sets(NUMBERS, max_size=2)):
+        world.uploads.append((PendingUpload(f"objects/{key(number)}/u/f", "u", NOW - draw(AGES)), 1))
+    return world, draw(st.sets(NUMBERS, max_size=3))
+
+
+def _owner(name: str) -> str:
+    return name.split("/")[1].removesuffix(".json")
+
+
+def _closure(roots: set[str], links: Mapping[str, Links | None]) -> set[str]:
+    """Reachability as its definition says it: add inputs until nothing changes."""
+    while True:
+        more = roots | {source for k in roots if (named := links.get(k)) for source in named.inputs}
+        if more == roots:
+            return roots
+        roots = more
+
+
+@settings(max_examples=300)
+@given(worlds())
+def test_nothing_reached_goes_and_nothing_old_stays_unreached(drawn: tuple[World, set[int]]) -> None:
+    world, roots = drawn
+    plan = world.plan(*roots)
+    removed = goes(plan)
+    reached = _closure(set(map(key, roots)), world.links)
+    assert reached == reachable(map(key, roots), world.links)
+    young = {found.name for found in world.objects if NOW - found.modified < OLD}
+    leased = {_owner(name) for name in young if name.startswith("leases/")}
+    named = {name for k, links in world.links.items() if links for name in links.files}
+    # Never: young, under a live lease, or needed to use or resume what roots reach.
+    assert not removed & young
+    assert not {_owner(name) for name in removed} & leased
+    for k in reached & world.links.keys():
+        links = world.links[k]
+        assert manifest_name(k) not in removed
+        assert not removed & (links.files if links else set())
+    assert not {n for n in removed if n.startswith("checkpoints/")} & {
+        f"checkpoints/{k}.json" for k in reached - world.links.keys()
+    }
+    # Always: whatever is old, unreached, and not needed by anything that is young or leased.
+    fresh = {_owner(name) for name in young if not name.startswith(("checkpoints/", "leases/"))} | leased
+    guarded = _closure(set(fresh), world.links)
+    for found in world.objects:
+        folder, owner = found.name.split("/")[0], _owner(found.name)
+        siblings = {name for name in young if name.startswith(f"{folder}/{owner}")}
+        if folder in ("artifacts", "objects") and owner not in reached | guarded:
+            assert found.name in removed
+        elif folder == "objects" and "/lost/" in found.name and owner in world.links and not siblings:
+            unreadable = world.links[owner] is None
+            assert (found.name in removed) == (owner not in leased and not (unreadable and owner in reached | guarded))
+        elif folder == "checkpoints" and not siblings and owner not in leased:
+            assert (found.name in removed) == (owner in world.links or owner not in reached)
+        elif folder == "leases":
+            assert (found.name in removed) == (found.name not in young)
+    assert plan.size == len(removed) + len(plan.of("upload"))
+    # What stays is whole: no manifest without its data.
+    for k, links in world.links.items():
+        if links and manifest_name(k) not in removed:
+            assert not removed & links.files
+    assert named - removed == {
+        n for k, v in world.links.items() if v and manifest_name(k) not in removed for n in v.files
+    }

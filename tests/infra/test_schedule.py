@@ -1,0 +1,359 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from infra import registry, schedule, webhook
+from infra.schedule import RayError, RayJobs, Scheduler, job_entrypoint, main, mlflow_run, read_suite
+from infra.stack import StackState
+from infra.store import Store
+from infra.ticks import ACTIVE, Cron, Job, submission_id
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = ROOT / "pipeline/configs/quickstart.yaml"
+DAY = timedelta(days=1)
+NIGHT = datetime(2026, 3, 2, 2, tzinfo=UTC)
+
+
+@dataclass
+class Receiver:
+    """A webhook's other end; answers with ``statuses`` in turn, then 200."""
+
+    url: str
+    statuses: list[int] = field(default_factory=list)
+    got: list[dict[str, Any]] = field(default_factory=list)
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            found.got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(found.statuses.pop(0) if found.statuses else 200)
+            self.send_header("Location", "/elsewhere")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found = Receiver(f"http://127.0.0.1:{server.server_port}/hook/s3cret-token")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield found
+    server.shutdown()
+    server.server_close()
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 90) -> Any:
+    """Poll for something that another process does."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{what}: not within {seconds:.0f} s")
+
+
+# -- a scheduler's life, on the real stack -------------------------------------------------------------------------
+
+_JOB = """
+import os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+name = os.environ["RAY_JOB_SUBMISSION_ID"]
+(folder / f"{name}.started").write_text(" ".join(sorted(os.listdir("."))))
+while not (folder / f"{name}.exit").exists():
+    time.sleep(0.05)
+sys.exit(int((folder / f"{name}.exit").read_text()))
+"""
+
+
+def ray_jobs() -> dict[str, str]:
+    """Status by submission id. By HTTP: in this process Ray was imported before the stack's token was there."""
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()
+    address = f"{os.environ['RAY_API_SERVER_ADDRESS']}/api/jobs/"
+    answer = requests.get(address, headers={"Authorization": f"Bearer {token}"}, timeout=10)
+    answer.raise_for_status()
+    return {job["submission_id"]: job["status"] for job in answer.json() if job["submission_id"]}
+
+
+def submitted_again(suite: str, tick: datetime, folder: Path) -> str:
+    """What `RayJobs.submit` says of a tick, in a process of its own."""
+    code = (
+        "import os; from datetime import datetime; from pathlib import Path; from infra.schedule import RayJobs; "
+        f"jobs = RayJobs(os.environ['RAY_API_SERVER_ADDRESS'], {suite!r}, 'true', Path({str(folder)!r})); "
+        f"print(jobs.submit(datetime.fromisoformat({tick.isoformat()!r})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_kills_overlap_and_missed_ticks(
+    stack: StackState, store: Store, receiver: Receiver, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    suite, project, folder, clock = uuid.uuid4().hex[:8], tmp_path / "project", tmp_path / "out", tmp_path / "clock"
+    project.mkdir()
+    folder.mkdir()
+    (project / "job.py").write_text(_JOB)
+    (project / "huge.bin").write_text("x")
+    (project / ".rayignore").write_text("huge.bin\n")
+    given = {"suite": suite, "entrypoint": f"python job.py {folder}", "folder": str(project), "prefix": store.prefix}
+    given |= {"clock": str(clock), "url": receiver.url}
+    first, second, third = (submission_id(suite, NIGHT + days * DAY) for days in (0, 1, 4))
+    state, log = f"schedules/{suite}.json", tmp_path / "log"
+    receiver.statuses = [503]
+
+    def is_now(moment: datetime) -> None:
+        part = clock.with_suffix(".part")
+        part.write_text(moment.isoformat())
+        part.replace(clock)
+
+    def start() -> subprocess.Popen[bytes]:
+        command = [sys.executable, str(Path(__file__).with_name("scheduler_process.py")), json.dumps(given)]
+        with open(log, "a") as output:
+            process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=output)
+        request.addfinalizer(process.kill)
+        return process
+
+    def ids() -> list[str]:
+        return sorted(name for name in ray_jobs() if name.startswith(f"retrain-{suite}-"))
+
+    def ended(name: str) -> bool:
+        return ray_jobs()[name] not in ACTIVE
+
+    is_now(NIGHT - timedelta(minutes=5))
+    scheduler = start()
+    until(lambda: store.head(state), "the state")
+    assert ids() == []
+    is_now(NIGHT + timedelta(seconds=5))
+    until((folder / f"{first}.started").exists, "the first job")
+    assert "job.py" in (folder / f"{first}.started").read_text()
+    assert "huge.bin" not in (folder / f"{first}.started").read_text()
+    scheduler.kill()
+    scheduler.wait()
+
+    # Nobody was there when the first job ended; the next night's tick is due, and not skipped because of it.
+    is_now(NIGHT + DAY + timedelta(seconds=5))
+    run_id = registry.start_run(suite, "run", {"ray_submission_id": first}, {})
+    registry.finish_run(run_id, "FAILED")
+    (folder / f"{first}.exit").write_text("3")
+    until(lambda: ended(first), "the end of the first job")
+    scheduler = start()
+    until(lambda: receiver.got, "a notice")
+    until((folder / f"{second}.started").exists, "the second job")
+    is_now(NIGHT + DAY + timedelta(minutes=1))  # the notice that the webhook refused is tried again
+    until(lambda: len(receiver.got) == 2, "the notice again")
+    assert receiver.got[0] == receiver.got[1]
+    assert {**receiver.got[0], "message": ""} == {
+        "suite": suite,
+        "tick": NIGHT.isoformat(),
+        "submission_id": first,
+        "status": "FAILED",
+        "exit_code": 3,
+        "message": "",
+        "mlflow_run": mlflow_run(suite, first),
+    }
+    assert str(receiver.got[0]["mlflow_run"]).endswith(f"/runs/{run_id}")
+
+    # The second job still runs when the third night comes.
+    is_now(NIGHT + 2 * DAY)
+    until(lambda: len(receiver.got) == 3, "the notice of the skipped tick")
+    assert receiver.got[2]["status"] == "SKIPPED"
+    assert receiver.got[2]["tick"] == (NIGHT + 2 * DAY).isoformat()
+    assert ids() == [first, second]
+    scheduler.kill()
+    scheduler.wait()
+
+    # Two ticks are missed while nobody is there: one run catches up.
+    (folder / f"{second}.exit").write_text("0")
+    until(lambda: ended(second), "the end of the second job")
+    is_now(NIGHT + 4 * DAY + timedelta(hours=5))
+    scheduler = start()
+    until((folder / f"{third}.started").exists, "the third job")
+    until(lambda: len(receiver.got) == 4, "the notice of the second job")
+    assert (receiver.got[3]["status"], receiver.got[3]["exit_code"]) == ("SUCCEEDED", 0)
+    assert receiver.got[3]["mlflow_run"] is None
+    assert ids() == [first, second, third]
+    assert submitted_again(suite, NIGHT + 4 * DAY, project) == "False"  # Ray refuses the id
+
+    until(lambda: json.loads(store.get(state))["watched"] and not json.loads(store.get(state))["notices"], "the state")
+    scheduler.send_signal(signal.SIGTERM)
+    assert scheduler.wait(timeout=30) == 0, log.read_text()
+    assert "s3cret-token" not in log.read_text()
+    assert not ended(third)  # what runs keeps running
+    (folder / f"{third}.exit").write_text("0")
+    until(lambda: ended(third), "the end of the third job")
+
+
+class Manual:
+    """A clock that a test moves."""
+
+    def __init__(self, moment: datetime) -> None:
+        self.moment = moment
+
+    def now(self) -> datetime:
+        return self.moment
+
+    def wait(self, seconds: float) -> bool:
+        raise AssertionError("a step does not wait")
+
+
+class Listed:
+    """Jobs that end as soon as they are looked at a second time; a reused id is refused, as Ray does."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[datetime, Job] = {}
+        self.submitted: list[datetime] = []
+        self._lock = threading.Lock()
+
+    def list(self) -> Mapping[datetime, Job]:
+        return dict(self.jobs)
+
+    def submit(self, tick: datetime) -> bool:
+        with self._lock:
+            if tick in self.jobs:
+                return False
+            self.submitted.append(tick)
+            self.jobs[tick] = Job("SUCCEEDED", 0)
+            return True
+
+
+def test_schedulers_of_one_suite_stand_in_for_each_other(store: Store, receiver: Receiver) -> None:
+    clock, jobs = Manual(NIGHT - DAY / 2), Listed()
+    several = [
+        Scheduler("s", Cron("0 2 * * *"), DAY / 2, jobs, store, clock, receiver.url) for _ in range(3)
+    ]  # fmt: skip
+    for scheduler in several:
+        scheduler.step()
+    for night in range(3):
+        clock.moment = NIGHT + night * DAY
+        for _ in range(4):
+            threads = [threading.Thread(target=scheduler.step) for scheduler in several]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    assert jobs.submitted == [NIGHT + night * DAY for night in range(3)]
+    told = [(notice["tick"], notice["status"]) for notice in receiver.got]
+    assert sorted(told) == [((NIGHT + night * DAY).isoformat(), "SUCCEEDED") for night in range(3)]
+
+
+def test_a_dead_webhook_never_stops_the_schedule(store: Store, receiver: Receiver) -> None:
+    clock, jobs = Manual(NIGHT - DAY / 2), Listed()
+    receiver.statuses = [500] * 100
+    scheduler = Scheduler("s", Cron("0 2 * * *"), DAY / 2, jobs, store, clock, receiver.url)
+    for minutes in range(0, 3 * 24 * 60, 20):
+        clock.moment = NIGHT - DAY / 2 + timedelta(minutes=minutes)
+        scheduler.step()
+    assert len(jobs.submitted) == 3
+    ticks = [notice["tick"] for notice in receiver.got]
+    assert {ticks.count(tick) for tick in ticks} == {5}  # bounded
+    assert json.loads(store.get("schedules/s.json"))["notices"] == []
+
+
+# -- parts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "final", "says"), [(204, True, "took"), (302, True, "302"), (404, True, "404"), (429, False, "429"),
+                                  (500, False, "500")],
+)  # fmt: skip
+def test_webhook_answers(receiver: Receiver, status: int, final: bool, says: str) -> None:
+    receiver.statuses = [status]
+    found, words = webhook.post(receiver.url, {"a": 1})
+    assert found is final
+    assert says in words
+    assert "s3cret" not in words
+    assert receiver.got == [{"a": 1}]  # the redirect was not followed
+
+
+def test_unreachable_webhook() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        final, words = webhook.post(f"http://127.0.0.1:{taken.getsockname()[1]}/s3cret", {})
+    assert not final
+    assert "s3cret" not in words
+
+
+def test_a_ray_that_hangs_or_is_away_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "_REQUEST_SECONDS", 0.3)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://elsewhere:1")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(RayError, match=f"{address} could not list its jobs"):
+            RayJobs(address, "s", "true").list()
+    with pytest.raises(RayError, match=r"could not (take the submission|list its jobs)"):
+        RayJobs(address, "s", "true").submit(NIGHT)
+
+
+def test_entrypoint() -> None:
+    assert job_entrypoint(QUICKSTART, ["a=[1, 2]"]) == (
+        "python pipeline/main.py --config pipeline/configs/quickstart.yaml 'a=[1, 2]'"
+    )
+    assert job_entrypoint(Path("/data/my config.yaml"), []) == (
+        "python pipeline/main.py --config '/data/my config.yaml'"
+    )
+    assert read_suite(QUICKSTART, ["suite=other"]) == "other"
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"--cron": "0 2 * *"}, "five fields"),
+        ({"--timezone": "Mars/Base"}, "time zone 'Mars/Base'"),
+        ({"--config": "nowhere.yaml"}, "no such configuration file"),
+        ({"--webhook": "ftp://token@host/"}, "no http"),
+        ({"--grace-hours": "0"}, "more than 0"),
+        ({"--address": "http://127.0.0.1:9"}, "Ray at http://127.0.0.1:9 could not list its jobs"),
+        ({"--address": ""}, "give --address"),
+    ],
+)
+def test_wrong_options_are_refused_at_once(
+    changed: dict[str, str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    options = {"--cron": "0 2 * * *", "--config": str(QUICKSTART), "--address": "http://127.0.0.1:9", **changed}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert main([word for pair in options.items() for word in pair]) == 2
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    error = capsys.readouterr().err
+    assert says in error
+    assert "token" not in error
+
+
+def test_the_command_ends_cleanly(stack: StackState) -> None:
+    suite = uuid.uuid4().hex[:8]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "infra.schedule", "--cron", "0 2 1 1 *", "--timezone", "Europe/Berlin",
+         "--config", str(QUICKSTART), f"suite={suite}"],
+        cwd=ROOT, env={**os.environ, webhook.VARIABLE: "http://127.0.0.1:9/s3cret"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        name = f"schedules/{suite}.json"
+        until(lambda: Store.from_env().head(name), "the state")
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 0, log
+    assert "-01-01T01:00:00+00:00" in log  # two in the morning in Berlin
+    assert "s3cret" not in log
