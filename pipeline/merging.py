@@ -15,11 +15,8 @@ from merge.specs import Candidate, plan_reductions
 from pipeline import jobs, recipes, remote
 from pipeline.cluster import ray_options
 from pipeline.display import Display
-from pipeline.outcome import Inputs, Outcome
+from pipeline.outcome import Inputs, Outcome, Problem
 from pipeline.work import Item, Lane
-
-Problem = Callable[[str], Callable[[BaseException], None]]
-"""Makes the callback that notes what failed."""
 
 
 class Merging:

@@ -1,6 +1,7 @@
 """What a run starts from and what it ends with: plain records between preflight, run, registration and results."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,9 @@ from pipeline.config import PipelineConfig
 from pipeline.search import Rung, Standing
 from pipeline.tasks import TaskData
 from workers.base import PreparedBase
+
+Problem = Callable[[str], Callable[[BaseException], None]]
+"""Makes the callback that notes what failed."""
 
 
 @dataclass(frozen=True)

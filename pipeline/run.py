@@ -8,26 +8,26 @@ for the best merge asks for (`pipeline.search`). The driver holds keys, manifest
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import ray
 
-from infra.artifacts import Manifest, Recipe, find
+from infra.artifacts import Manifest, find
 from infra.errors import ExpertError, FactoryError
 from merge.jobs import export_job
 from merge.specs import Candidate
-from pipeline import jobs, recipes, remote
+from pipeline import remote
 from pipeline.cluster import GIB, ray_options
 from pipeline.display import Display
+from pipeline.evaluations import Evaluations
+from pipeline.experts import Experts
 from pipeline.merging import Merging
 from pipeline.outcome import Inputs, Outcome, span
 from pipeline.registration import CHECKPOINT, MERGED, register_checkpoint, register_expert, register_merge
 from pipeline.search import Race
-from pipeline.work import ActorItem, ActorPool, Item, Lane, settle
-from workers.expert import ExpertOutcome
-from workers.shared_support import SupportRef
+from pipeline.work import Item, Lane, settle
 
 POLL_S = 0.5
 
@@ -45,12 +45,9 @@ class Run:
         self._seats = seats
         self._stop = stop
         self.outcome = Outcome(slots=slots)
-        resources = self.config.resources
-        self._experts = Lane()
-        self._registrations = Lane(resources.concurrent_registrations)
-        self._board = remote.ProgressBoard.remote()  # type: ignore[attr-defined]
-        self._drain: Any = None
-        self._actors = ActorPool(self._create_evaluator, ray.kill)
+        self._experts = Experts(inputs, self.outcome, display, self._problem, self._experts_ready)
+        self._registrations = Lane(self.config.resources.concurrent_registrations)
+        self._evaluations = Evaluations(inputs, self.outcome, self._problem)
         self._race = Race(
             len(inputs.candidates.eligible),
             list(self.config.held_in),
@@ -65,7 +62,6 @@ class Run:
             inputs, self.outcome, display, self._problem, self._candidate_ready, self._mask_ready
         )  # fmt: skip
         self._problems: list[str] = []
-        self._evaluate_time: list[float] = []
 
     # -- the run, top to bottom ---------------------------------------------------------------------------------
 
@@ -73,11 +69,11 @@ class Run:
         """Make what is missing. Raises ExpertError after everything else is done if an expert failed."""
         start = time.time()
         with contextlib.ExitStack() as stack:
-            stack.callback(ray.kill, self._board)
-            stack.callback(self._actors.close)
+            stack.callback(self._experts.close)
+            stack.callback(self._evaluations.pool.close)
             stack.enter_context(self.display)
             self._ask(self._race.wanted())
-            self._start_support()
+            self._experts.start()
             self._start_base_evaluations()
             self._settle_until_idle()
             self.outcome.seconds["experts"] = span(list(self.outcome.spans.values()))
@@ -88,21 +84,22 @@ class Run:
             self._start_registration_of_merge()
             self._settle_until_idle()
         self.outcome.seconds["merge"] = self._merging.seconds
-        self.outcome.seconds["evaluate"] = sum(self._evaluate_time)
+        self.outcome.seconds["evaluate"] = self._evaluations.seconds
         self.outcome.seconds["total"] = time.time() - start
         return self.outcome
 
     def _settle_until_idle(self) -> None:
-        workers = [self._experts, self._merging.importances]
+        workers = [self._experts.lane, self._merging.importances]
         lanes = [*workers, self._merging.nodes, self._registrations]
+        actors = self._evaluations.pool
         while True:
             for lane in lanes:
                 lane.start_ready()
             taken = sum(lane.open for lane in workers)
-            self._actors.start_ready(max(0, min(self._seats, self.outcome.slots - taken)))
+            actors.start_ready(max(0, min(self._seats, self.outcome.slots - taken)))
             if any(lane.open for lane in lanes):
-                self._actors.release_idle()
-            if not settle(lanes, self._actors, POLL_S) and not self._actors.open and not any(x.open for x in lanes):
+                actors.release_idle()
+            if not settle(lanes, actors, POLL_S) and not actors.open and not any(x.open for x in lanes):
                 break
             if self._stop.is_set():
                 for ref in [ref for lane in workers for ref in lane.running]:
@@ -115,100 +112,21 @@ class Run:
             raise FactoryError("\n".join(self._problems))
 
     def _show_progress(self) -> None:
-        if self._drain is None:
-            self._drain = self._board.drain.remote()
-        arrived, _ = ray.wait([self._drain], timeout=0)  # never block: a stop must be noticed at once
-        if not arrived:
-            return
-        reports = ray.get(self._drain)
-        self._drain = None
-        for task, report in reports:
-            if self.display.rows[task].state == "waiting":
-                self.display.state(task, "training")
-            steps = recipes.train_spec(self.config, self.inputs.tasks[task]).steps
-            rate = report.tokens / max(report.seconds, 1e-9)
-            eta = report.seconds / report.step * (steps - report.step)
-            self.display.progress(task, report.step, steps, report.loss, rate, eta)
+        self._experts.show_progress()
         done, total = len(self.outcome.experts), len(self.config.held_in)
         self.display.tick(
             f"experts {done}/{total}, merge nodes to do {self._merging.open}, "
-            f"evaluations done {self.outcome.made.evaluations + self.outcome.reused.evaluations}, "
-            f"to do {self._actors.open}, registrations to do {self._registrations.open}"
+            f"evaluations done {self._evaluations.done}, to do {self._evaluations.pool.open}, "
+            f"registrations to do {self._registrations.open}"
         )
 
     # -- experts ------------------------------------------------------------------------------------------------
 
-    def _start_support(self) -> None:
-        """The support that experts share, if they share a scored one, then the experts."""
-        if not recipes.shares_scored_support(self.config):
-            self._start_experts(None)
-            return
-        recipe = recipes.support_recipe(self.config, self.inputs.base.sha256, self.inputs.tasks)
-
-        def ready(manifest: Manifest) -> None:
-            self._start_experts(jobs.support_ref(self.config, manifest))
-
-        found = find(self.store, recipe.key, {})
-        if found is not None:
-            ready(found)
-            return
-        job = jobs.support_job(self.inputs, recipe)
-        options = ray_options(self.config.resources.expert, self.config.resources.retries)
-        start = remote.support.options(name="shared support", **options).remote
-        failed = self._problem("selecting the shared support")
-        self._experts.add(Item("support", lambda: start(self.store, job), ready, failed))
-
-    def _start_experts(self, support: SupportRef | None) -> None:
-        missing: list[tuple[float, str, Recipe]] = []
-        existing: dict[str, Manifest] = {}
-        consumed = {support.key: support.digest} if support else {}
-        for task in self.config.held_in:
-            data = self.inputs.tasks[task]
-            recipe = recipes.expert_recipe(self.config, self.inputs.base.sha256, data, support.key if support else None)
-            found = find(self.store, recipe.key, consumed)
-            if found is not None:
-                self.outcome.reused.experts += 1
-                self.display.state(task, "reused", recipe.key[:12])
-                existing[task] = found
-            else:
-                steps = recipes.train_spec(self.config, data).steps
-                missing.append((steps * data.mean_tokens, task, recipe))
-        for _, task, recipe in sorted(missing, key=lambda item: -item[0]):  # longest expected first
-            start = self._expert_starter(task, recipe, support)
-            self._experts.add(Item(task, start, self._expert_done(task), self._expert_failed(task)))
-        self._experts_ready(existing)
-
-    def _expert_starter(self, task: str, recipe: Recipe, support: SupportRef | None) -> Callable[[], Any]:
-        job = jobs.expert_job(self.inputs, task, recipe, support)
-        options = ray_options(self.config.resources.expert, self.config.resources.retries)
-        return lambda: remote.expert.options(name=f"expert {task}", **options).remote(self.store, job, self._board)
-
-    def _expert_done(self, task: str) -> Callable[[ExpertOutcome], None]:
-        def done(outcome: ExpertOutcome) -> None:
-            counters = self.outcome.made if outcome.made else self.outcome.reused
-            counters.experts += 1
-            self.outcome.spans[task] = (outcome.started_at, outcome.ended_at)
-            meta = outcome.manifest.meta
-            self.display.state(
-                task,
-                "done",
-                f"validation loss {meta['validation_loss']:.3f}, {outcome.ended_at - outcome.started_at:.0f} s",
-            )
-            self._experts_ready({task: outcome.manifest})
-
-        return done
-
-    def _expert_failed(self, task: str) -> Callable[[BaseException], None]:
-        def failed(error: BaseException) -> None:
-            self.outcome.failed[task] = remote.reason(error)
-            self.display.state(task, "failed", self.outcome.failed[task])
-
-        return failed
-
-    def _experts_ready(self, experts: dict[str, Manifest]) -> None:
-        self.outcome.experts |= experts
+    def _experts_ready(self, experts: Mapping[str, Manifest]) -> None:
         for task, manifest in experts.items():
-            self._evaluate("expert", "test", task, manifest, then=partial(self._register_expert, task, manifest))
+            self._evaluations.score(
+                "expert", "test", task, manifest, then=partial(self._register_expert, task, manifest)
+            )
         self._merging.add_experts(experts)
 
     def _register_expert(self, task: str, manifest: Manifest) -> None:
@@ -266,11 +184,11 @@ class Run:
         def known() -> None:
             self._ask(self._race.record(number, task, self.outcome.scores[model, "validation", task]["score"]))
 
-        self._evaluate(model, "validation", task, manifest, then=known)
+        self._evaluations.score(model, "validation", task, manifest, then=known)
 
     def _mask_ready(self, candidate: Candidate, task: str) -> None:
         mask = self.outcome.masks[candidate, task]
-        self._evaluate(candidate.to_json(), "validation", task, self.outcome.merged[candidate], mask=mask)
+        self._evaluations.score(candidate.to_json(), "validation", task, self.outcome.merged[candidate], mask=mask)
 
     def _choose(self) -> None:
         """The winner of the race; of each method that needs the task at inference, its best parameters."""
@@ -310,23 +228,23 @@ class Run:
 
     def _start_base_evaluations(self) -> None:
         for task in [*self.config.held_in, *self.config.held_out]:
-            self._evaluate("base", "test", task, None)
+            self._evaluations.score("base", "test", task, None)
             if self.config.evaluate.few_shot and self.config.objective == "language_modelling":
-                self._evaluate("few_shot", "test", task, None, few_shot=self.config.evaluate.few_shot)
+                self._evaluations.score("few_shot", "test", task, None, few_shot=self.config.evaluate.few_shot)
 
     def _start_test_of_chosen(self) -> None:
         assert self.outcome.chosen is not None
         manifest = self.outcome.merged[self.outcome.chosen]
         for task in [*self.config.held_in, *self.config.held_out]:
-            self._evaluate("merged", "test", task, manifest)
+            self._evaluations.score("merged", "test", task, manifest)
         serving = self.config.evaluate.serving_dtype
         if serving is not None:
             for task in self.config.held_in:
-                self._evaluate("serving", "test", task, manifest, weights_dtype=serving)
+                self._evaluations.score("serving", "test", task, manifest, weights_dtype=serving)
         for candidate in self.outcome.per_task.values():
             for task in self.config.held_in:  # a held-out task has no mask
                 unified, mask = self.outcome.merged[candidate], self.outcome.masks[candidate, task]
-                self._evaluate(candidate.to_json(), "test", task, unified, mask=mask)
+                self._evaluations.score(candidate.to_json(), "test", task, unified, mask=mask)
 
     def _start_registration_of_merge(self) -> None:
         """After the experts' registrations: the merge's entry names their versions."""
@@ -334,50 +252,3 @@ class Run:
             self._register(MERGED, lambda: register_merge(self.inputs, self.outcome))
             if self.outcome.checkpoint is not None:
                 self._register(CHECKPOINT, lambda: register_checkpoint(self.inputs, self.outcome))
-
-    def _evaluate(
-        self,
-        model: str,
-        split: str,
-        task: str,
-        manifest: Manifest | None,
-        *,
-        few_shot: int = 0,
-        weights_dtype: str | None = None,
-        mask: Manifest | None = None,
-        then: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Find the score of one model on one split of one task, or have it made; `then` runs when it is known."""
-        expert = self.outcome.experts.get(task) if manifest else None
-        job = jobs.evaluation_job(self.inputs, model, split, task, manifest, expert, few_shot, weights_dtype, mask)
-
-        def known(found: Manifest, made: bool) -> None:
-            (self.outcome.made if made else self.outcome.reused).evaluations += 1
-            self.outcome.scores[model, split, task] = found.meta
-            then()
-
-        found = find(self.store, job.recipe.key, {})
-        if found is not None:
-            known(found, made=False)
-            return
-
-        def done(result: tuple[Manifest, bool]) -> None:
-            self._evaluate_time.append(result[0].meta["seconds"])
-            known(*result)
-
-        self._actors.waiting.append(
-            ActorItem(
-                name=f"{model} on {task}",
-                affinity=" ".join([ref.name for ref in (job.adapter, job.mask) if ref] + [job.weights_dtype]),
-                call=lambda actor: actor.evaluate.remote(job, self.config.evaluate.batch_size),
-                done=done,
-                failed=self._problem(f"scoring {model} on {task!r}"),
-            )
-        )
-
-    def _create_evaluator(self) -> Any:
-        resources = self.config.resources.evaluator
-        options = ray_options(resources)
-        actor = remote.EvaluationActor.options(max_restarts=3, max_task_retries=-1, **options)  # type: ignore[attr-defined]
-        classifies = self.config.objective == "classification"
-        return actor.remote(self.store, self.inputs.base.sha256, self.config.evaluate.compute_dtype, classifies)
