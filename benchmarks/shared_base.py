@@ -21,7 +21,7 @@ import click
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from infra.environment import environment
+from infra.environment import versions
 from workers.inplace import InPlaceAdapter
 from workers.losses import LanguageModelling
 from workers.masks import MaskSpec, select_supports
@@ -235,7 +235,7 @@ def _field(smaps: str, name: str) -> int:
 @click.option("--vocabulary", default=49152, show_default=True)
 def main(experts: int, tokens: int, layers: int, vocabulary: int) -> None:
     """Node memory of 1 to EXPERTS experts on one base, 5 % of the elements of q, k, v, o trained; MiB."""
-    print(environment())
+    print(versions())
     head = (
         "experts",
         "base",

@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.training_cases import CASES, REFERENCE, SHAPES, Setup, build_batch, build_model
 from benchmarks.training_memory import Footprint, measure_footprints
-from infra.environment import environment
+from infra.environment import versions
 from workers.masks import match_modules
 
 WARM_UP = 2
@@ -76,7 +76,7 @@ def main(rounds: int, threads: int, only: tuple[str, ...], json_path: Path | Non
     rows = [to_row(name, timings, footprints) for name in names]
     report = {
         "machine": machine(setup),
-        "versions": {"peft": version("peft"), **{k: v for k, v in environment().items() if k != "machine"}},
+        "versions": {"peft": version("peft"), **{k: v for k, v in versions().items() if k != "machine"}},
         "settings": {**asdict(setup), "rounds": rounds, "threads": threads},
         "rows": rows,
     }
@@ -88,7 +88,7 @@ def main(rounds: int, threads: int, only: tuple[str, ...], json_path: Path | Non
 
 def machine(setup: Setup) -> str:
     """The processor, and the accelerator where one is used."""
-    found = environment()["machine"]
+    found = versions()["machine"]
     return f"{found}, {torch.cuda.get_device_name(setup.device)}" if setup.on_cuda else found
 
 

@@ -8,6 +8,7 @@ uploaded before (several tasks may each make one); they become the artifact with
 Layout in the store: ``objects/<key>/<attempt>/<label>`` (data) and ``artifacts/<key>.json`` (manifest). Does not
 cover deleting artifacts that nobody needs any more, bytes of a manifest that was replaced (something else may refer to
 them), nor bytes left by a process that was killed between its upload and its manifest: nothing ever refers to those.
+All of that is `infra/gc.py`.
 """
 
 import contextlib
@@ -19,10 +20,10 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from infra.errors import StoreError
-from infra.store import FileRef, Store
+from infra.store import FileRef, ObjectInfo, Store
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -139,7 +140,14 @@ def manifest_name(key: str) -> str:
     return f"artifacts/{key}.json"
 
 
-def find(store: Store, key: str, inputs: Mapping[str, str]) -> Manifest | None:
+class Readable(Protocol):
+    """What finding an artifact needs of a store: `infra.store.Store`, or a snapshot of one."""
+
+    def get_with_etag(self, name: str) -> tuple[bytes, str] | None: ...
+    def head(self, name: str) -> ObjectInfo | None: ...
+
+
+def find(store: Readable, key: str, inputs: Mapping[str, str]) -> Manifest | None:
     """The artifact of a key, or None if it is absent or unusable and so has to be made.
 
     Unusable: its manifest is unreadable, it was made from other input digests than ``inputs``, or one of its files
@@ -147,6 +155,14 @@ def find(store: Store, key: str, inputs: Mapping[str, str]) -> Manifest | None:
     """
     found = store.get_with_etag(manifest_name(key))
     return None if found is None else _usable(store, key, found[0], inputs)
+
+
+def peek(store: Readable, key: str) -> Manifest | None:
+    """The manifest of a key, whether or not it is usable; None if it is absent or cannot be read."""
+    found = store.get_with_etag(manifest_name(key))
+    with contextlib.suppress(StoreError):
+        return Manifest.from_json(found[0]) if found is not None else None
+    return None
 
 
 def new_attempt(key: str) -> str:
@@ -219,7 +235,7 @@ def publish(
     raise StoreError(f"{store.uri(name)} kept changing during {_ATTEMPTS} attempts to publish it")
 
 
-def _usable(store: Store, key: str, data: bytes, inputs: Mapping[str, str]) -> Manifest | None:
+def _usable(store: Readable, key: str, data: bytes, inputs: Mapping[str, str]) -> Manifest | None:
     try:
         manifest = Manifest.from_json(data)
     except StoreError:

@@ -3,18 +3,22 @@
 What protects a reader:
 
 - Manifests go first, then data, so that no manifest is found whose data this collection has removed.
-- A run announces the keys it plans (`announce`) *before* it looks for artifacts. A collection removes manifests, then
-  reads the roots again, then removes data. A run that found a manifest before it was removed had announced its keys
-  even earlier, so the second reading sees them: the manifest is put back, its data were never touched. A run that
-  looks later finds nothing and makes the artifact again, under another attempt's name.
+- A run announces the keys it plans (`infra/announcements.py`) *before* it looks for artifacts. A collection removes
+  manifests, then reads the roots again (what runs announced, MLflow's runs and versions), then removes data. A run
+  that found a manifest before it was removed had announced its keys even earlier, so the second reading sees them: the
+  manifest is put back, its data were never touched. A run that looks later finds nothing and makes the artifact again,
+  under another attempt's name.
 - Removed manifests stand in a journal in the store until their data are gone. A collection that was killed is undone
   by the next one, which puts back every manifest whose data are complete; the rest of their data are then orphans.
+- Rows and bases have fixed names. Those that are to go stand in a list in the store before the roots are read again;
+  a run announces them, then waits while a list names them, then stores what is missing.
 - One collection runs at a time, under a lease, and stops when it loses it. Should a stopped one come back in the very
   moment between asking and deleting, a manifest may stay without data: `find` takes it as absent.
 - Before it goes, each manifest, orphan, state, lease and run is looked at again: what changed since the plan stays.
 
-Unprotected: readers that look artifacts up without announcing them (a merge by hand of unregistered experts), and a
-training state that a run wants just when it goes, which costs that expert's steps so far.
+Unprotected: readers that look artifacts up without announcing them (a merge by hand of unregistered experts, with
+`--store` also the nodes and the base that it finds), and a training state that a run wants just when it goes, which
+costs that expert's steps so far.
 """
 
 import contextlib
@@ -22,24 +26,38 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from infra.announcements import LEASE, SHARED_JOURNALS
 from infra.artifacts import manifest_name
 from infra.errors import StoreError
-from infra.gc_plan import KINDS, MIN_AGE_S, GcPlan, Inventory, Kind, Links, Removal, Roots, plan_gc, reachable
+from infra.gc_plan import (
+    KINDS,
+    MIN_AGE_S,
+    GcPlan,
+    Inventory,
+    Kind,
+    Links,
+    Removal,
+    Roots,
+    mentioned,
+    plan_gc,
+    reachable,
+    shared_hash,
+)
 from infra.leases import EXPIRY_S, Lease, Watcher, holding
 from infra.store import Store
 from infra.store_admin import abort_upload, delete_if_match, list_objects, list_uploads, server_time, upload_size
 
-LEASE = "gc"
-"""Key of the lease under which a collection runs."""
 _JOURNALS = "gc/"
-_KEYS = "keys.json"
 _MANIFEST = re.compile(r"artifacts/([0-9a-f]{64})\.json")
-_BATCH = 200  # manifests in one journal
+_HASH = re.compile(rb"[0-9a-f]{64}")
+_PREFIXES = ("objects/", "checkpoints/", "leases/", "runs/", "data/", "bases/", "checks/")
+_UPLOADS = ("objects/", "checkpoints/", "bases/")
+_BATCH = 200  # removals between two looks at the roots
 _THREADS = 16
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -67,66 +85,34 @@ def collect(
     return plan, execute(store, plan, roots) if remove else None
 
 
-def announce(store: Store, run: str, keys: Iterable[str]) -> None:
-    """Record the keys that a run plans to make or to use, before it looks for any of them. Raises StoreError."""
-    store.put(f"runs/{run}/{_KEYS}", json.dumps(sorted(keys)).encode())
-
-
-def read_roots(store: Store, runs: Iterable[str], keys: Iterable[str]) -> Roots:
-    """The roots: what the ``runs`` to keep announced, and ``keys`` (of registered versions). Raises StoreError.
-
-    Runs that announced their keys within 24 h are kept in any case: they may be in progress. A run that announced
-    nothing keeps the experts and the merge that its results name.
-    """
-    kept, found = set(runs), set(keys)
-    now = server_time(store)
-    for entry in list_objects(store, "runs/"):
-        if entry.name.endswith(f"/{_KEYS}") and (now - entry.modified).total_seconds() < MIN_AGE_S:
-            kept.add(entry.name.split("/")[1])
-    for announced in _each(lambda run: _announced(store, run), sorted(kept)):
-        found |= announced
-    return Roots(frozenset(found), frozenset(kept))
-
-
-def _announced(store: Store, run: str) -> set[str]:
-    keys = store.get_with_etag(f"runs/{run}/{_KEYS}")
-    results = store.get_with_etag(f"runs/{run}/results.json") if keys is None else None
-    try:
-        if keys is not None:
-            return set(json.loads(keys[0]))
-        if results is not None:
-            body = json.loads(results[0])
-            return {body["chosen"]["key"], *(row["expert_key"] for row in body["held_in"].values())}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(
-            f"{store.uri(f'runs/{run}/')} does not say which artifacts the run used ({type(error).__name__}: {error}); "
-            "nothing can be removed while the run is kept"
-        ) from error
-    return set()
-
-
 def take_inventory(store: Store) -> Inventory:
     """List the store and read its manifests: a request per thousand objects and one per manifest.
 
-    The clock is read first, so ages come out too low rather than too high; data are listed before manifests, so data
-    whose manifest arrives meanwhile are not taken for orphans. Raises StoreError.
+    The clock is read first, so ages come out too low rather than too high; data are listed before leases and those
+    before manifests, so data whose manifest arrives meanwhile are not taken for orphans. Raises StoreError.
     """
     now = server_time(store)
-    objects = [
-        found for prefix in ("objects/", "checkpoints/", "leases/", "runs/") for found in list_objects(store, prefix)
-    ]
-    uploads = [found for prefix in ("objects/", "checkpoints/") for found in list_uploads(store, prefix)]
+    objects = [found for prefix in _PREFIXES for found in list_objects(store, prefix)]
+    shared = {place[1] for found in objects if (place := shared_hash(found.name))}
+    uploads = [found for prefix in _UPLOADS for found in list_uploads(store, prefix)]
     manifests = {
         match[1]: found for found in list_objects(store, "artifacts/") if (match := _MANIFEST.fullmatch(found.name))
     }
     with ThreadPoolExecutor(_THREADS) as pool:
         sizes = list(pool.map(lambda upload: upload_size(store, upload), uploads))
-        bodies = dict(
-            zip(manifests, pool.map(lambda key: store.get_with_etag(manifest_name(key)), manifests), strict=True)
-        )
-    links = {key: links_of(key, found[0]) for key, found in bodies.items() if found is not None}
+        bodies = pool.map(lambda key: store.get_with_etag(manifest_name(key)), manifests)
+        links: dict[str, Links | None] = {}
+        mentions: dict[str, frozenset[str]] = {}
+        for key, found in zip(manifests, bodies, strict=True):
+            if found is not None:
+                links[key], mentions[key] = links_of(key, found[0]), _hashes(found[0], shared)
     objects += [manifests[key] for key in links]
-    return Inventory(now, tuple(objects), tuple(zip(uploads, sizes, strict=True)), links)
+    return Inventory(now, tuple(objects), tuple(zip(uploads, sizes, strict=True)), links, mentions)
+
+
+def _hashes(manifest: bytes, among: Collection[str]) -> frozenset[str]:
+    """Those of the given hashes that a manifest contains, wherever: in its recipe, its inputs or its notes."""
+    return frozenset(text for found in _HASH.findall(manifest) if (text := found.decode()) in among)
 
 
 def links_of(key: str, manifest: bytes) -> Links | None:
@@ -134,7 +120,8 @@ def links_of(key: str, manifest: bytes) -> Links | None:
     try:
         body = json.loads(manifest)
         names = frozenset(str(ref["name"]) for ref in body["files"].values())
-        return Links(frozenset(body["inputs"]), frozenset(name for name in names if name.startswith(f"objects/{key}/")))
+        files = frozenset(name for name in names if name.startswith(f"objects/{key}/"))
+        return Links(frozenset(body["inputs"]), files, str(body.get("kind", "")))
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -148,24 +135,22 @@ def execute(store: Store, plan: GcPlan, roots: Callable[[], Roots], expiry_s: fl
     outcome = GcOutcome()
     with _alone(store, expiry_s) as lease:
         outcome.restored += _recover(store)
-        artifacts = plan.of("artifact")
-        for start in range(0, len(artifacts), _BATCH):
+        for batch in _batches(plan.of("artifact")):
             _check(store, lease)
-            _remove_artifacts(store, lease, artifacts[start : start + _BATCH], plan, roots, outcome)
-        again = roots()
-        reached = reachable(again.keys, plan.links)
-        for removal in plan.removals:
-            if removal.kind == "artifact":
-                continue
+            _remove_artifacts(store, lease, batch, plan, roots, outcome)
+        others = [removal for removal in plan.removals if removal.kind not in ("artifact", "rows", "base")]
+        for batch in _batches(others):
             _check(store, lease)
-            kept = removal.key in again.runs if removal.kind == "run" else False
-            wanted = removal.kind == "checkpoint" and removal.key in reached and removal.key not in plan.links
-            if kept or wanted or not _remove_one(store, removal):
-                outcome.skipped += 1
-            else:
-                outcome.removed[removal.kind] += 1
-                outcome.size += removal.size
+            _remove_others(store, batch, plan, roots, outcome)
+        for batch in _batches([*plan.of("rows"), *plan.of("base")]):
+            _check(store, lease)
+            _remove_shared(store, lease, batch, plan, roots, outcome)
     return outcome
+
+
+def _batches(removals: Sequence[Removal]) -> Iterator[Sequence[Removal]]:
+    for start in range(0, len(removals), _BATCH):
+        yield removals[start : start + _BATCH]
 
 
 @contextlib.contextmanager
@@ -202,7 +187,7 @@ def _remove_artifacts(
     store.put(journal, json.dumps({key: body.decode("latin-1") for key, body in bodies.items()}).encode())
     try:
         _each(lambda key: delete_if_match(store, manifest_name(key), etags[key]), bodies)
-        reached = reachable(roots().keys, plan.links)
+        reached = reachable(roots().reach, plan.inventory.links)
         _check(store, lease)
     except BaseException:
         with contextlib.suppress(StoreError):  # the next collection tries again
@@ -220,7 +205,13 @@ def _remove_artifacts(
 
 def _recover(store: Store) -> int:
     """Undo collections that did not end. Returns how many manifests came back."""
-    return sum(_undo(store, journal.name) for journal in list(list_objects(store, _JOURNALS)))
+    restored = 0
+    for journal in list(list_objects(store, _JOURNALS)):
+        if journal.name.startswith(SHARED_JOURNALS):
+            store.delete(journal.name)  # what went is stored again by the run that wants it
+        else:
+            restored += _undo(store, journal.name)
+    return restored
 
 
 def _undo(store: Store, journal: str) -> int:
@@ -235,8 +226,27 @@ def _undo(store: Store, journal: str) -> int:
     return restored
 
 
+def _remove_others(
+    store: Store, batch: Sequence[Removal], plan: GcPlan, roots: Callable[[], Roots], outcome: GcOutcome
+) -> None:
+    """What nobody finds by a manifest: each is looked at again, nothing of it is needed for something else."""
+    again = roots()
+    reached = reachable(again.reach, plan.inventory.links)
+
+    def remove(removal: Removal) -> bool:
+        if removal.kind == "run" and removal.key in again.runs:
+            return False
+        if removal.kind == "orphan" and any(_attempt(found.name) in again.attempts for found in removal.objects):
+            return False
+        if removal.kind == "checkpoint" and removal.key in reached and removal.key not in plan.inventory.links:
+            return False
+        return _remove_one(store, removal)
+
+    _count(batch, _each(remove, batch), outcome)
+
+
 def _remove_one(store: Store, removal: Removal) -> bool:
-    """Remove anything but an artifact; False if it changed since the plan."""
+    """False if it changed since the plan."""
     if removal.upload is not None:
         abort_upload(store, removal.upload)
         return True
@@ -250,8 +260,51 @@ def _remove_one(store: Store, removal: Removal) -> bool:
         if not delete_if_match(store, names[0], removal.objects[0].etag):
             return False
         names = names[1:]
-    _each(store.delete, names)
+    for name in names:
+        store.delete(name)
     return True
+
+
+def _remove_shared(
+    store: Store,
+    lease: Lease,
+    batch: Sequence[Removal],
+    plan: GcPlan,
+    roots: Callable[[], Roots],
+    outcome: GcOutcome,
+) -> None:
+    """Rows and bases: said aloud first, so that a run that announces them from now on waits for the end of this."""
+    journal = f"{SHARED_JOURNALS}{uuid.uuid4().hex}.json"
+    store.put(journal, json.dumps(sorted({removal.key for removal in batch})).encode())
+    try:
+        again = roots()
+        wanted = again.keys | mentioned(reachable(again.reach, plan.inventory.links), plan.inventory.mentions)
+        _check(store, lease)
+
+        def remove(removal: Removal) -> bool:
+            if removal.key in wanted:
+                return False
+            for found in removal.objects:  # in this order: a base's index first
+                store.delete(found.name)
+            return True
+
+        _count(batch, _each(remove, batch), outcome)
+    finally:
+        with contextlib.suppress(StoreError):  # else the next collection forgets it
+            store.delete(journal)
+
+
+def _count(batch: Sequence[Removal], removed: Sequence[bool], outcome: GcOutcome) -> None:
+    for removal, gone in zip(batch, removed, strict=True):
+        if gone:
+            outcome.removed[removal.kind] += 1
+            outcome.size += removal.size
+        else:
+            outcome.skipped += 1
+
+
+def _attempt(name: str) -> str:
+    return "/".join(name.split("/")[:3])
 
 
 def _is_key(key: str) -> bool:

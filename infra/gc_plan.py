@@ -1,15 +1,17 @@
 """Which objects of a store can go: what no kept run and no registered version reaches, and what spares it.
 
-*Roots* are the keys that kept runs planned and registered versions name; an artifact's manifest names its inputs; what
-the roots reach stays. To be removed: the manifests and data of other artifacts, attempts that no manifest names, saved
-training states of finished or unreachable keys, leases that nobody renews, unfinished multipart uploads and folders of
-runs that are not kept. Spared in any case: what is younger than 24 h by the store's own clock, what a live lease
-covers, and the inputs of such artifacts, so that what stays is whole.
+*Roots* are the keys that kept runs announced and registered versions name; an artifact's manifest names its inputs;
+what the roots reach stays. To be removed: the manifests and data of other artifacts, attempts that no manifest names,
+saved training states of finished or unreachable keys, leases that nobody renews, unfinished multipart uploads, folders
+of runs that are not kept, task rows and bases that neither a root nor any manifest that stays names, and probes of
+preflight checks. Spared in any case: what is younger than 24 h by the store's own clock, what a live lease covers, and
+the inputs of such artifacts, so that what stays is whole.
 
-Pure: `infra/gc.py` looks at the store and removes. Not covered: bases and task rows, which runs share and find by
-content, not by manifest.
+Pure: `infra/gc.py` looks at the store and removes. Not covered: anything else that the bucket holds (``schedules/``,
+results of merges by hand, whatever lies under ``objects/`` and ``checkpoints/`` without a key), which always stays.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -20,18 +22,33 @@ from infra.store_admin import PendingUpload, StoredObject
 
 MIN_AGE_S = 24 * 3600.0
 """Nothing younger is removed. Must exceed the time between an upload and its manifest, and the expiry of a lease."""
+LEASE_S = 3600.0
+"""A lease that was renewed within this time is live, however small the minimal age: holders renew every few seconds."""
 
-Kind = Literal["artifact", "orphan", "checkpoint", "lease", "upload", "run"]
-KINDS: tuple[Kind, ...] = ("artifact", "orphan", "checkpoint", "lease", "upload", "run")
+Kind = Literal["artifact", "orphan", "checkpoint", "lease", "upload", "run", "rows", "base", "probe"]
+KINDS: tuple[Kind, ...] = ("artifact", "orphan", "checkpoint", "lease", "upload", "run", "rows", "base", "probe")
 YOUNG, LEASED = "younger than the minimal age", "live lease"
+_KEYED = re.compile(r"(objects|bases)/[0-9a-f]{64}/.+|checkpoints/[0-9a-f]{64}(\.json|/.+)")
+_SHARED: Mapping[Kind, re.Pattern[str]] = {
+    "rows": re.compile(r"data/([0-9a-f]{64})\.jsonl"),
+    "base": re.compile(r"bases/([0-9a-f]{64})/.+"),
+}
 
 
 @dataclass(frozen=True)
 class Roots:
-    """What is kept: artifact keys, and ids of runs (those within retention and those in progress)."""
+    """What is kept: keys of artifacts, fingerprints of rows and identities of bases (one namespace, all SHA-256); ids
+    of runs (those within retention and those in progress); folders ``objects/<key>/<attempt>`` that registered
+    versions name, whatever the key's manifest names today."""
 
     keys: frozenset[str]
     runs: frozenset[str]
+    attempts: frozenset[str] = frozenset()
+
+    @property
+    def reach(self) -> frozenset[str]:
+        """The hashes that reachability starts from: those of the attempts too."""
+        return self.keys | {attempt.split("/")[1] for attempt in self.attempts}
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,8 @@ class Links:
 
     inputs: frozenset[str]
     files: frozenset[str]
+    kind: str = ""
+    """Of the artifact, for people."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +70,13 @@ class Inventory:
     uploads: tuple[tuple[PendingUpload, int], ...]
     """With the bytes that their parts hold."""
     links: Mapping[str, Links | None]
+    mentions: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Rows and bases whose hashes a key's manifest contains anywhere, even one that cannot be read."""
 
 
 @dataclass(frozen=True)
 class Removal:
-    """One thing to remove, as a whole. ``key`` is an artifact's key, a run's id, or empty."""
+    """One thing to remove, as a whole. ``key`` is the hash of an artifact, of rows or of a base, or a run's id."""
 
     kind: Kind
     key: str
@@ -85,8 +106,8 @@ class GcPlan:
     spared: tuple[Spared, ...]
     kept: int
     """Artifacts that are reached."""
-    links: Mapping[str, Links | None] = field(repr=False)
-    """The inventory's, for a second look at the roots."""
+    inventory: Inventory = field(repr=False)
+    """What it was made from, for a second look at the roots."""
 
     @property
     def size(self) -> int:
@@ -114,8 +135,8 @@ def reachable(roots: Iterable[str], links: Mapping[str, Links | None]) -> set[st
 def plan_gc(roots: Roots, inventory: Inventory, min_age_s: float = MIN_AGE_S) -> GcPlan:
     """Decide what goes. Pure: ages are the inventory's ``now`` less the time that the store gave the object.
 
-    An artifact or attempt is as young as its youngest object. A lease is live if it was renewed within ``min_age_s``:
-    a holder renews it every few seconds.
+    An artifact or attempt is as young as its youngest object. A lease is live if it was renewed within ``min_age_s``
+    or `LEASE_S`, whichever is longer.
     """
     plan = _Planner(roots, inventory, min_age_s)
     plan.artifacts()
@@ -124,7 +145,22 @@ def plan_gc(roots: Roots, inventory: Inventory, min_age_s: float = MIN_AGE_S) ->
     plan.leases()
     plan.uploads()
     plan.runs()
-    return GcPlan(tuple(plan.removals), tuple(plan.spared), len(plan.reached & inventory.links.keys()), inventory.links)
+    plan.shared()
+    plan.probes()
+    return GcPlan(tuple(plan.removals), tuple(plan.spared), len(plan.reached & inventory.links.keys()), inventory)
+
+
+def shared_hash(name: str) -> tuple[Kind, str] | None:
+    """Whether an object holds rows or is a file of a base, and of which hash; None for any other object."""
+    for kind, pattern in _SHARED.items():
+        if found := pattern.fullmatch(name):
+            return kind, found[1]
+    return None
+
+
+def mentioned(keys: Iterable[str], mentions: Mapping[str, frozenset[str]]) -> set[str]:
+    """The rows and bases that the manifests of these keys name."""
+    return set().union(*(mentions.get(key, frozenset()) for key in keys))
 
 
 class _Planner:
@@ -134,13 +170,17 @@ class _Planner:
         self.spared: list[Spared] = []
         self._manifests = {found.name: found for found in self._under("artifacts/")}
         self._attempts: dict[tuple[str, str], list[StoredObject]] = {}
-        for found in self._under("objects/"):
+        for found in self._keyed("objects/"):
             self._attempts.setdefault(_attempt(found.name), []).append(found)
+        self._attempts_of: dict[str, list[tuple[str, str]]] = {}
+        for attempt in self._attempts:
+            self._attempts_of.setdefault(attempt[0], []).append(attempt)
         self._leases = {_lease_key(found.name): found for found in self._under("leases/")}
-        self._leased = {key for key, found in self._leases.items() if self._young([found])}
+        live_s = max(min_age_s, LEASE_S)
+        self._leased = {key for key, found in self._leases.items() if self._age(found.modified) < live_s}
         young = {key for key in inventory.links if self._young([self._manifest(key), *self._data(key)])}
         self._guarded = reachable(young | self._leased, inventory.links)
-        self.reached = reachable(roots.keys, inventory.links)
+        self.reached = reachable(roots.reach, inventory.links)
 
     def artifacts(self) -> None:
         for key in sorted(self.inventory.links.keys() - self.reached):
@@ -155,20 +195,16 @@ class _Planner:
                 self._remove("artifact", key, data, manifest)
 
     def orphans(self) -> None:
-        """Attempts are judged as a whole; those of a lost race, a killed upload or a replaced artifact."""
+        """Attempts are judged as a whole; those of a lost race, a killed upload or a replaced artifact, unless a
+        registered version names them."""
         named = {found.name for key in self.inventory.links for found in self._data(key)}
-        unreadable = {key for key, links in self.inventory.links.items() if links is None}
-        for (key, _), objects in sorted(self._attempts.items()):
-            if objects[0].name in named:
-                continue
-            if key in unreadable and key in self.reached | self._guarded:
-                self._spare("orphan", key, objects, "manifest unreadable")
-            else:
+        for (key, attempt), objects in sorted(self._attempts.items()):
+            if objects[0].name not in named and f"objects/{key}/{attempt}" not in self.roots.attempts:
                 self._judge("orphan", key, objects)
 
     def checkpoints(self) -> None:
         states: dict[str, list[StoredObject]] = {}
-        for found in self._under("checkpoints/"):
+        for found in self._keyed("checkpoints/"):
             states.setdefault(found.name.split("/")[1].removesuffix(".json"), []).append(found)
         for key, objects in sorted(states.items()):
             if key in self.inventory.links or key not in self.reached:
@@ -182,6 +218,8 @@ class _Planner:
     def uploads(self) -> None:
         for upload, size in sorted(self.inventory.uploads, key=lambda found: (found[0].name, found[0].upload_id)):
             key = _attempt(upload.name)[0]
+            if not _KEYED.fullmatch(upload.name):
+                continue
             if self._age(upload.started) < self._min_age_s:
                 self.spared.append(Spared("upload", key, size, YOUNG))
             elif key in self._leased:
@@ -196,6 +234,22 @@ class _Planner:
         for run, objects in sorted(folders.items()):
             if run not in self.roots.runs:
                 self._judge("run", run, objects)
+
+    def shared(self) -> None:
+        """Rows and bases: they stay with every manifest that stays. After `artifacts`, which says what stays."""
+        going = {removal.key for removal in self.removals if removal.kind == "artifact"}
+        named = self.roots.keys | mentioned(self.inventory.links.keys() - going, self.inventory.mentions)
+        found: dict[tuple[Kind, str], list[StoredObject]] = {}
+        for each in self.inventory.objects:
+            if (place := shared_hash(each.name)) is not None and place[1] not in named:
+                found.setdefault(place, []).append(each)
+        for (kind, sha256), objects in sorted(found.items()):
+            # A base's index goes first: without it a reader takes the base for absent.
+            self._judge(kind, sha256, sorted(objects, key=lambda each: not each.name.endswith("/index.json")))
+
+    def probes(self) -> None:
+        for found in self._under("checks/"):
+            self._judge("probe", found.name.split("/")[1], [found])
 
     def _judge(self, kind: Kind, key: str, objects: Sequence[StoredObject]) -> None:
         if self._young(objects):
@@ -217,13 +271,17 @@ class _Planner:
     def _under(self, prefix: str) -> list[StoredObject]:
         return [found for found in self.inventory.objects if found.name.startswith(prefix)]
 
+    def _keyed(self, prefix: str) -> list[StoredObject]:
+        """Those that are the factory's: what others put there is none of a collection's business."""
+        return [found for found in self._under(prefix) if _KEYED.fullmatch(found.name)]
+
     def _manifest(self, key: str) -> StoredObject:
         return self._manifests[manifest_name(key)]
 
     def _data(self, key: str) -> list[StoredObject]:
-        """Everything in the attempts that the artifact's manifest names."""
+        """Everything in the attempts that the artifact's manifest names; in all of them if it cannot be read."""
         links = self.inventory.links[key]
-        attempts = sorted({_attempt(name) for name in links.files}) if links else []
+        attempts = sorted({_attempt(name) for name in links.files} if links else self._attempts_of.get(key, ()))
         return [found for attempt in attempts for found in self._attempts.get(attempt, ())]
 
     def _young(self, objects: Sequence[StoredObject]) -> bool:
@@ -243,28 +301,30 @@ def _lease_key(name: str) -> str:
     return name.removeprefix("leases/").removesuffix(".json")
 
 
-def describe(plan: GcPlan) -> str:
-    """The plan as a table: how many and how much of each kind would go, how much is spared and why."""
-    lines = [f"{'':8}{'kind':12}{'count':>8}{'size':>12}"]
-    for kind in KINDS:
-        if removals := plan.of(kind):
-            lines.append(_line("remove", kind, len(removals), sum(removal.size for removal in removals)))
-    groups: dict[tuple[Kind, str], list[Spared]] = {}
-    for spared in plan.spared:
-        groups.setdefault((spared.kind, spared.reason), []).append(spared)
-    for (kind, reason), items in sorted(groups.items(), key=lambda item: (KINDS.index(item[0][0]), item[0][1])):
-        lines.append(_line("spare", kind, len(items), sum(item.size for item in items)) + f"  {reason}")
-    lines.append(f"{plan.kept} artifacts are reached and stay; {_bytes(plan.size)} would be freed")
-    return "\n".join(lines)
+@dataclass(frozen=True)
+class Line:
+    """How many things of one kind would go (no reason), or are spared for a reason, and their bytes."""
+
+    kind: Kind
+    what: str
+    """Of artifacts which: expert, node, …"""
+    count: int
+    size: int
+    reason: str = ""
 
 
-def _line(word: str, kind: str, count: int, size: int) -> str:
-    return f"{word:8}{kind:12}{count:>8}{_bytes(size):>12}"
-
-
-def _bytes(size: int) -> str:
-    number, units = float(size), ["B", "kB", "MB", "GB", "TB"]
-    while number >= 1000 and len(units) > 1:
-        number /= 1000
-        units.pop(0)
-    return f"{number:.0f} B" if units[0] == "B" else f"{number:.1f} {units[0]}"
+def summary(plan: GcPlan) -> list[Line]:
+    """The plan for people: removals first, by kind, then what nothing reaches and yet stays."""
+    totals: dict[tuple[bool, int, str, str], list[int]] = {}
+    things: list[Removal | Spared] = [*plan.removals, *plan.spared]
+    for found in things:
+        links = plan.inventory.links.get(found.key) if found.kind == "artifact" else None
+        reason = found.reason if isinstance(found, Spared) else ""
+        place = (bool(reason), KINDS.index(found.kind), links.kind if links else "", reason)
+        total = totals.setdefault(place, [0, 0])
+        total[0] += 1
+        total[1] += found.size
+    return [
+        Line(KINDS[kind], what, count, size, reason)
+        for (_, kind, what, reason), (count, size) in sorted(totals.items())
+    ]

@@ -7,11 +7,11 @@ machines are never compared.
 
 A lease saves duplicated work and guarantees nothing else: a holder that was stopped may come back and go on, and what
 keeps a key's result single is that publishing is put-if-absent (`infra/artifacts.py`). Not covered: queues, fairness,
-re-entrance.
+and what a piece of work with several keys does (`infra/claims.py`).
 
-A release first replaces the lease by a free one under If-Match, which every endpoint that passes ``Store.check``
-honours, then deletes that under If-Match. Where the delete ignores its condition, a lease taken between the two
-requests may vanish: its holder finds itself lost, and the work may be done twice.
+A release deletes the lease under If-Match. Where the delete ignores its condition, a lease may vanish that somebody
+took over between the last look and the delete, so after the releasing holder had missed its heartbeats: the new holder
+finds itself lost, and the work may be done twice. Where the delete is refused, a free lease takes the place.
 """
 
 import contextlib
@@ -22,9 +22,10 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from infra.errors import StoreError
 from infra.store import Store
@@ -37,13 +38,17 @@ BEATS_PER_EXPIRY = 6
 _LOOKS = 3  # an observer must have looked at least this often in the time
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _ATTEMPTS = 5
+_THREADS = 16  # requests at a time, where one holder has many keys
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
 class Holder:
     """What a lease says. ``owner`` is unique to one acquisition, ``started`` is for people (seconds since the epoch).
 
-    An empty owner is a released lease.
+    An empty owner is a released lease. Whoever comes with the same ``claim`` may take over at once: it is the same
+    work, started again after its worker was lost. ``expiry_s`` is what the holder promises to beat within.
     """
 
     owner: str
@@ -51,6 +56,8 @@ class Holder:
     pid: int
     started: float
     beat: int = 0
+    claim: str = ""
+    expiry_s: float = 0.0
 
     def to_json(self) -> bytes:
         """The lease object's bytes."""
@@ -62,8 +69,9 @@ class Holder:
         try:
             body = json.loads(data)
             return cls(
-                str(body["owner"]), str(body["host"]), int(body["pid"]), float(body["started"]), int(body["beat"])
-            )
+                str(body["owner"]), str(body["host"]), int(body["pid"]), float(body["started"]), int(body["beat"]),
+                str(body.get("claim", "")), float(body.get("expiry_s", 0.0)),
+            )  # fmt: skip
         except (ValueError, KeyError, TypeError):
             return None
 
@@ -121,16 +129,9 @@ class Lease:
         with self._lock:
             if self._taken:
                 return False
-            free = self._write(lambda held: replace(held, owner="", beat=held.beat + 1))
-            if free is None:
-                return False
+            freed = free_lease(self.store, self.key, lambda held: held.owner == self.owner)
             self._taken = True  # whatever happens from here on, this object does not hold the key
-            name = lease_name(self.key)
-            with contextlib.suppress(StoreError):  # a free lease that stays is only bytes
-                found = self.store.get_with_etag(name)
-                if found is not None and found[0] == free:
-                    delete_if_match(self.store, name, found[1])
-            return True
+            return freed
 
     def _write(self, change: Callable[[Holder], Holder]) -> bytes | None:
         """Replace the lease if it is still ours; what was written, or None if it is lost.
@@ -152,6 +153,24 @@ class Lease:
         return None
 
 
+def free_lease(store: Store, key: str, ours: Callable[[Holder], bool]) -> bool:
+    """Make a key free if its lease is held and ours; False if it is not. Raises StoreError."""
+    name, asked = lease_name(key), False
+    for _ in range(_ATTEMPTS):
+        found = store.get_with_etag(name)
+        held = Holder.from_json(found[0]) if found else None
+        if found is None or held is None or not held.owner or not ours(held):
+            return found is None and asked  # a delete whose answer got lost
+        asked = True
+        try:
+            if delete_if_match(store, name, found[1]):
+                return True
+        except StoreError:  # an endpoint without conditional deletes
+            if store.replace_if_match(name, replace(held, owner="", beat=held.beat + 1).to_json(), found[1]):
+                return True
+    return False
+
+
 def try_acquire(
     store: Store,
     key: str,
@@ -159,16 +178,17 @@ def try_acquire(
     takeover: str | None = None,
     expiry_s: float = EXPIRY_S,
     clock: Callable[[], float] = time.monotonic,
+    claim: str = "",
 ) -> Lease | None:
-    """Hold the key if it is free, or if its lease still has the entity tag ``takeover`` of an expired one.
+    """Hold the key if it is free, has the same ``claim``, or still the entity tag ``takeover`` of an expired lease.
 
     Of any number of racing callers one gets the lease, the others None. ``owner`` must be new to every call
-    (`new_owner`). Raises StoreError.
+    (`new_owner`); no claim is nobody's. Raises StoreError.
     """
     if not owner:
         raise ValueError("a lease needs an owner")
     name = lease_name(key)
-    mine = Holder(owner, socket.gethostname(), os.getpid(), time.time())
+    mine = Holder(owner, socket.gethostname(), os.getpid(), time.time(), 0, claim, expiry_s)
     for _ in range(_ATTEMPTS):
         began = clock()
         if store.put_if_absent(name, mine.to_json()):
@@ -177,7 +197,7 @@ def try_acquire(
         if found is None:
             continue  # released meanwhile
         held = Holder.from_json(found[0])
-        free = held is not None and not held.owner
+        free = held is not None and (not held.owner or (held.claim == claim and claim != ""))
         if not free and found[1] != takeover:
             return None
         if store.replace_if_match(name, mine.to_json(), found[1]):
@@ -209,7 +229,8 @@ class Watcher:
 
     Only time in which the observer looked counts: a gap between two looks counts as at most a third of the expiry,
     and a failed look starts the count anew. So neither a pause of the observer nor an outage of the store, in which
-    no holder could beat, makes a living holder look dead. Look at least three times per expiry.
+    no holder could beat, makes a living holder look dead. Look at least three times per expiry. A lease that names a
+    longer expiry than the observer's is judged by its own.
     """
 
     def __init__(self, expiry_s: float = EXPIRY_S, clock: Callable[[], float] = time.monotonic) -> None:
@@ -218,14 +239,20 @@ class Watcher:
 
     def observe(self, store: Store, key: str) -> Observation:
         """Look at the lease of a key. Raises StoreError."""
+        return self.observe_all(store, [key])[0]
+
+    def observe_all(self, store: Store, keys: Sequence[str]) -> list[Observation]:
+        """Look at the leases of several keys, many at a time. Raises StoreError; then none of them was looked at."""
         try:
-            found = store.get_with_etag(lease_name(key))
+            bodies = _each(lambda key: store.get_with_etag(lease_name(key)), keys)
         except StoreError:
-            self._seen.pop(key, None)
+            for key in keys:
+                self._seen.pop(key, None)
             raise
-        if found is None:
-            return self.judge(key, None, None)
-        return self.judge(key, found[1], Holder.from_json(found[0]))
+        return [
+            self.judge(key, found[1], Holder.from_json(found[0])) if found else self.judge(key, None, None)
+            for key, found in zip(keys, bodies, strict=True)
+        ]
 
     def judge(self, key: str, etag: str | None, holder: Holder | None) -> Observation:
         """What one look amounts to: the lease has this tag and holder now, no tag if there is none."""
@@ -237,16 +264,22 @@ class Watcher:
         if seen is None or seen.etag != etag:
             self._seen[key] = _Seen(etag, now)
             return Observation("live", etag, holder)
-        seen.unchanged_s += min(now - seen.at, self._expiry_s / _LOOKS)
+        expiry = max(self._expiry_s, holder.expiry_s if holder else 0.0)
+        seen.unchanged_s += min(now - seen.at, expiry / _LOOKS)
         seen.at = now
         # Exactly at the expiry a beat may still be under way, so more than that is asked for.
-        state: State = "expired" if seen.unchanged_s > self._expiry_s else "live"
+        state: State = "expired" if seen.unchanged_s > expiry else "live"
         return Observation(state, etag, holder)
 
 
 @contextlib.contextmanager
 def holding(
-    store: Store, key: str, takeover: str | None = None, expiry_s: float = EXPIRY_S, beat_s: float | None = None
+    store: Store,
+    key: str,
+    takeover: str | None = None,
+    expiry_s: float = EXPIRY_S,
+    beat_s: float | None = None,
+    claim: str = "",
 ) -> Iterator[Lease | None]:
     """Hold a key while the block runs, a thread beating every ``beat_s`` (a sixth of the expiry); None if it is taken.
 
@@ -254,25 +287,48 @@ def holding(
     go on: what it publishes is put-if-absent. Raises StoreError if the store fails while acquiring; a release that
     fails leaves a lease that expires.
     """
-    lease = try_acquire(store, key, new_owner(), takeover, expiry_s)
+    lease = try_acquire(store, key, new_owner(), takeover, expiry_s, claim=claim)
     if lease is None:
         yield None
         return
-    stop = threading.Event()
-    pause = beat_s if beat_s is not None else expiry_s / BEATS_PER_EXPIRY
-    thread = threading.Thread(target=_beat_until, args=(lease, stop, pause), name=f"lease {key[:12]}", daemon=True)
-    thread.start()
-    try:
+    with beating(expiry_s / BEATS_PER_EXPIRY if beat_s is None else beat_s) as held:
+        held.append(lease)
         yield lease
-    finally:
-        stop.set()
+
+
+@contextlib.contextmanager
+def beating(pause: float) -> Iterator[list[Lease]]:
+    """One thread renews, every ``pause`` seconds, the leases that the block puts into the list; at its end they are
+    released. An error of the store during a beat is tried again at the next one; what cannot be released expires."""
+    held: list[Lease] = []
+    stop = threading.Event()
+
+    def beat(lease: Lease) -> None:
+        with contextlib.suppress(StoreError):
+            if not stop.is_set():
+                lease.beat()
+
+    def release(lease: Lease) -> None:
         with contextlib.suppress(StoreError):
             lease.release()
+
+    def renew() -> None:
+        while not stop.wait(pause):
+            _each(beat, list(held))
+
+    thread = threading.Thread(target=renew, name="leases", daemon=True)
+    thread.start()
+    try:
+        yield held
+    finally:
+        stop.set()
+        _each(release, held)
         thread.join()
 
 
-def _beat_until(lease: Lease, stop: threading.Event, pause: float) -> None:
-    while not stop.wait(pause):
-        with contextlib.suppress(StoreError):
-            if not lease.beat():
-                return
+def _each(function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+    """The function of every item: a single one in this thread, else many at a time."""
+    if len(items) <= 1:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(min(_THREADS, len(items))) as pool:
+        return list(pool.map(function, items))

@@ -12,7 +12,7 @@ from typing import Any
 LINEAGE_FILE = "lineage.json"
 TAG_LENGTH = 5000
 """Longest tag value that every MLflow server takes (newer ones take more)."""
-_TEXT_LENGTH = 2000
+_TEXT_LENGTH = 1000
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Lineage:
         }
 
     def text(self) -> str:
-        """Lines for a description, at most a few thousand characters."""
+        """Lines for a description, 2200 characters at most."""
         parameters = self._parameters(_TEXT_LENGTH)
         return (
             f"- method: {self.method}{' with ' + parameters if self.parameters else ''}, recipe {self.key}\n"

@@ -1,9 +1,10 @@
 """Registered models: adapters and full checkpoints, by reference, with what they were made of.
 
-Covers idempotent registration (the same key, digest and place is the same version) with tags, a description, a
-lineage and the alias ``champion``, and finding the version of a key. Does not cover promotion: ``champion`` points at
-the version that was registered last. What a registered model does when it is loaded is `infra.adapter_model` and
-`infra.checkpoint_model`; the server and its runs are `infra.registry`.
+Covers idempotent registration (the same key, digest and place is the same version) with tags, a description and a
+lineage, and finding the version of a key. A card belongs to a version; the registered model says what all of its
+versions are. Which version is champion is `infra.model_aliases`. What a registered model
+does when it is loaded is `infra.adapter_model` and `infra.checkpoint_model`; the server and its runs are
+`infra.registry`.
 """
 
 import importlib.metadata
@@ -27,8 +28,16 @@ from infra.lineage import LINEAGE_FILE, TAG_LENGTH, Lineage
 from infra.registry import client, failed
 from infra.store import FileRef, split_uri
 
-ALIAS = "champion"
 KEY_TAG, DIGEST_TAG = "factory.key", "factory.digest"
+HEADS_TAG = "factory.heads"
+"""How many heads a version's configuration names."""
+VERSION_MARK = "<version>"
+"""Stands in a description for the version's number, which is known once the version is made."""
+_ALIASES = """\
+- `champion`: the version that serves: `models:/{name}@champion`
+- `challenger`: the newest version that is no champion
+
+Each version's own page says what it was made of, how it scores, and why it is champion or not."""
 _ARTIFACT = re.compile(r"(?:(?P<prefix>.*)/)?(?P<name>objects/[0-9a-f]{64}/.+)")
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("infra", "workers")
@@ -46,7 +55,11 @@ class Registration:
     ``name`` is the registered model's (see ``infra.registry.model_name``); ``digest`` the artifact's. ``heads`` of a
     classifier: task to ``adapter`` (URI of the file that holds its head), ``sha256``, ``labels`` and
     ``prompt_template``. ``max_input_tokens`` truncates an input on the left, as in training. ``prompt_wrapper`` holds
-    ``{prompt}``, ``prompt_template`` holds ``{input}``. ``lineage`` is that of a merge.
+    ``{prompt}``, ``prompt_template`` holds ``{input}``. ``prompts`` of a language model: task to ``template``,
+    ``max_new_tokens``, ``chooses`` (among given options, by likelihood) and ``length_normalised``, for inputs that name
+    their task; those that do not get ``prompt_template`` and ``max_new_tokens``. ``batch_size`` is that of the scores:
+    rows answered together. ``lineage`` is that of a merge. ``description`` is the version's; ``about`` says in a
+    sentence what the registered model is, whatever the version.
     """
 
     name: str
@@ -64,7 +77,10 @@ class Registration:
     tags: dict[str, str] = field(default_factory=dict)
     max_input_tokens: int | None = None
     heads: dict[str, dict[str, Any]] = field(default_factory=dict)
+    prompts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    batch_size: int = 24
     lineage: Lineage | None = None
+    about: str = ""
     code: ClassVar[str]
     """File beside this one that MLflow runs when the model is loaded."""
 
@@ -123,7 +139,7 @@ class RegisteredCheckpoint(Registration):
 
 
 def register(model: Registration) -> tuple[int, bool]:
-    """Register the model, or find the version that already has its key, digest and place; alias it.
+    """Register the model, or find the version that already has its key, digest and place.
 
     Returns the version and whether this call made it. A version keeps the lineage that it was registered with.
 
@@ -149,10 +165,16 @@ def register(model: Registration) -> tuple[int, bool]:
                 raise RegistryError(f"version {made.version} of the model {model.name!r} vanished meanwhile")
             if int(found.version) != int(made.version):
                 mlflow.delete_model_version(model.name, made.version)
-        mlflow.set_registered_model_alias(model.name, ALIAS, found.version)
+            elif VERSION_MARK in model.description:
+                mlflow.update_model_version(model.name, made.version, numbered(_description(model), made.version))
     except MlflowException as error:
         raise failed(f"register the model {model.name!r}", error) from error
     return int(found.version), made is not None and int(found.version) == int(made.version)
+
+
+def numbered(description: str, version: int | str) -> str:
+    """A description with the number of its version filled in."""
+    return description.replace(VERSION_MARK, str(version))
 
 
 def registered_versions(wanted: Mapping[str, tuple[str, str]]) -> dict[str, str]:
@@ -184,15 +206,12 @@ def registered_as(key: str, digest: str) -> str | None:
 
 
 def reuse(model: Registration) -> int | None:
-    """The version that already has this key, digest and place, aliased again; None where there is none.
+    """The version that already has this key, digest and place; None where there is none.
 
     As `register` would find it, but nothing is made: ``run_id`` does not matter. Raises RegistryError.
     """
-    mlflow = client()
     try:
-        found = _find(mlflow, model)
-        if found is not None:
-            mlflow.set_registered_model_alias(model.name, ALIAS, found.version)
+        found = _find(client(), model)
     except MlflowException as error:
         raise failed(f"look for the model {model.name!r}", error) from error
     return int(found.version) if found else None
@@ -201,7 +220,7 @@ def reuse(model: Registration) -> int | None:
 def check_model(name: str, task: str, kind: str) -> None:
     """Prove that versions of this task and kind can be registered under the name.
 
-    Raises RegistryError where the name belongs to another task, or its champion is of another kind, and where the
+    Raises RegistryError where the name belongs to another task, or its versions are of another kind, and where the
     server does not answer.
     """
     mlflow = client()
@@ -213,12 +232,11 @@ def check_model(name: str, task: str, kind: str) -> None:
                 return
             raise
         _check_task(name, found.tags.get("factory.task"), task)
-        if ALIAS in found.aliases:
-            other = mlflow.get_model_version_by_alias(name, ALIAS).tags.get("kind")
-            if other is not None and other != kind:
-                raise RegistryError(
-                    f"the model {name!r} is registered for versions of kind {other!r}, not {kind!r}; take another name"
-                )
+        others = {version.tags.get("kind") for version in mlflow.search_model_versions(f"name = '{_quoted(name)}'")}
+        if other := next(iter(others - {None, kind}), None):
+            raise RegistryError(
+                f"the model {name!r} is registered for versions of kind {other!r}, not {kind!r}; take another name"
+            )
     except MlflowException as error:
         raise failed(f"look at the model {name!r}", error) from error
 
@@ -233,13 +251,13 @@ def _check_task(name: str, registered: str | None, task: str) -> None:
 
 def _ensure_model(mlflow: MlflowClient, model: Registration) -> None:
     tags = {"factory.task": model.task, "factory.base": model.base_name}
+    about = f"{model.about or f'Versions of {model.name}.'}\n\n{_ALIASES.format(name=model.name)}"
     try:
-        mlflow.create_registered_model(model.name, tags=tags, description=_description(model))
+        mlflow.create_registered_model(model.name, tags=tags, description=about)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
         _check_task(model.name, mlflow.get_registered_model(model.name).tags.get("factory.task"), model.task)
-        mlflow.update_registered_model(model.name, _description(model))
 
 
 def _description(model: Registration) -> str:
@@ -282,6 +300,7 @@ def _tags(model: Registration) -> dict[str, str]:
         **dict([model.place()]),
         "factory.base": model.base_name,
         "factory.base_sha256": model.base_sha256,
+        HEADS_TAG: str(len(model.heads)),
     }
 
 
@@ -299,6 +318,9 @@ def model_config(model: Registration) -> dict[str, Any]:
         "max_new_tokens": model.max_new_tokens,
         "max_input_tokens": model.max_input_tokens,
         "dtype": model.dtype,
+        "device": "cpu",
+        "batch_size": model.batch_size,
+        "prompts": model.prompts,
         "heads": {task: {**head, "adapter": _object_name(head["adapter"])} for task, head in model.heads.items()},
     }
 
@@ -324,8 +346,6 @@ def _log_model(mlflow: MlflowClient, model: Registration) -> str:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
 
-    columns = ["task", "input"] if len(model.heads) > 1 else [None]
-    inputs = Schema([ColSpec("string", name) for name in columns])
     folder = tempfile.mkdtemp(prefix="factory-model-")
     target = f"models/{model.digest[:16]}-{uuid.uuid4().hex[:8]}"  # never the place of another version of this run
     try:
@@ -336,7 +356,8 @@ def _log_model(mlflow: MlflowClient, model: Registration) -> str:
                 python_model=str(_ROOT / "infra" / model.code),
                 code_paths=[str(_ROOT / package) for package in _PACKAGES],
                 model_config=model_config(model),
-                signature=ModelSignature(inputs, Schema([ColSpec("string")])),
+                # Inputs are texts, or a table that may have more columns: no schema of MLflow says that.
+                signature=ModelSignature(outputs=Schema([ColSpec("string")])),
                 pip_requirements=requirements(),
                 metadata={"key": model.key, "digest": model.digest, "task": model.task},
             )

@@ -1,10 +1,11 @@
 """MLflow, through its server only: reachability, names of registered models, runs and their metrics in batches.
 
-Covers a quick reachability check, parent and child runs, and marking what is still running as killed. Registered
-models are `infra.model_registry`. Uses ``MlflowClient`` and no fluent global state, so threads and Ray tasks may call
-it concurrently; retries are bounded by the MLFLOW_HTTP_REQUEST_* variables.
+Covers a quick reachability check, parent and child runs with what their pages show, and marking what is still running
+as killed. Registered models are `infra.model_registry`. Uses ``MlflowClient`` and no fluent global state, so threads
+and Ray tasks may call it concurrently; retries are bounded by the MLFLOW_HTTP_REQUEST_* variables.
 """
 
+import json
 import math
 import os
 import re
@@ -17,14 +18,15 @@ from typing import Any
 
 import requests
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunStatus, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, RunTag, ViewType
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
 from infra.errors import ConfigError, RegistryError
 
 _BATCH = 1000  # MLflow's limit of metrics in one log_batch call
 _PARAMS = 100  # and of parameters or tags
+_DIGEST = 12  # characters of a data set's digest: what its page has room for
 
 
 def tracking_uri() -> str:
@@ -77,6 +79,12 @@ def _refused(uri: str) -> RegistryError:
 
 
 # -- names -------------------------------------------------------------------------------------------------------
+
+
+MERGED = "merged"
+"""Task name under which a suite's merge is registered."""
+CHECKPOINT = "merged-checkpoint"
+"""Task name under which the merge as a full checkpoint is registered."""
 
 
 def model_name(suite: str, task: str) -> str:
@@ -156,6 +164,65 @@ def log_history(run_id: str, metrics: Iterable[Mapping[str, float]]) -> None:
             mlflow.log_batch(run_id, metrics=rows[start : start + _BATCH])
     except MlflowException as error:
         raise failed(f"log metrics of run {run_id}", error) from error
+
+
+def histories(run_ids: Iterable[str], names: Iterable[str]) -> dict[tuple[str, str], list[tuple[int, float]]]:
+    """(step, value) of each metric of each run, by step; empty for a metric or a run that the server does not have."""
+    mlflow, keys = client(), [(run_id, name) for run_id in run_ids for name in names]
+
+    def read(key: tuple[str, str]) -> list[tuple[int, float]]:
+        try:
+            return sorted((metric.step, metric.value) for metric in mlflow.get_metric_history(*key))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # a run that was removed for good
+                return []
+            raise
+
+    try:
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            return dict(zip(keys, pool.map(read, keys), strict=True))
+    except MlflowException as error:
+        raise failed("read the metrics of runs", error) from error
+
+
+def log_data(run_id: str, name: str, digest: str, source: str, use: str) -> None:
+    """Note a data set that a run reads: its name, digest (shortened) and source, and what it is used for, for example
+    train. MLflow shows it with the run."""
+    about = Dataset(name, digest[:_DIGEST], "reference", json.dumps({"uri": source}))
+    try:
+        client().log_inputs(run_id, datasets=[DatasetInput(about, [InputTag(MLFLOW_DATASET_CONTEXT, use)])])
+    except MlflowException as error:
+        raise failed(f"note the data of run {run_id}", error) from error
+
+
+def describe_run(run_id: str, text: str) -> None:
+    """Set the run's description: Markdown, shown on its page."""
+    set_tags(run_id, {MLFLOW_RUN_NOTE: text})
+
+
+def describe_experiment(name: str, text: str) -> None:
+    """Set the experiment's description (Markdown) if it has none: what somebody wrote there stays."""
+    mlflow = client()
+    try:
+        found = mlflow.get_experiment_by_name(name)
+        if found is not None and not found.tags.get(MLFLOW_RUN_NOTE):
+            mlflow.set_experiment_tag(found.experiment_id, MLFLOW_RUN_NOTE, text)
+    except MlflowException as error:
+        raise failed(f"describe the experiment {name!r}", error) from error
+
+
+def run_path(run_id: str) -> str:
+    """Where the run's page is, below the server's address: ``#/experiments/…/runs/…``."""
+    try:
+        return f"#/experiments/{client().get_run(run_id).info.experiment_id}/runs/{run_id}"
+    except MlflowException as error:
+        raise failed(f"find run {run_id}", error) from error
+
+
+def run_page(run_id: str) -> str:
+    """The address of a run's page, in MLflow's view of model training (a newcomer would get that of language model
+    applications, which hides runs)."""
+    return f"{tracking_uri()}/{run_path(run_id)}?workflowType=machine_learning"
 
 
 def is_active(run_id: str) -> bool:

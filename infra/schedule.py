@@ -1,6 +1,6 @@
 """Retraining on a schedule, on one machine: every tick of a cron expression submits the main job to Ray.
 
-    python -m infra.schedule --cron "0 2 * * *" --config pipeline/configs/quickstart.yaml [section.field=value …]
+    python -m pipeline schedule --cron "0 2 * * *" --config pipeline/configs/quickstart.yaml [section.field=value …]
 
 The submission's id is a function of suite and tick, and Ray refuses an id that it has: no tick is submitted twice.
 ``infra.ticks`` decides; what it must remember between two calls is one small object in the store, replaced only
@@ -17,9 +17,7 @@ import argparse
 import json
 import logging
 import os
-import shlex
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping
@@ -32,26 +30,30 @@ import requests
 from ray.job_submission import JobSubmissionClient
 
 from infra import webhook
+from infra.environment import job_variables
 from infra.errors import ConfigError, FactoryError
+from infra.scheduled_job import ROOT, check_reachable, job_entrypoint, read_scheduled
 from infra.store import Store
-from infra.ticks import DELIVERIES, Cron, Job, Notice, State, advance, due, first_state, submission_id, tick_of
+from infra.ticks import (
+    DELIVERIES,
+    Cron,
+    Job,
+    Notice,
+    State,
+    advance,
+    ahead,
+    due,
+    first_state,
+    submission_id,
+    tick_of,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
 _POLL = 15.0  # seconds; short, because a wait does not count the time for which the machine sleeps
 _REQUEST_SECONDS = 60.0
 _LOG = logging.getLogger("infra.schedule")
-_READ_CONFIG = """
-import sys
-from infra.errors import FactoryError
-from pipeline.config import load_config
-try:
-    print(load_config(sys.argv[1], sys.argv[2:]).suite)
-except FactoryError as error:
-    sys.exit(str(error))
-"""
 
 
-class RayError(FactoryError):
+class JobApiError(FactoryError):
     """Ray's job API is unreachable, or refused what was asked."""
 
 
@@ -69,10 +71,10 @@ class Jobs(Protocol):
     """The submissions of one schedule."""
 
     def list(self) -> Mapping[datetime, Job]:
-        """Those that Ray knows, by tick. Raises RayError."""
+        """Those that Ray knows, by tick. Raises JobApiError."""
 
     def submit(self, tick: datetime) -> bool:
-        """Submit a tick; False if Ray has a submission of that id already. Raises RayError."""
+        """Submit a tick; False if Ray has a submission of that id already. Raises JobApiError."""
 
 
 class SystemClock:
@@ -126,8 +128,7 @@ class RayJobs:
             self._client().submit_job(
                 entrypoint=self._entrypoint,
                 submission_id=name,
-                # Ray does not tell a job its submission id; the run's tag in MLflow, and so a notice's link, need it.
-                runtime_env={"working_dir": str(self._working_dir), "env_vars": {"RAY_JOB_SUBMISSION_ID": name}},
+                runtime_env={"working_dir": str(self._working_dir), "env_vars": job_variables()},
                 metadata={"suite": self._suite, "tick": tick.isoformat()},
             )
         except Exception as error:
@@ -142,9 +143,9 @@ class RayJobs:
         os.environ["RAY_API_SERVER_ADDRESS"] = self._address
         return _Client(self._address)
 
-    def _failed(self, what: str, error: Exception) -> RayError:
+    def _failed(self, what: str, error: Exception) -> JobApiError:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        return RayError(f"Ray at {self._address} could not {what}: {lines[-1][:500]}")
+        return JobApiError(f"Ray at {self._address} could not {what}: {lines[-1][:500]}")
 
 
 class Scheduler:
@@ -180,10 +181,11 @@ class Scheduler:
                 return
 
     def step(self) -> None:
-        """Look at clock and jobs, and do what is due. Raises RayError or StoreError; then nothing is lost."""
+        """Look at clock and jobs, and do what is due. Raises JobApiError or StoreError; then nothing is lost."""
         try:
             state = self._known()
-            if state.watched or due(self._clock.now(), state.last, self._cron, self._grace):
+            now = self._clock.now()
+            if state.watched or due(now, state.last, self._cron, self._grace) or ahead(now, state.last, self._cron):
                 self._advance(state)
         finally:
             self._deliver()
@@ -196,7 +198,7 @@ class Scheduler:
             try:
                 if self._jobs.submit(decision.submit):
                     _LOG.info("%s: submitted", name)
-            except RayError as error:
+            except JobApiError as error:
                 done, failure = decision.otherwise, error
         if done != state:
             if not self._save(done):
@@ -231,7 +233,7 @@ class Scheduler:
 
     def _document(self, notice: Notice) -> dict[str, Any]:
         name = submission_id(self._suite, notice.tick)
-        ran = notice.status not in ("SKIPPED", "MISSED")
+        ran = notice.status not in ("SKIPPED", "MISSED", "CLOCK")
         return {
             "suite": self._suite,
             "tick": notice.tick.isoformat(),
@@ -276,46 +278,24 @@ def mlflow_run(suite: str, submission: str) -> str | None:
     from infra import registry  # takes seconds and memory that a schedule without a webhook need not spend
 
     try:
-        client, uri = registry.client(), registry.tracking_uri()
+        client = registry.client()
         experiment = client.get_experiment_by_name(suite)
         if experiment is None:
             return None
         found = client.search_runs(
             [experiment.experiment_id], f"tags.ray_submission_id = '{submission}'", max_results=1
         )
-        return f"{uri}/#/experiments/{experiment.experiment_id}/runs/{found[0].info.run_id}" if found else None
+        return registry.run_page(found[0].info.run_id) if found else None
     except Exception as error:  # a link is worth nothing more than this line
         _LOG.info("no link to MLflow: %s", str(error).partition("\n")[0])
         return None
 
 
-def job_entrypoint(config: Path, overrides: list[str]) -> str:
-    """The command that every tick runs, relative to the project's copy where the configuration is part of it."""
-    path = config.resolve()
-    shown = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-    return shlex.join(["python", "pipeline/main.py", "--config", shown, *overrides])
-
-
-def read_suite(config: Path, overrides: list[str]) -> str:
-    """The configuration's suite; ConfigError if anything in it is wrong.
-
-    In a process of its own: reading the configuration imports torch, which a scheduler need not keep in memory.
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", _READ_CONFIG, str(config), *overrides],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise ConfigError(done.stderr.strip())
-    return done.stdout.strip()
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m infra.schedule", description="Submit the main job at every tick.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline schedule", description="Submit the main job at every tick."
+    )
     parser.add_argument("--cron", required=True, help='minute hour day month weekday, for example "0 2 * * *"')
     parser.add_argument("--config", required=True, type=Path, help="configuration file of the run")
     parser.add_argument("--timezone", default="UTC", help="of the cron expression, for example Europe/Berlin")
@@ -337,7 +317,10 @@ def main(arguments: list[str] | None = None) -> int:
         address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS")
         if not address:
             raise ConfigError('give --address, or set RAY_API_SERVER_ADDRESS (eval "$(python -m infra.stack env)")')
-        suite = read_suite(options.config, options.overrides)
+        scheduled = read_scheduled(options.config, options.overrides)
+        suite = scheduled.suite
+        for source in check_reachable(address, options.config, scheduled):
+            _LOG.warning("%s: the cluster's head node must have this path", source)
         jobs = RayJobs(address, suite, job_entrypoint(options.config, options.overrides))
         store = Store.from_env()
         grace = timedelta(hours=options.grace_hours)

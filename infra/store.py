@@ -12,7 +12,6 @@ All names are relative to the store's prefix. Retries are bounded (botocore's st
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 import threading
 import uuid
@@ -22,14 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import boto3
-import botocore.config
 import botocore.exceptions as bexc
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 
 from infra.digests import file_sha256
 from infra.errors import StoreError
+from infra.store_client import make_client
 
 if TYPE_CHECKING:
     from infra.store_writer import StoreWriter
@@ -108,9 +106,11 @@ class Store:
 
     @classmethod
     def from_env(cls) -> Store:
-        """From FACTORY_S3_BUCKET (default ``factory``) and FACTORY_S3_ENDPOINT (or AWS_ENDPOINT_URL_S3)."""
+        """From FACTORY_S3_BUCKET (default ``factory``), FACTORY_S3_PREFIX (several factories in one bucket) and
+        FACTORY_S3_ENDPOINT (or AWS_ENDPOINT_URL_S3)."""
         endpoint = os.environ.get("FACTORY_S3_ENDPOINT") or os.environ.get("AWS_ENDPOINT_URL_S3")
-        return cls(os.environ.get("FACTORY_S3_BUCKET") or "factory", endpoint)
+        bucket, prefix = os.environ.get("FACTORY_S3_BUCKET") or "factory", os.environ.get("FACTORY_S3_PREFIX", "")
+        return cls(bucket, endpoint, prefix)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"bucket": self.bucket, "endpoint": self.endpoint, "prefix": self.prefix}
@@ -258,7 +258,7 @@ class Store:
     def check(self) -> None:
         """Prove that the endpoint answers, accepts the credentials, has the bucket and honours conditional writes."""
         probe = Store(self.bucket, self.endpoint, self.prefix)
-        probe._client_ = _make_client(self.endpoint, self._credentials, attempts=2, read_timeout=10)
+        probe._client_ = make_client(self.endpoint, self._credentials, attempts=2, read_timeout=10)
         try:
             probe._client().head_bucket(Bucket=self.bucket)
         except Exception as error:
@@ -293,7 +293,7 @@ class Store:
             with self._lock:
                 if self._client_ is None:
                     try:
-                        self._client_ = _make_client(self.endpoint, self._credentials)
+                        self._client_ = make_client(self.endpoint, self._credentials)
                     except Exception as error:
                         raise self._error("use", "", error) from error
         return self._client_
@@ -370,32 +370,6 @@ class Store:
         if isinstance(error, bexc.BotoCoreError | bexc.ClientError | Boto3Error):
             return StoreError(f"{what} at {self._where()}: {text}")
         raise error
-
-
-def _make_client(
-    endpoint: str | None, credentials: tuple[str, ...] | None, attempts: int = 5, read_timeout: int = 60
-) -> Any:
-    options: dict[str, Any] = {"proxies": {}} if endpoint and _is_loopback(endpoint) else {}
-    config = botocore.config.Config(
-        connect_timeout=5,
-        read_timeout=read_timeout,
-        retries={"mode": "standard", "total_max_attempts": attempts},
-        s3={"addressing_style": "path"} if endpoint else {},
-        max_pool_connections=32,
-        **options,
-    )
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ("us-east-1" if endpoint else None)
-    # A session of our own: boto3's default session is not safe to create clients from in several threads.
-    session = boto3.session.Session(*(credentials or ()))
-    return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
-
-
-def _is_loopback(endpoint: str) -> bool:
-    host = urlsplit(endpoint).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _code(error: Exception) -> str:

@@ -1,16 +1,32 @@
 """What registered models of every kind share: taking texts, fetching what they refer to, and answering.
 
 A registered model's code (`infra.adapter_model`, `infra.checkpoint_model`) loads a model and a tokenizer from
-references; then it generates greedily or, with ``heads``, classifies. Heavy imports happen inside functions only, so
-that registering a model stays quick.
+references; then it answers: greedily, with one of the options that come with an input or, with ``heads``, with a label.
+All rows of a task that one call gives are answered as the evaluation answered them: the same prompt, limits, batches
+and code, so with the same type and device the same answers. Heavy imports happen inside functions only, so that
+registering a model stays quick.
+
+``mlflow.pyfunc.load_model(uri, model_config={"device": "cuda:0", "batch_size": 8, "dtype": "bfloat16"})`` replaces
+what was recorded; several devices are separated by commas. Another type or batch size rounds otherwise.
 """
 
 import hashlib
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from mlflow.pyfunc import PythonModel
+
+
+def as_rows(model_input: Any) -> Any:
+    """A dictionary as a list of rows: it is one row, or a table whose values are columns. Anything else as it is."""
+    if not isinstance(model_input, dict):
+        return model_input
+    if isinstance(model_input.get("input"), str):
+        return [model_input]
+    columns = [list(column) for column in model_input.values()]
+    return [dict(zip(model_input, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def as_texts(model_input: Any) -> list[str]:
@@ -30,20 +46,40 @@ def as_texts(model_input: Any) -> list[str]:
     return texts
 
 
-def as_tasks(model_input: Any, known: list[str], rows: int) -> list[str]:
-    """The task of each input: the table's column ``task``; it may be missing where only one task is known."""
-    if "task" in list(getattr(model_input, "columns", [])):
-        tasks = model_input["task"].tolist()
-    elif isinstance(model_input, list) and any(isinstance(row, dict) and "task" in row for row in model_input):
-        tasks = [row.get("task") if isinstance(row, dict) else None for row in model_input]
-    elif len(known) == 1:
-        tasks = known * rows
-    else:
+def as_tasks(model_input: Any, known: Sequence[str], rows: int, optional: bool = False) -> list[Any]:
+    """The task of each input: the table's column ``task``; it may be missing where only one task is known.
+
+    With ``optional``, None stands for inputs without a task.
+    """
+    tasks = _column(model_input, "task", rows)
+    if len(known) == 1 and tasks == [None] * rows:
+        tasks = list(known) * rows
+    elif tasks == [None] * rows and not optional:
         raise ValueError(f"give a table with the columns 'input' and 'task'; tasks: {', '.join(known)}")
     for task in tasks:
-        if task not in known:
-            raise ValueError(f"this model has no head for the task {task!r}; tasks: {', '.join(known)}")
+        if task not in known and not (optional and task is None):
+            raise ValueError(f"this model does not know the task {task!r}; tasks: {', '.join(known) or 'none'}")
     return tasks
+
+
+def as_options(model_input: Any, rows: int) -> list[tuple[str, ...] | None]:
+    """The options of each input: lists of texts in the table's column ``options``; None where there are none."""
+    found = []
+    for options in _column(model_input, "options", rows):
+        if options is not None and (isinstance(options, str) or not all(isinstance(each, str) for each in options)):
+            raise ValueError(f"options must be a list of strings, got {options!r:.80}")
+        found.append(tuple(options) if options is not None and len(options) else None)
+    return found
+
+
+def _column(model_input: Any, name: str, rows: int) -> list[Any]:
+    """A column of a table, or a field of dictionaries; None where it is missing."""
+    values: list[Any] = [None] * rows
+    if name in list(getattr(model_input, "columns", [])):
+        values = model_input[name].tolist()
+    elif isinstance(model_input, list):
+        values = [row.get(name) if isinstance(row, dict) else None for row in model_input]
+    return [None if isinstance(value, float) else value for value in values]  # pandas writes a missing value as NaN
 
 
 def open_adapter(store: Any, name: str, sha256: str, base_sha256: str) -> Any:
@@ -70,7 +106,7 @@ warnings.filterwarnings("ignore", message=r"(?s).*(Add type hints to the|An inpu
 
 
 class TextModel(PythonModel):
-    """``predict`` generates greedily, or classifies: one string per input. Subclasses load the model."""
+    """``predict`` generates greedily, chooses or classifies: one string per input. Subclasses load the model."""
 
     def load_context(self, context: Any) -> None:
         """Load what the configuration refers to. Raises StoreError, BaseModelError or AdapterError, which say what to
@@ -96,56 +132,87 @@ class TextModel(PythonModel):
         """Load model and tokenizer from a prepared base's folder (`workers.base`)."""
         import torch
 
+        from workers.devices import spread
         from workers.model import load_classifier, load_classifier_tokenizer, load_model, load_tokenizer
 
-        dtype = getattr(torch, self._config["dtype"])
+        dtype, devices = getattr(torch, self._config["dtype"]), self._config["device"].split(",")
         if self._heads:
             labels = next(iter(self._config["heads"].values()))["labels"]
-            self._model = load_classifier(folder, len(labels), dtype)
+            self._model = spread(load_classifier(folder, len(labels), dtype), devices)
             self._tokenizer = load_classifier_tokenizer(folder)
         else:
-            self._model = load_model(folder, dtype)
+            self._model = spread(load_model(folder, dtype), devices)
             self._tokenizer = load_tokenizer(folder)
 
     def predict(self, context: Any, model_input, params: dict[str, Any] | None = None):  # type: ignore[no-untyped-def]
-        """Generated strings, or label texts, for a list of strings or a table with the column ``input``, in order.
+        """Answers to a list of strings or a table with the column ``input``, in order.
 
-        A classifier of several tasks needs the table's column ``task`` too.
+        The table's column ``task`` names the task of each input, whose prompt is used (a classifier of several tasks
+        needs it); the column ``options`` lists what an input is to be answered with.
         """
         # The input is left without a type hint: MLflow would derive a stricter schema from it.
+        model_input = as_rows(model_input)
         texts = as_texts(model_input)
+        options = as_options(model_input, len(texts))
         if self._heads:
-            return self._classify(texts, as_tasks(model_input, list(self._heads), len(texts)))
-        return self._generate(texts) if texts else []
+            return self._classify(texts, as_tasks(model_input, list(self._heads), len(texts)), options)
+        known = list(self._config["prompts"])
+        return self._answer(texts, as_tasks(model_input, known, len(texts), optional=True), options)
 
-    def _prompt(self, template: str) -> Any:
-        from workers.prompt import PromptSpec
+    def _answer(self, texts: list[str], tasks: list[str | None], options: list[tuple[str, ...] | None]) -> list[str]:
+        """Rows that share a prompt and a way of answering go together, in order."""
+        from workers.rows import Row
+        from workers.scoring import EvaluateSpec, answer_rows
 
-        return PromptSpec(
-            template=template.replace("{options}", ""),  # free inputs come without options
-            wrapper=self._config["prompt_wrapper"],
-            max_input_tokens=int(self._config["max_input_tokens"] or sys.maxsize),
-        )
+        plain = {
+            "template": self._config["prompt_template"],
+            "max_new_tokens": self._config["max_new_tokens"],
+            "chooses": False,
+            "length_normalised": False,
+        }
+        groups: dict[tuple[str | None, bool, bool], list[int]] = {}
+        for i, task in enumerate(tasks):
+            prompt, given = self._config["prompts"].get(task, plain), options[i] is not None
+            shows = given or "{options}" not in prompt["template"]
+            groups.setdefault((task, shows, given and prompt["chooses"]), []).append(i)
+        answers = [""] * len(texts)
+        for (task, shows, chooses), at in groups.items():
+            prompt = self._config["prompts"].get(task, plain)
+            spec = EvaluateSpec(
+                metric="choice_accuracy" if chooses else "exact_match",
+                template=prompt["template"] if shows else prompt["template"].replace("{options}", ""),
+                wrapper=self._config["prompt_wrapper"],
+                max_new_tokens=int(prompt["max_new_tokens"]),
+                max_input_tokens=self._max_input_tokens(),
+                length_normalised=prompt["length_normalised"],
+            )
+            rows = [Row(str(i), texts[i], (), options[i]) for i in at]
+            found = answer_rows(self._model, self._tokenizer, rows, spec, int(self._config["batch_size"]))
+            for i, answer in zip(at, found, strict=True):
+                answers[i] = answer
+        return answers
 
-    def _generate(self, texts: list[str]) -> list[str]:
-        from workers.decoding import generate
-        from workers.prompt import render, truncate_left
+    def _max_input_tokens(self) -> int:
+        return int(self._config["max_input_tokens"] or sys.maxsize)
 
-        spec = self._prompt(self._config["prompt_template"])
-        prompts = [render(spec, truncate_left(self._tokenizer, text, spec.max_input_tokens)) for text in texts]
-        return generate(self._model, self._tokenizer, prompts, int(self._config["max_new_tokens"]))
-
-    def _classify(self, texts: list[str], tasks: list[str]) -> list[str]:
+    def _classify(self, texts: list[str], tasks: list[str], options: list[tuple[str, ...] | None]) -> list[str]:
         from workers.classification import predict_labels, set_head
+        from workers.prompt import PromptSpec
         from workers.rows import Row
 
         answers = [""] * len(texts)
         for task in dict.fromkeys(tasks):
-            labels = self._config["heads"][task]["labels"]
-            spec = self._prompt(self._config["heads"][task]["prompt_template"])
+            head = self._config["heads"][task]
+            labels, template = head["labels"], head["prompt_template"]
             at = [i for i, wanted in enumerate(tasks) if wanted == task]
-            rows = [Row(str(i), texts[i], ()) for i in at]
+            if any(options[i] is None for i in at):
+                template = template.replace("{options}", "")  # free inputs come without options
+            spec = PromptSpec(template, self._config["prompt_wrapper"], self._max_input_tokens())
+            rows = [Row(str(i), texts[i], (), options[i]) for i in at]
             set_head(self._model, self._heads[task])
-            for i, label in zip(at, predict_labels(self._model, self._tokenizer, spec, rows, labels), strict=True):
+            size = int(self._config["batch_size"])
+            for i, label in zip(
+                at, predict_labels(self._model, self._tokenizer, spec, rows, labels, size), strict=True
+            ):
                 answers[i] = labels[label]
         return answers

@@ -84,6 +84,14 @@ def due(now: datetime, last: datetime, cron: Cron, grace: timedelta) -> Due | No
     return Due(tick, expired=now - tick > grace)
 
 
+def ahead(now: datetime, last: datetime, cron: Cron) -> bool:
+    """Whether ``last`` lies after the next tick: decided about while some clock was far ahead.
+
+    Nothing would be due until then. Clocks of several machines that differ by less than a period are left alone.
+    """
+    return last > now and last > cron.next(now)
+
+
 # -- names -------------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +131,8 @@ class Watched:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something to tell: ``status`` is Ray's, or SKIPPED (the one before still ran), MISSED (too late) or LOST."""
+    """Something to tell: ``status`` is Ray's, or SKIPPED (the one before still ran), MISSED (too late), LOST, or CLOCK
+    (the tick is in the future: a clock was ahead)."""
 
     tick: datetime
     status: str
@@ -202,9 +211,14 @@ def advance(state: State, now: datetime, cron: Cron, grace: timedelta, jobs: Map
     ``jobs`` are this schedule's submissions that Ray knows, by tick. A submission that Ray no longer knows (its head
     was restarted) is submitted again while it is within the grace time, at most ``SUBMISSIONS`` times: a run goes on
     where the lost one was. A tick that falls due while a submission is active is skipped; of several missed ticks the
-    latest is run; one longer ago than ``grace`` is not run.
+    latest is run; one longer ago than ``grace`` is not run. A last tick far in the future is told and becomes now: the
+    schedule goes on with the next tick.
     """
     last, watched, notices, again = state.last, state.watched, list(state.notices), None
+    if ahead(now, last, cron):
+        text = f"decided about by a clock that was ahead of {now.isoformat()}; next tick {cron.next(now).isoformat()}"
+        notices.append(Notice(last, "CLOCK", message=text))
+        last = now
     if watched is not None and watched.tick not in jobs:
         if now - watched.tick <= grace and watched.submissions < SUBMISSIONS:
             again = replace(watched, submissions=watched.submissions + 1)

@@ -1,11 +1,10 @@
 """One piece of merging as a job: read inputs from the object store, reduce, publish. Plain functions of (store, job).
 
-The only module of `merge` that reads and writes artifacts; `merge.schedule` says which job can run when. A node's
-tensors can be split over several jobs (`part`), whose outputs one `FinishJob` joins.
+With `merge.export` the only module of `merge` that reads and writes artifacts; `merge.schedule` says which job can run
+when. A node's tensors can be split over several jobs (`part`), whose outputs one `FinishJob` joins.
 """
 
 import contextlib
-import json
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,19 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from infra.artifacts import Manifest, Recipe, find, new_attempt, publish
 from infra.environment import environment
 from infra.errors import MergeError, StoreError
 from infra.store import FileRef, Store
 from infra.store_source import StoreSource
-from infra.store_writer import StoreTarget
 from merge.adapter_file import AdapterDelta, AdapterWriter
 from merge.assemble import assemble
-from merge.checkpoint import BaseCheckpoint
-from merge.checkpoint_file import write_checkpoint
-from merge.keys import checkpoint_recipe
+from merge.licences import licences_of
 from merge.mask_file import write_task_mask
 from merge.reduce import (
     Child,
@@ -139,18 +133,8 @@ class TaskMaskJob:
     adapter: Ref
 
 
-@dataclass(frozen=True)
-class ExportJob:
-    """A merged adapter as a full checkpoint."""
-
-    recipe: Recipe
-    merged: Ref
-    base_sha256: str
-    dtype: str
-    shard_bytes: int
-
-
-Job = NodeJob | RootJob | FinishJob | TaskMaskJob
+KeyedJob = NodeJob | RootJob | TaskMaskJob
+Job = KeyedJob | FinishJob
 Made = tuple[tuple[Manifest, bool], ...]
 """Manifests in the order of the job's recipes, each with whether this call made it."""
 JobResult = Made | PartOutput
@@ -170,6 +154,22 @@ def manifests_of(result: JobResult) -> Made:
     if isinstance(result, PartOutput):
         raise TypeError("a part of a node is no artifact: its FinishJob makes one")
     return result
+
+
+def keys_of(job: KeyedJob) -> tuple[str, ...]:
+    """Keys of the artifacts that the job makes."""
+    return tuple(recipe.key for _, recipe in job.candidates) if isinstance(job, RootJob) else (job.recipe.key,)
+
+
+def find_made(store: Store, job: KeyedJob) -> Made | None:
+    """All that the job would make, if it exists. Raises StoreError."""
+    if isinstance(job, RootJob):
+        found = _found_merges(store, job)
+        keys = keys_of(job)
+        return tuple(found[key] for key in keys) if len(found) == len(keys) else None
+    inputs = _mask_inputs(job) if isinstance(job, TaskMaskJob) else consumed(job.children, job.reference)
+    made = find(store, job.recipe.key, inputs)
+    return None if made is None else ((made, False),)
 
 
 def job_name(job: Job) -> str:
@@ -203,7 +203,7 @@ def digests_of(refs: Iterable[Ref]) -> dict[str, str]:
 def _make_node(store: Store, job: NodeJob) -> JobResult:
     start = time.perf_counter()
     earlier = find(store, job.recipe.key, consumed(job.children, job.reference)) if job.part is None else None
-    if earlier is not None:  # a retry after the worker was lost
+    if earlier is not None:  # made meanwhile, or by a try before this one
         return ((earlier, False),)
     with tempfile.TemporaryDirectory(prefix="factory-node-") as folder:
         inputs = _Inputs(store, job, Path(folder))
@@ -226,6 +226,7 @@ def _publish_node(
         "positions": sum(info.positions for info in infos),
         "bytes_written": sum(info.bytes_written for info in infos),
         "base_sha256": job.base_sha256,
+        "licenses": licences_of(store, consumed(job.children, job.reference)),
         "environment": environment(),
     }
     return publish(store, job.recipe, files, consumed(job.children, job.reference), meta)
@@ -236,7 +237,7 @@ def _make_root(store: Store, job: RootJob) -> JobResult:
     if job.part is None:
         found = _found_merges(store, job)
         missing = tuple((candidate, recipe) for candidate, recipe in job.candidates if recipe.key not in found)
-        if found:  # a retry after the worker was lost
+        if found:  # made meanwhile, or by a try before this one
             rest = manifests_of(_make_root(store, replace(job, candidates=missing))) if missing else ()
             made = found | {manifest.key: (manifest, new) for manifest, new in rest}
             return tuple(made[recipe.key] for _, recipe in job.candidates)
@@ -254,8 +255,9 @@ def _make_root(store: Store, job: RootJob) -> JobResult:
                 for candidate, recipe in job.candidates
             }
             return PartOutput(files, info, seconds)
+        licences = licences_of(store, job.inputs)
         return tuple(
-            _publish_merged(store, job, recipe, outs[merged.candidate], merged, seconds)
+            _publish_merged(store, job, recipe, outs[merged.candidate], merged, seconds, licences)
             for (_, recipe), merged in zip(job.candidates, info.merged, strict=True)
         )
 
@@ -267,7 +269,13 @@ def _found_merges(store: Store, job: RootJob) -> dict[str, tuple[Manifest, bool]
 
 
 def _publish_merged(
-    store: Store, job: RootJob, recipe: Recipe, file: Path | FileRef, merged: MergedInfo, seconds: float
+    store: Store,
+    job: RootJob,
+    recipe: Recipe,
+    file: Path | FileRef,
+    merged: MergedInfo,
+    seconds: float,
+    licences: Mapping[str, list[str]],
 ) -> tuple[Manifest, bool]:
     meta = {
         "label": job.label,
@@ -278,6 +286,7 @@ def _publish_merged(
         "base_sha256": job.base_sha256,
         "rounding_loss_bfloat16": merged.rounding_loss,
         "density": merged.density,
+        "licenses": licences,
         "environment": environment(),
     }
     return publish(store, recipe, {"adapter": file}, job.inputs, meta)
@@ -295,6 +304,7 @@ def _finish(store: Store, job: FinishJob) -> Made:
         return (_publish_node(store, whole, files, infos, before),)
     info = join_roots([output.info for output in job.outputs if isinstance(output.info, RootInfo)])
     found = _found_merges(store, whole)  # by a retry after the worker was lost: the parts may be gone
+    licences = licences_of(store, whole.inputs)
     for (_, recipe), merged in zip(whole.candidates, info.merged, strict=True):
         if recipe.key in found:
             continue
@@ -303,7 +313,7 @@ def _finish(store: Store, job: FinishJob) -> Made:
             assemble([ReadAhead(StoreSource(store, part.name, part.size)) for part in parts], out.write)
             file = out.close()
         seconds = before + time.perf_counter() - start
-        found[recipe.key] = _publish_merged(store, whole, recipe, file, merged, seconds)
+        found[recipe.key] = _publish_merged(store, whole, recipe, file, merged, seconds, licences)
     for output in job.outputs:  # after all of them: until then a retry may need any part
         for part in output.files.values():
             with contextlib.suppress(StoreError):  # nothing refers to them any more
@@ -315,11 +325,18 @@ def _part_label(index: int) -> str:
     return f"statistics-{index:05d}"
 
 
-# -- what follows a merge -----------------------------------------------------------------------------------------
+# -- masks ------------------------------------------------------------------------------------------------------
+
+
+def _mask_inputs(job: TaskMaskJob) -> dict[str, str]:
+    return {job.unified.key: job.unified.digest, job.adapter.key: job.adapter.digest}
 
 
 def _make_mask(store: Store, job: TaskMaskJob) -> tuple[Manifest, bool]:
     start = time.perf_counter()
+    earlier = find(store, job.recipe.key, _mask_inputs(job))
+    if earlier is not None:  # made meanwhile, or by a try before this one
+        return earlier, False
     with tempfile.TemporaryDirectory(prefix="factory-mask-") as folder:
         unified, expert, out = (Path(folder) / name for name in ("unified", "expert", "mask"))
         store.download_file(job.unified.files[0], unified)
@@ -339,45 +356,10 @@ def _make_mask(store: Store, job: TaskMaskJob) -> tuple[Manifest, bool]:
             "kept": info.kept,
             "positions": info.positions,
             "seconds": time.perf_counter() - start,
+            "licenses": licences_of(store, _mask_inputs(job)),
             "environment": environment(),
         }
-        inputs = {job.unified.key: job.unified.digest, job.adapter.key: job.adapter.digest}
-        return publish(store, job.recipe, {"mask": out}, inputs, meta)
-
-
-def export_job(merged: Manifest, base_sha256: str, dtype: str, shard_bytes: int) -> ExportJob:
-    """The job that makes a checkpoint of a merged adapter. `dtype`: float32 or bfloat16, of every floating tensor."""
-    recipe = checkpoint_recipe(merged.digest, base_sha256, dtype, shard_bytes)
-    return ExportJob(recipe, Ref.of(merged), base_sha256, dtype, shard_bytes)
-
-
-def export_checkpoint(store: Store, job: ExportJob) -> tuple[Manifest, bool]:
-    """Stream base + δ into a full checkpoint in the store and publish it: its files are labelled with their names.
-
-    One that exists is found. Its manifest has no inputs: its key holds the digest of the merge, whatever that one's key
-    is. Raises StoreError, AdapterError or MergeError.
-    """
-    start = time.perf_counter()
-    earlier = find(store, job.recipe.key, {})
-    if earlier is not None:
-        return earlier, False
-    folder = f"bases/{job.base_sha256}"
-    index = json.loads(store.get(f"{folder}/index.json"))
-    base = BaseCheckpoint.from_index(index, lambda name: StoreSource(store, f"{folder}/{name}"))
-    target = StoreTarget(store, new_attempt(job.recipe.key))
-    with tempfile.TemporaryDirectory(prefix="factory-export-") as scratch:
-        local = store.download_file(job.merged.files[0], Path(scratch) / "adapter.safetensors")
-        merged = AdapterDelta(LocalFile(local), "the merge")
-        info = write_checkpoint(merged, base, target, getattr(torch, job.dtype), job.shard_bytes)
-    meta = {
-        "dtype": job.dtype,
-        "parameters": info.parameters,
-        "rounding_loss": info.rounding_loss,
-        "base_sha256": job.base_sha256,
-        "seconds": time.perf_counter() - start,
-        "environment": environment(),
-    }
-    return publish(store, job.recipe, target.files, {}, meta)
+        return publish(store, job.recipe, {"mask": out}, _mask_inputs(job), meta)
 
 
 class _Inputs:

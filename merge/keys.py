@@ -38,6 +38,32 @@ def node_recipe(
     return Recipe("node", 1, body, (*children, *extras, *([reference] if reference else [])))
 
 
+def tree_recipes(
+    spec: LiftSpec,
+    tree: Node,
+    experts: Mapping[str, str],
+    extras: Mapping[str, str] | None = None,
+    reference: str | None = None,
+) -> dict[str, Recipe]:
+    """The recipes of the tree's nodes by label as `spec` would make them, whether or not they exist; the root is last.
+
+    `experts` and `extras` (for specs that read one) are keys by expert name. Raises KeyError for a name without a key
+    or weight.
+    """
+    weights, own_extras = dict(spec.weights or ()), extras or {}
+    recipes: dict[str, Recipe] = {}
+    for node in post_order(tree):
+        leaves = [child.name for child in node.children if isinstance(child, Leaf)]
+        recipes[node.label] = node_recipe(
+            spec,
+            [experts[child.name] if isinstance(child, Leaf) else recipes[child.label].key for child in node.children],
+            [weights[name] for name in leaves] if spec.weighted else (),
+            [own_extras[name] for name in leaves] if spec.extra else (),
+            reference,
+        )
+    return recipes
+
+
 def root_key(
     spec: LiftSpec,
     tree: Node,
@@ -45,23 +71,8 @@ def root_key(
     extras: Mapping[str, str] | None = None,
     reference: str | None = None,
 ) -> str:
-    """The key of the tree's root as `spec` would make it, whether or not its nodes exist.
-
-    `experts` and `extras` (for specs that read one) are keys by expert name. Raises KeyError for a name without a key
-    or weight.
-    """
-    weights, own_extras = dict(spec.weights or ()), extras or {}
-    keys: dict[str, str] = {}
-    for node in post_order(tree):
-        leaves = [child.name for child in node.children if isinstance(child, Leaf)]
-        keys[node.label] = node_recipe(
-            spec,
-            [experts[child.name] if isinstance(child, Leaf) else keys[child.label] for child in node.children],
-            [weights[name] for name in leaves] if spec.weighted else (),
-            [own_extras[name] for name in leaves] if spec.extra else (),
-            reference,
-        ).key
-    return keys[tree.label]
+    """The key of the tree's root; arguments as in `tree_recipes`."""
+    return tree_recipes(spec, tree, experts, extras, reference)[tree.label].key
 
 
 def merged_recipe(candidate: Candidate, root: str) -> Recipe:

@@ -13,9 +13,8 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from infra.artifacts import Manifest, Recipe, find
+from infra.artifacts import Manifest, Readable, Recipe, find
 from infra.errors import MergeError
-from infra.store import Store
 from merge.children import Part
 from merge.jobs import (
     ChildRef,
@@ -56,7 +55,7 @@ class MergeSchedule:
 
     def __init__(
         self,
-        store: Store,
+        store: Readable,
         reductions: Sequence[Reduction],
         names: Sequence[str],
         fan_in: int,
@@ -144,6 +143,7 @@ class MergeSchedule:
         if isinstance(result, PartOutput):
             return self._part_finished(slot, whole, result)
         found = manifests_of(result)
+        self._outputs.pop(slot, None)  # parts that were not made: the node was made elsewhere
         if isinstance(whole, RootJob):
             self._count(NODES, any(made for _, made in found))
             self._open[whole.reduction] -= 1

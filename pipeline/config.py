@@ -6,9 +6,8 @@ that names the file, the field, what was found and what is accepted.
 Not covered: where services are (environment variables, see `infra/store.py` and `infra/registry.py`).
 """
 
-import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Literal, Self
 
 import yaml
 from omegaconf import OmegaConf
@@ -16,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from infra.errors import ConfigError
+from pipeline.config_errors import explain
 from pipeline.tasks import TaskConfig
 from workers.masks import MaskSpec
 from workers.metrics import CLASSIFICATION_METRICS, METRICS
@@ -59,6 +59,8 @@ class SplitsConfig(Section):
     """Most training rows a task contributes."""
     validation: Positive = 24
     """Rows that choose the best values, the merge method and its parameters."""
+    gate: Annotated[int, Field(ge=2)] = 24
+    """Rows on which a new version and the champion are compared; used for nothing else."""
     test: Positive = 48
     """Rows that are only reported, never used for a choice."""
 
@@ -226,6 +228,22 @@ class EvaluateConfig(Section):
     """Training examples shown to the few-shot base, which is reported beside; 0 skips it. Language modelling only."""
 
 
+class GateConfig(Section):
+    """When a new version of an expert or of the merge becomes champion: scores on the gate rows are compared
+    (`pipeline/gate.py`). None of this is part of a key."""
+
+    rule: Literal["superior", "not_worse"] = "superior"
+    """superior: better by more than the margin; not_worse: worse by no more than the margin. Both with confidence."""
+    margin: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Difference of mean scores (0-1) that matters."""
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
+    """Of the two-sided interval of the difference, whose lower end decides."""
+    resamples: Annotated[int, Field(ge=1000, le=1_000_000)] = 10_000
+    """Draws of the bootstrap."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the draws: the same scores always get the same decision."""
+
+
 class WorkerResources(Section):
     """What Ray reserves for one worker."""
 
@@ -254,6 +272,9 @@ class ResourcesConfig(Section):
     """Registrations in MLflow at a time."""
     retries: Annotated[int, Field(ge=0)] = 3
     """How often a task is started again after its worker or node was lost."""
+    lease_seconds: Annotated[float, Field(ge=3, le=3600)] = 60.0
+    """Seconds without a heartbeat after which another run takes over what a worker was making; it beats six times in
+    that time."""
 
 
 class PipelineConfig(Section):
@@ -290,6 +311,8 @@ class PipelineConfig(Section):
     """How experts are merged."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """How models are scored."""
+    gate: GateConfig = GateConfig()
+    """When a new version takes the champion's place."""
     resources: ResourcesConfig = ResourcesConfig()
     """What workers may use."""
 
@@ -354,45 +377,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Pipelin
     try:
         return PipelineConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join([f"{path}:", *(f"  {line}" for line in _explain(error))])) from error
+        raise ConfigError("\n".join([f"{path}:", *(f"  {line}" for line in explain(PipelineConfig, error))])) from error
 
 
 def dump_config(config: PipelineConfig) -> str:
     """The resolved configuration as YAML, loadable again by `load_config`."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
-
-
-def _explain(error: ValidationError) -> list[str]:
-    """One line per wrong field: dotted path, what was found, what is accepted."""
-    lines = []
-    for item in error.errors():
-        location = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            accepted = _fields_at(item["loc"][:-1])
-            near = difflib.get_close_matches(str(item["loc"][-1]), accepted, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(accepted)}"
-            lines.append(f"{location}: unknown field; {hint}")
-        elif item["type"] == "missing":
-            lines.append(f"{location}: missing (required)")
-        else:
-            found = repr(item["input"])
-            shown = found if len(found) <= 60 else found[:57] + "..."
-            lines.append(f"{location or 'configuration'}: {item['msg']} (found {shown})")
-    return lines
-
-
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    """Field names of the section at `location`; mappings and lists are stepped through by their element type."""
-    section: Any = PipelineConfig
-    for part in location:
-        if isinstance(section, type) and issubclass(section, BaseModel) and part in section.model_fields:
-            section = section.model_fields[str(part)].annotation
-            while not _is_model(section) and (arguments := get_args(section)):
-                section = next((a for a in reversed(arguments) if a is not type(None)), None)
-                if not _is_model(section) and not get_args(section):
-                    break
-    return sorted(section.model_fields) if _is_model(section) else []
-
-
-def _is_model(candidate: Any) -> bool:
-    return isinstance(candidate, type) and issubclass(candidate, BaseModel)

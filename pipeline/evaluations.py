@@ -1,24 +1,47 @@
 """Scores within a run: found, or made by a pool of evaluation actors that take the slots which experts leave."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from infra.artifacts import Manifest, find
+from infra.claims import Claim
+from infra.elsewhere import Elsewhere
 from pipeline import jobs, remote
 from pipeline.cluster import ray_options
 from pipeline.outcome import Inputs, Outcome, Problem
 from pipeline.work import ActorItem, ActorPool
+from workers.evaluator import EvaluationJob
+
+_THREADS = 16  # looking for scores: each takes a few requests to the store, and a run may need thousands
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A score that is wanted, and what is called when it is known or cannot be."""
+
+    job: EvaluationJob
+    then: Callable[[], None]
+    failed: Callable[[BaseException], None]
 
 
 class Evaluations:
-    """`pool` is for the run to settle; scores go to the outcome, `seconds` of work add up in `seconds`."""
+    """`pool` is for the run to settle; scores go to the outcome, `seconds` of work add up in `seconds`. Scores that are
+    asked for are looked for together, by `look_up`."""
 
-    def __init__(self, inputs: Inputs, outcome: Outcome, problem: Problem) -> None:
-        self._inputs, self._outcome, self._problem = inputs, outcome, problem
+    def __init__(self, inputs: Inputs, outcome: Outcome, problem: Problem, elsewhere: Elsewhere) -> None:
+        self._inputs, self._outcome, self._problem, self._elsewhere = inputs, outcome, problem, elsewhere
         self.pool = ActorPool(self._create, ray.kill)
         self.seconds = 0.0
+        self._asked: list[_Asked] = []
+
+    @property
+    def asked(self) -> int:
+        """Scores that nobody has looked for yet."""
+        return len(self._asked)
 
     @property
     def done(self) -> int:
@@ -37,38 +60,63 @@ class Evaluations:
         mask: Manifest | None = None,
         then: Callable[[], None] = lambda: None,
     ) -> None:
-        """Find the score of one model on one split of one task, or have it made; `then` runs when it is known."""
-        inputs, outcome = self._inputs, self._outcome
-        expert = outcome.experts.get(task) if manifest else None
-        job = jobs.evaluation_job(inputs, model, split, task, manifest, expert, few_shot, weights_dtype, mask)
+        """Ask for the score of one model on one split of one task; `then` runs when it is known."""
+        expert = self._outcome.experts.get(task) if manifest else None
+        job = jobs.evaluation_job(self._inputs, model, split, task, manifest, expert, few_shot, weights_dtype, mask)
+        self.make(job, then, self._problem(f"scoring {model} on {task!r}"))
 
-        def known(found: Manifest, made: bool) -> None:
-            (outcome.made if made else outcome.reused).evaluations += 1
-            outcome.scores[model, split, task] = found.meta
-            then()
+    def make(self, job: EvaluationJob, then: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
+        """Ask for the score that a job names; one of the two is called when it is known, or cannot be."""
+        self._asked.append(_Asked(job, then, failed))
 
-        found = find(inputs.store, job.recipe.key, {})
-        if found is not None:
-            known(found, made=False)
-            return
+    def look_up(self) -> None:
+        """Find the scores that were asked for, and have made those that do not exist. Raises StoreError."""
+        while self._asked:  # what is found may ask for more
+            asked, self._asked = self._asked, []
+            with ThreadPoolExecutor(_THREADS) as pool:
+                found = list(pool.map(lambda each: find(self._inputs.store, each.job.recipe.key, {}), asked))
+            for each, existing in zip(asked, found, strict=True):
+                self._settle(each, existing)
+
+    def _settle(self, asked: _Asked, existing: Manifest | None) -> None:
+        inputs, outcome, job = self._inputs, self._outcome, asked.job
 
         def done(result: tuple[Manifest, bool]) -> None:
-            self.seconds += result[0].meta["seconds"]
-            known(*result)
+            found, made = result
+            (outcome.made if made else outcome.reused).evaluations += 1
+            if made:
+                self.seconds += found.meta["seconds"]
+            outcome.scores[job.model, job.split, job.task] = found.meta
+            outcome.evaluations.add(found.key)
+            asked.then()
 
-        self.pool.waiting.append(
-            ActorItem(
-                name=f"{model} on {task}",
-                affinity=" ".join([ref.name for ref in (job.adapter, job.mask) if ref] + [job.weights_dtype]),
-                call=lambda actor: actor.evaluate.remote(job, inputs.config.evaluate.batch_size),
-                done=done,
-                failed=self._problem(f"scoring {model} on {task!r}"),
+        def look() -> tuple[Manifest, bool] | None:
+            found = find(inputs.store, job.recipe.key, {})
+            return None if found is None else (found, False)
+
+        if existing is not None:
+            done((existing, False))
+            return
+
+        def enqueue(claim: Claim, answered: Callable[[Any], None]) -> None:
+            self.pool.waiting.append(
+                ActorItem(
+                    name=name,
+                    affinity=" ".join([ref.name for ref in (job.adapter, job.mask) if ref] + [job.weights_dtype]),
+                    base=job.base_sha256 or inputs.base.sha256,
+                    call=lambda actor: actor.evaluate.remote(job, inputs.config.evaluate.batch_size, claim),
+                    done=answered,
+                    failed=asked.failed,
+                )
             )
-        )
+
+        name = f"{job.model} on {job.task}"
+        self._elsewhere.submit(name, [job.recipe.key], enqueue, look, done)
 
     def _create(self) -> Any:
         config = self._inputs.config
         options = ray_options(config.resources.evaluator)
-        actor = remote.EvaluationActor.options(max_restarts=3, max_task_retries=-1, **options)  # type: ignore[attr-defined]
+        # Not restarted by Ray: it would wait for a slot, maybe for ever, while others idle. The pool hands its call on.
+        actor = remote.EvaluationActor.options(max_restarts=0, max_task_retries=-1, **options)  # type: ignore[attr-defined]
         classifies = config.objective == "classification"
         return actor.remote(self._inputs.store, self._inputs.base.sha256, config.evaluate.compute_dtype, classifies)

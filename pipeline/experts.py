@@ -3,17 +3,20 @@
 Those that exist are reported in one call, the others as they finish. What is made of them is the run's business.
 """
 
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 
 from infra.artifacts import Manifest, Recipe, find
+from infra.elsewhere import Elsewhere
 from pipeline import jobs, recipes, remote
 from pipeline.cluster import ray_options
 from pipeline.display import Display
 from pipeline.outcome import Inputs, Outcome, Problem
-from pipeline.work import Item, Lane
+from pipeline.work import Lane, hand_out
 from workers.expert import ExpertOutcome
 from workers.shared_support import SupportRef
 
@@ -28,9 +31,10 @@ class Experts:
         display: Display,
         problem: Problem,
         on_ready: Callable[[Mapping[str, Manifest]], None],
+        elsewhere: Elsewhere,
     ) -> None:
         self._inputs, self._outcome, self._display = inputs, outcome, display
-        self._problem, self._on_ready = problem, on_ready
+        self._problem, self._on_ready, self._elsewhere = problem, on_ready, elsewhere
         self.lane = Lane()
         self._board = remote.ProgressBoard.remote()  # type: ignore[attr-defined]
         self._drain: Any = None
@@ -50,25 +54,35 @@ class Experts:
         def ready(manifest: Manifest) -> None:
             self._start(jobs.support_ref(config, manifest))
 
-        found = find(inputs.store, recipe.key, {})
+        def look() -> Manifest | None:
+            return find(inputs.store, recipe.key, {})
+
+        found = look()
         if found is not None:
             ready(found)
             return
-        job = jobs.support_job(inputs, recipe)
+        job, name = jobs.support_job(inputs, recipe), "shared support"
         options = ray_options(config.resources.expert, config.resources.retries)
-        start = remote.support.options(name="shared support", **options).remote
+        start = remote.support.options(name=name, **options).remote
         failed = self._problem("selecting the shared support")
-        self.lane.add(Item("support", lambda: start(inputs.store, job), ready, failed))
+        hand_out(
+            self._elsewhere, self.lane, name, [recipe.key],
+            lambda claim: start(inputs.store, job, claim), look, ready, failed,
+        )  # fmt: skip
 
     def _start(self, support: SupportRef | None) -> None:
         inputs, config = self._inputs, self._inputs.config
         missing: list[tuple[float, str, Recipe]] = []
         existing: dict[str, Manifest] = {}
         consumed = {support.key: support.digest} if support else {}
-        for task in config.held_in:
+        shared = support.key if support else None
+        planned = {
+            t: recipes.expert_recipe(config, inputs.base.sha256, inputs.tasks[t], shared) for t in config.held_in
+        }
+        with ThreadPoolExecutor(max_workers=16) as pool:
+            looked = list(pool.map(lambda recipe: find(inputs.store, recipe.key, consumed), planned.values()))
+        for (task, recipe), found in zip(planned.items(), looked, strict=True):
             data = inputs.tasks[task]
-            recipe = recipes.expert_recipe(config, inputs.base.sha256, data, support.key if support else None)
-            found = find(inputs.store, recipe.key, consumed)
             if found is not None:
                 self._outcome.reused.experts += 1
                 self._display.state(task, "reused", recipe.key[:12])
@@ -77,28 +91,33 @@ class Experts:
                 steps = recipes.train_spec(config, data).steps
                 missing.append((steps * data.mean_tokens, task, recipe))
         for _, task, recipe in sorted(missing, key=lambda item: -item[0]):  # longest expected first
-            start = self._starter(task, recipe, support)
-            self.lane.add(Item(task, start, self._done(task), self._failed(task)))
+            self._hand_out(task, recipe, support, consumed)
         self._ready(existing)
 
-    def _starter(self, task: str, recipe: Recipe, support: SupportRef | None) -> Callable[[], Any]:
-        job, resources = jobs.expert_job(self._inputs, task, recipe, support), self._inputs.config.resources
-        options = ray_options(resources.expert, resources.retries)
-        return lambda: remote.expert.options(name=f"expert {task}", **options).remote(
-            self._inputs.store, job, self._board
-        )
+    def _hand_out(self, task: str, recipe: Recipe, support: SupportRef | None, consumed: Mapping[str, str]) -> None:
+        inputs, resources, name = self._inputs, self._inputs.config.resources, f"expert {task}"
+        job = jobs.expert_job(inputs, task, recipe, support)
+        start = remote.expert.options(name=name, **ray_options(resources.expert, resources.retries)).remote
+
+        def look() -> ExpertOutcome | None:
+            found = find(inputs.store, recipe.key, consumed)
+            return None if found is None else ExpertOutcome(found, False, time.time(), time.time())
+
+        hand_out(
+            self._elsewhere, self.lane, name, [recipe.key],
+            lambda claim: start(inputs.store, job, self._board, claim), look, self._done(task), self._failed(task),
+        )  # fmt: skip
 
     def _done(self, task: str) -> Callable[[ExpertOutcome], None]:
         def done(outcome: ExpertOutcome) -> None:
-            counters = self._outcome.made if outcome.made else self._outcome.reused
-            counters.experts += 1
-            self._outcome.spans[task] = (outcome.started_at, outcome.ended_at)
-            meta = outcome.manifest.meta
-            self._display.state(
-                task,
-                "done",
-                f"validation loss {meta['validation_loss']:.3f}, {outcome.ended_at - outcome.started_at:.0f} s",
-            )
+            loss, seconds = outcome.manifest.meta["validation_loss"], outcome.ended_at - outcome.started_at
+            if outcome.made:
+                self._outcome.made.experts += 1
+                self._outcome.spans[task] = (outcome.started_at, outcome.ended_at)
+                self._display.state(task, "done", f"validation loss {loss:.3f}, {seconds:.0f} s")
+            else:
+                self._outcome.reused.experts += 1
+                self._display.state(task, "reused", outcome.manifest.key[:12])
             self._ready({task: outcome.manifest})
 
         return done

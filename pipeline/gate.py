@@ -21,36 +21,18 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from infra.errors import ConfigError
-from pipeline.config import Section
-from workers.metrics import LabelScores, label_score
-from workers.metrics import _drawn_label_scores as drawn_label_scores
+from pipeline.config import GateConfig
+from workers.metrics import LabelScores, drawn_label_scores, label_score
 
 TaskScores = Sequence[float] | LabelScores
 """A task's rows: their scores, whose mean is the task's score, or labels, whose metric is no mean of rows."""
 _CELLS = 1 << 21  # most row numbers drawn at a time: 16 MiB
 _DIGITS = 12  # sums in another order differ behind these
-
-
-class GateConfig(Section):
-    """When a challenger becomes champion."""
-
-    rule: Literal["superior", "not_worse"] = "superior"
-    """superior: better by more than the margin; not_worse: worse by no more than the margin. Both with confidence."""
-    margin: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Difference of mean scores (0-1) that matters."""
-    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
-    """Of the two-sided interval of the difference, whose lower end decides."""
-    resamples: Annotated[int, Field(ge=1000, le=1_000_000)] = 10_000
-    """Draws of the bootstrap."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Of the draws: the same scores always get the same decision."""
 
 
 @dataclass(frozen=True)

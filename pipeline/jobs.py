@@ -3,12 +3,14 @@
 from infra.artifacts import Manifest, Recipe
 from pipeline import recipes
 from pipeline.config import PipelineConfig
+from pipeline.opponent import Opponent
 from pipeline.outcome import Inputs
 from pipeline.tasks import TaskData
 from workers.classification import ClassifySpec
 from workers.evaluator import EvaluationJob
 from workers.expert import ExpertJob
 from workers.importance import ImportanceJob
+from workers.prompt import PromptSpec
 from workers.scoring import EvaluateSpec
 from workers.shared_support import PooledTask, SupportJob, SupportRef
 
@@ -28,6 +30,12 @@ def support_job(inputs: Inputs, recipe: Recipe) -> SupportJob:
         batch_size=config.train.micro_batch_size or config.train.batch_size,
         compute_dtype=config.train.compute_dtype,
         recompute=config.train.gradient_checkpointing,
+        provenance={
+            "licenses": {
+                "base": [inputs.base.license],
+                "data": sorted({tasks[name].license for name in recipes.pooled_order(config, tasks)}),
+            }
+        },
     )
 
 
@@ -59,7 +67,16 @@ def expert_job(inputs: Inputs, task: str, recipe: Recipe, support: SupportRef | 
         experiment=config.suite,
         parent_run_id=inputs.run_id,
         tags={"suite": config.suite, "base": inputs.base.name, "source": data.config.source},
+        provenance=provenance(inputs, data),
     )
+
+
+def provenance(inputs: Inputs, data: TaskData) -> dict[str, dict[str, str]]:
+    """Name and licence of the base, source and licence of a task's data: notes of a manifest, part of no key."""
+    return {
+        "base": {"name": inputs.base.name, "license": inputs.base.license},
+        "data": {"source": data.config.source, "license": data.license},
+    }
 
 
 def importance_job(inputs: Inputs, task: str, recipe: Recipe, expert: Manifest) -> ImportanceJob:
@@ -77,7 +94,14 @@ def importance_job(inputs: Inputs, task: str, recipe: Recipe, expert: Manifest) 
         prompt=recipes.prompt_spec(config, data),
         max_target_tokens=config.prompt.max_target_tokens,
         labels=data.labels if config.objective == "classification" else None,
+        provenance=provenance(inputs, data),
     )
+
+
+def base_models(config: PipelineConfig) -> tuple[tuple[str, int], ...]:
+    """The ways in which the base is scored: name and number of training examples shown."""
+    shots = config.evaluate.few_shot if config.objective == "language_modelling" else 0
+    return (("base", 0), *((("few_shot", shots),) if shots else ()))
 
 
 def evaluation_job(
@@ -90,15 +114,18 @@ def evaluation_job(
     few_shot: int = 0,
     weights_dtype: str | None = None,
     mask: Manifest | None = None,
+    prompt: PromptSpec | None = None,
+    base_sha256: str | None = None,
 ) -> EvaluationJob:
     """Score one model on one split of one task.
 
     `manifest` is the expert or merge that is scored, None for the base; `mask` the task's mask of that merge. `expert`
     is the task's own expert, whose head a classification takes; None takes the head that the expert started from.
+    `prompt` and `base_sha256` of a model that was made for others than this run's.
     """
     config, data = inputs.config, inputs.tasks[task]
     classifies = config.objective == "classification"
-    spec = _evaluation_spec(inputs, data, few_shot)
+    spec = _evaluation_spec(inputs, data, few_shot, prompt or recipes.prompt_spec(config, data))
     dtype = config.evaluate.compute_dtype
     seed = recipes.train_spec(config, data).seed
     change = mask or manifest  # a mask names the adapter that it is a mask of
@@ -118,11 +145,22 @@ def evaluation_job(
         head=expert.files["adapter"] if expert and classifies else None,
         head_seed=seed,
         mask=mask.files["mask"] if mask else None,
+        base_sha256=base_sha256,
+        # Of another base only the identity is at hand; its name and licence are in its champion's manifest.
+        provenance={**provenance(inputs, data), **({"base": {"sha256": base_sha256}} if base_sha256 else {})},
     )
 
 
-def _evaluation_spec(inputs: Inputs, data: TaskData, few_shot: int) -> EvaluateSpec | ClassifySpec:
-    prompt, metric = recipes.prompt_spec(inputs.config, data), data.config.metric
+def opponent_job(inputs: Inputs, model: str, task: str, opponent: Opponent) -> EvaluationJob:
+    """Score the opponent of a gate, called `model`, on a task's gate rows."""
+    prompt = opponent.prompt(task, recipes.prompt_spec(inputs.config, inputs.tasks[task]))
+    base = opponent.base_sha256 if opponent.base_sha256 != inputs.base.sha256 else None
+    expert = opponent.experts.get(task)
+    return evaluation_job(inputs, model, "gate", task, opponent.manifest, expert, prompt=prompt, base_sha256=base)
+
+
+def _evaluation_spec(inputs: Inputs, data: TaskData, few_shot: int, prompt: PromptSpec) -> EvaluateSpec | ClassifySpec:
+    metric = data.config.metric
     if metric == "accuracy" or metric == "f1" or metric == "matthews":
         return ClassifySpec(metric, data.labels, prompt.template, prompt.wrapper, prompt.max_input_tokens)
     return EvaluateSpec(

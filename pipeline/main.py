@@ -6,14 +6,14 @@
 Exit status: 0 done; 1 something failed, finished work is kept; 2 bad input; 130 stopped.
 """
 
-import os
+import contextlib
+import getpass
 import signal
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 if str(Path(__file__).resolve().parent.parent) not in sys.path:  # `python pipeline/main.py` puts only pipeline/ there
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,21 +23,18 @@ import ray
 from rich.console import Console
 
 from infra import registry
+from infra.environment import code_version
 from infra.errors import ConfigError, FactoryError
 from infra.store import Store
-from pipeline.cluster import connect_to_ray
-from pipeline.config import dump_config, load_config
+from pipeline import run_page
+from pipeline.announcing import Announcements
+from pipeline.cluster import connect_to_ray, submission_id
+from pipeline.config import load_config
 from pipeline.display import Display
-from pipeline.preflight import Prepared, check_services, prepare_inputs
+from pipeline.preflight import Prepared, check_services, prepare_inputs, upload_inputs
+from pipeline.publishing import publish_report
 from pipeline.replicates import combine
-from pipeline.results import (
-    build_results,
-    candidates_csv,
-    report_markdown,
-    results_json,
-    summary_lines,
-    summary_table,
-)
+from pipeline.results import build_results
 from pipeline.run import Run, Stopped
 
 
@@ -58,15 +55,15 @@ def main(config_path: str, report: Path | None, overrides: tuple[str, ...]) -> N
         check_services(config, store)
         prepared = prepare_inputs(config, store, console)
         connect_to_ray()
-        slots, seats = prepared.check_cluster(ray.nodes(), console)
+        slots = prepared.check_cluster(ray.nodes(), console)
         run_id = start_run(prepared)
     except FactoryError as error:
         _print_error(console, error)
         sys.exit(2)
-    sys.exit(run(prepared, run_id, slots, seats, report, console))
+    sys.exit(run(prepared, run_id, slots, report, console))
 
 
-def run(prepared: Prepared, run_id: str, slots: int, seats: int, report: Path | None, console: Console) -> int:
+def run(prepared: Prepared, run_id: str, slots: int, report: Path | None, console: Console) -> int:
     """Run and report. Returns the exit status."""
     config = prepared.config
     stop = threading.Event()  # a flag, because an exception raised inside Ray's C++ calls would not reach us as it is
@@ -75,17 +72,25 @@ def run(prepared: Prepared, run_id: str, slots: int, seats: int, report: Path | 
     console.print(f"run {run_id} in MLflow experiment {config.suite!r}", highlight=False)
     status = "FAILED"
     try:
+        console.print(registry.run_page(run_id), highlight=False, markup=False)
         seeds, found = config.seeds or [config.seed], []
-        for at, inputs in enumerate(prepared.replicates(run_id)):
+        replicates, announced = prepared.replicates(run_id), Announcements(prepared.store, run_id)
+        announced.plan(replicates)  # before anything is looked for: garbage collection spares what is announced
+        upload_inputs(prepared)
+        for at, inputs in enumerate(replicates):
             if len(seeds) > 1:
                 console.print(f"seed {seeds[at]}, {at + 1} of {len(seeds)}", highlight=False)
             display = Display(list(config.held_in), console)
-            found.append(build_results(inputs, Run(inputs, display, slots, seats, stop).execute()))
-        publish_report(prepared, run_id, combine(seeds, found), report, console)
+            machine = Run(inputs, display, slots, stop, announced.add)
+            with announced.following(machine.outcome):
+                found.append(build_results(inputs, machine.execute()))
+        publish_report(prepared.store, config, run_id, combine(seeds, found), report, console)
         status = "FINISHED"
         return 0
     except FactoryError as error:
         _print_error(console, error)
+        with contextlib.suppress(FactoryError):  # the services themselves may be what failed
+            registry.describe_run(run_id, run_page.failure(str(error)))
         return 1
     except Stopped:
         status = "KILLED"
@@ -99,48 +104,22 @@ def run(prepared: Prepared, run_id: str, slots: int, seats: int, report: Path | 
 def start_run(prepared: Prepared) -> str:
     """Start the parent run in MLflow; its id names the run."""
     suite = prepared.config.suite
-    tags = {"suite": suite, "kind": "pipeline", "ray_submission_id": os.environ.get("RAY_JOB_SUBMISSION_ID", "")}
-    return registry.start_run(suite, time.strftime(f"{suite}-%Y%m%d-%H%M%S"), tags, prepared.parameters())
-
-
-def publish_report(
-    prepared: Prepared, run_id: str, results: dict[str, Any], folder: Path | None, console: Console
-) -> None:
-    """Write results, report, candidates and configuration to the store, MLflow and `folder`; print the scores."""
-    files = {
-        "results.json": results_json(results),
-        "report.md": report_markdown(results),
-        "candidates.csv": candidates_csv(results),
-        "config.yaml": dump_config(prepared.config),
+    tags = {
+        "suite": suite,
+        "kind": "pipeline",
+        **({"ray_submission_id": job} if (job := submission_id()) else {}),
+        **run_page.source(_user(), code_version().get("git_commit"), submitted=bool(job)),
     }
-    for name, text in files.items():
-        prepared.store.put(f"runs/{run_id}/{name}", text.encode())
-    with tempfile.TemporaryDirectory(prefix="factory-report-") as scratch:
-        for target in [Path(scratch), *([folder] if folder else [])]:
-            target.mkdir(parents=True, exist_ok=True)
-            for name, text in files.items():
-                (target / name).write_text(text)
-        registry.log_folder(run_id, Path(scratch), "report")
-    registry.log_history(run_id, [{"step": 0, **_summary_metrics(results)}])
-    console.print(summary_table(results))
-    for line in summary_lines(results):
-        console.print(line, highlight=False, markup=False)
-    console.print(
-        f"report: {prepared.store.uri(f'runs/{run_id}/')}" + (f" and {folder}/" if folder else ""), markup=False
-    )
+    run_id = registry.start_run(suite, time.strftime("%Y%m%d-%H%M%S"), tags, prepared.parameters())
+    registry.describe_experiment(suite, run_page.experiment(suite))
+    return run_id
 
 
-def _summary_metrics(results: dict[str, Any]) -> dict[str, float]:
-    """Numbers of the summary for the parent run in MLflow."""
-    metrics = {}
-    for group, summary in results["summary"].items():
-        for name, value in summary.items():
-            if isinstance(value, int | float):
-                metrics[f"{group}.{name}"] = float(value)
-    for name, value in {**results["seconds"], "slot_utilisation": results["slot_utilisation"]}.items():
-        if value is not None:
-            metrics[f"run.{name}"] = float(value)
-    return metrics
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return ""
 
 
 def check_report_folder(folder: Path | None) -> None:

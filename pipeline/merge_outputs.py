@@ -28,7 +28,7 @@ from workers.mask_file import MaskReader
 RECORD_FIELD = "merge"
 """Field of a merged adapter's information that holds the record."""
 
-_OWN = ("artifacts", "bases", "checks", "data", "objects", "runs")
+_OWN = ("artifacts", "bases", "checkpoints", "checks", "data", "gc", "leases", "objects", "runs", "schedules")
 """Folders of the factory's bucket that hold what the factory itself stores."""
 
 
@@ -90,7 +90,9 @@ def output(given: str, what: str) -> Output:
             raise ConfigError(f"{what} {given}: names a bucket; give s3://<bucket>/<name>")
         bucket, whole = split_uri(given)
         artifact = re.search(r"(^|/)objects/[0-9a-f]{64}(/|$)", whole)
-        if artifact or (bucket == Store.from_env().bucket and whole.partition("/")[0] in _OWN):
+        own = Store.from_env()
+        inside = whole.removeprefix(f"{own.prefix}/") if own.prefix else whole
+        if artifact or (bucket == own.bucket and inside.partition("/")[0] in _OWN):
             raise ConfigError(
                 f"{what} {given}: is among what the factory stores ({', '.join(f'{name}/' for name in _OWN)}); "
                 "name another place"

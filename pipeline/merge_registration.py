@@ -9,7 +9,9 @@ from infra import registry
 from infra.artifacts import canonical_json
 from infra.errors import ConfigError
 from infra.lineage import Ancestor, Lineage
+from infra.model_aliases import promote
 from infra.model_registry import RegisteredAdapter, register, registered_as, reuse, split_place
+from infra.model_versions import champion
 from infra.store import Store
 from pipeline.config import PromptConfig
 from pipeline.merge_by_hand import REGISTERED_KIND, Checked, record_of
@@ -19,24 +21,29 @@ from workers.base import upload_base
 
 
 def register_merge(checked: Checked) -> str:
-    """Register the merged adapter of a finished merge, once; returns a line that says which version it is.
+    """Register the merged adapter of a finished merge, once, and make it champion: no gate compares merges by hand.
 
-    The base goes into the adapter's store, where loading the model looks for it. Raises RegistryError or StoreError.
+    Returns a line that says which version it is. The base goes into the adapter's store, where loading the model looks
+    for it. Raises RegistryError or StoreError.
     """
     name, out = checked.request.register_as, checked.out
     if not name or out is None or out.store is None:
         raise ConfigError("--register needs a name, and the adapter in S3 (--out s3://…)")
     bucket, prefix, _ = split_place(out.uri)
-    upload_base(Store(bucket, out.store.endpoint, prefix), checked.base)
+    store = Store(bucket, out.store.endpoint, prefix)
+    upload_base(store, checked.base)
     model = _model(checked, name, out.uri, source_sha256(out.source()))
     known = reuse(model)
     if known is not None:
+        if champion(name) is None:
+            promote(store, name, known, "registered by hand")
         return f"registered as models:/{name}/{known} (it was already)"
     candidate = checked.candidate
     run_id = registry.start_run(name, f"{name}-{candidate.method}", {"kind": "merge by hand"}, candidate.params)
     status = "FAILED"
     try:
         version, made = register(replace(model, run_id=run_id))
+        promote(store, name, version, "registered by hand")
         status = "FINISHED"
     finally:
         registry.finish_run(run_id, status)

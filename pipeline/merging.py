@@ -6,9 +6,11 @@ what exists already, is `merge.schedule`'s business.
 
 from collections.abc import Callable, Mapping
 from itertools import islice
-from typing import Any
 
 from infra.artifacts import Manifest, find
+from infra.claims import Busy, Claim
+from infra.elsewhere import Elsewhere
+from merge.dispatch import Dispatch
 from merge.jobs import FinishJob, Job, JobResult, PartOutput, Ref, TaskMaskJob, job_name, manifests_of
 from merge.schedule import MASKS, NODES, MergeSchedule
 from merge.specs import Candidate, plan_reductions
@@ -16,7 +18,7 @@ from pipeline import jobs, recipes, remote
 from pipeline.cluster import ray_options
 from pipeline.display import Display
 from pipeline.outcome import Inputs, Outcome, Problem
-from pipeline.work import Item, Lane
+from pipeline.work import Item, Lane, hand_out
 
 
 class Merging:
@@ -30,9 +32,10 @@ class Merging:
         problem: Problem,
         on_merged: Callable[[Candidate], None],
         on_mask: Callable[[Candidate, str], None],
+        elsewhere: Elsewhere,
     ) -> None:
         self._inputs, self._outcome, self._display, self._problem = inputs, outcome, display, problem
-        self._on_merged, self._on_mask = on_merged, on_mask
+        self._on_merged, self._on_mask, self._elsewhere = on_merged, on_mask, elsewhere
         config = inputs.config
         self._schedule = MergeSchedule(
             inputs.store,
@@ -43,6 +46,9 @@ class Merging:
             inputs.base_weights,
             config.resources.node_tasks,
         )
+        self._dispatch = Dispatch(
+            inputs.store, self._schedule, elsewhere, self._enqueue, self._done, config.resources.concurrent_nodes
+        )
         self.nodes = Lane(config.resources.concurrent_nodes)
         self.importances = Lane()
         self.seconds = 0.0
@@ -51,6 +57,10 @@ class Merging:
     def open(self) -> int:
         """Nodes that are still to do."""
         return self._schedule.open
+
+    def close(self) -> None:
+        """Give back what the driver holds of nodes in parts."""
+        self._dispatch.close()
 
     def add_experts(self, experts: Mapping[str, Manifest]) -> None:
         """Experts exist: measure what their merges need beside them, and start what can be merged now.
@@ -69,42 +79,52 @@ class Merging:
         def ready(manifest: Manifest) -> None:
             self._start(self._schedule.add_extra(task, kind, Ref.of(manifest)))
 
-        def done(manifest: Manifest) -> None:
-            counters.made.importances += 1
-            self._display.line(f"{kind} of {task}: {manifest.meta['rows']} rows")
+        def done(result: tuple[Manifest, bool]) -> None:
+            manifest, made = result
+            (counters.made if made else counters.reused).importances += 1
+            if made:
+                self._display.line(f"{kind} of {task}: {manifest.meta['rows']} rows")
             ready(manifest)
 
-        found = find(inputs.store, recipe.key, {expert.key: expert.digest})
-        if found is not None:
-            counters.reused.importances += 1
-            ready(found)
+        def look() -> tuple[Manifest, bool] | None:
+            found = find(inputs.store, recipe.key, {expert.key: expert.digest})
+            return None if found is None else (found, False)
+
+        existing = look()
+        if existing is not None:
+            done(existing)
             return
-        job = jobs.importance_job(inputs, task, recipe, expert)
+        job, name = jobs.importance_job(inputs, task, recipe, expert), f"{kind} of {task}"
         resources = inputs.config.resources
-        options = ray_options(resources.expert, resources.retries)
-        start = remote.importance.options(name=f"{kind} of {task}", **options).remote
-        failed = self._problem(f"measuring {kind} of {task!r}")
-        self.importances.add(Item(f"{kind} of {task}", lambda: start(inputs.store, job), done, failed))
+        start = remote.importance.options(name=name, **ray_options(resources.expert, resources.retries)).remote
+        hand_out(
+            self._elsewhere, self.importances, name, [recipe.key],
+            lambda claim: start(inputs.store, job, claim), look, done, self._problem(f"measuring {kind} of {task!r}"),
+        )  # fmt: skip
 
     def _start(self, found: list[Job]) -> None:
-        for job in found:
-            self.nodes.add(Item(job_name(job), self._starter(job), self._done(job), self._problem(job_name(job))))
+        self._dispatch.start(found)
         self._announce()
 
-    def _starter(self, job: Job) -> Callable[[], Any]:
-        resources = self._inputs.config.resources
-        options = ray_options(resources.node, resources.retries)
-        return lambda: remote.merge.options(name=job_name(job), **options).remote(self._inputs.store, job)
+    def _enqueue(self, job: Job, claim: Claim | None, answered: Callable[[JobResult | Busy], None]) -> None:
+        resources, name = self._inputs.config.resources, job_name(job)
+        start = remote.merge.options(name=name, **ray_options(resources.node, resources.retries)).remote
+        problem = self._problem(name)
 
-    def _done(self, job: Job) -> Callable[[JobResult], None]:
-        def done(result: JobResult) -> None:
-            if isinstance(result, PartOutput):
-                self.seconds += result.seconds
-            else:
-                self._made(job, manifests_of(result)[-1][0])
-            self._start(self._schedule.finished(job, result))
+        def failed(error: BaseException) -> None:
+            problem(error)
+            self._dispatch.failed(job)
 
-        return done
+        self.nodes.add(Item(name, lambda: start(self._inputs.store, job, claim), answered, failed))
+
+    def _done(self, job: Job, result: JobResult) -> None:
+        if isinstance(result, PartOutput):
+            self.seconds += result.seconds
+        else:
+            made = [manifest for manifest, made in manifests_of(result) if made]
+            if made:
+                self._made(job, made[-1])
+        self._announce()
 
     def _made(self, job: Job, manifest: Manifest) -> None:
         """Note a finished artifact; of a node in parts, their time was added as they came."""

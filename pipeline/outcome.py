@@ -10,6 +10,7 @@ from infra.store import Store
 from merge.specs import Candidate
 from pipeline.candidates import Candidates
 from pipeline.config import PipelineConfig
+from pipeline.gate import GateDecision
 from pipeline.search import Rung, Standing
 from pipeline.tasks import TaskData
 from workers.base import PreparedBase
@@ -49,6 +50,24 @@ class Counters:
     checkpoints: int = 0
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a registered version in this run, and why."""
+
+    name: str
+    """The registered model's."""
+    version: int
+    promoted: bool
+    """Whether it became champion in this run."""
+    champion: int | None
+    """The version that is champion now."""
+    reason: str
+    opponent: str | None = None
+    """What it was compared with in this run, if it was."""
+    decision: GateDecision | None = None
+    """Of this run's gate."""
+
+
 @dataclass
 class Outcome:
     """What a run produced; `pipeline/results.py` turns it into results.json."""
@@ -57,7 +76,9 @@ class Outcome:
     merged: dict[Candidate, Manifest] = field(default_factory=dict)
     scores: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
     """(model, split, task) -> meta of the evaluation; a model is base, few_shot, expert, merged, serving, or a
-    candidate as JSON."""
+    candidate as JSON; on the gate split expert_champion and merged_champion too."""
+    evaluations: set[str] = field(default_factory=set)
+    """Keys of the scores."""
     masks: dict[tuple[Candidate, str], Manifest] = field(default_factory=dict)
     """Task masks of candidates that need the task at inference."""
     rungs: tuple[Rung, ...] = ()
@@ -70,6 +91,8 @@ class Outcome:
     """The chosen merge as a full checkpoint."""
     versions: dict[str, int] = field(default_factory=dict)
     """Registered version of each expert and, as `merged`, of the merge."""
+    gate: dict[str, Verdict] = field(default_factory=dict)
+    """What became of those versions."""
     made: Counters = field(default_factory=Counters)
     reused: Counters = field(default_factory=Counters)
     spans: dict[str, tuple[float, float]] = field(default_factory=dict)

@@ -7,7 +7,8 @@ splits, base, modules and blocks, then disk, memory and cluster.
 import math
 import shutil
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,10 +49,15 @@ BYTES_PER_VALUE = {"element": 24, "block": 20, "lora": 16}
 
 def check_services(config: PipelineConfig, store: Store) -> None:
     """Names, candidates, object store and MLflow: cheap checks that need no data."""
-    registry.model_names(config.suite, [*config.held_in, MERGED, CHECKPOINT])
-    list_candidates(config)
+    check_names(config)
     store.check()
     registry.check()
+
+
+def check_names(config: PipelineConfig) -> None:
+    """Names of tasks and models, and merge candidates: what needs no service."""
+    registry.model_names(config.suite, [*config.held_in, MERGED, CHECKPOINT])
+    list_candidates(config)
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,14 @@ class Cost:
     parameters: int
     expert_tokens: dict[str, int]
     worker_bytes: int
-    store_bytes: int
+    kind_bytes: Mapping[str, int]
+    """Bytes in the object store by kind of artifact, and of the base."""
     cache_bytes: int
+
+    @property
+    def store_bytes(self) -> int:
+        """Bytes in the object store."""
+        return sum(self.kind_bytes.values())
 
     def seconds(self, slots: int, flops: float) -> float:
         """Training time: forward, input gradient and, for the adapted share, weight gradient; 2 flops a weight each."""
@@ -128,8 +140,8 @@ class Prepared:
             **{f"train.{name}": value for name, value in config.train.model_dump().items()},
         }
 
-    def check_cluster(self, nodes: list[dict[str, Any]], console: Console) -> tuple[int, int]:
-        """Experts and evaluators that run at a time; prints what the run is expected to take.
+    def check_cluster(self, nodes: list[dict[str, Any]], console: Console) -> int:
+        """Experts that run at a time; prints what the run is expected to take.
 
         Raises ConfigError if a kind of worker fits on no node: Ray would let it wait for ever.
         """
@@ -154,11 +166,11 @@ class Prepared:
             f"{cost.trainable:,} trained values an expert ({cost.trainable / cost.adapted:.1%} of the adapted modules)",
             highlight=False,
         )
-        return slots, fitting["evaluator"]
+        return slots
 
 
 def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Prepared:
-    """Load base and tasks, check them against the configuration, and put both into the object store."""
+    """Load base and tasks and check them against the configuration. Writes to the local cache only."""
     cache = cache_dir()
     console.print(f"base {config.base}", highlight=False)
     base = prepare_base(config.base, cache)
@@ -166,10 +178,6 @@ def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Pr
     tasks = load_tasks({**config.held_in, **config.held_out}, cache, config.splits.model_dump(), config.seed)
     cost = expected_cost(config, base, tasks)
     check_room(config, cost)
-    upload_base(store, base)
-    for data in tasks.values():
-        for split in data.splits:
-            store.put_if_absent(data.object_name(split), data.to_jsonl(split))
     caps = dict.fromkeys(tasks, 1)
     if config.objective == "language_modelling":
         tokenizer, limit = load_tokenizer(base.path), config.prompt.max_target_tokens
@@ -180,6 +188,20 @@ def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Pr
     listed = list_candidates(config, {name: len(tasks[name].splits["train"]) for name in config.held_in})
     console.print(merge_plan(config, listed), highlight=False, markup=False)
     return Prepared(config, store, base, tasks, caps, listed, cost)
+
+
+def upload_inputs(prepared: Prepared) -> None:
+    """Put base and rows into the object store, where workers read them; what is there is not sent again."""
+    store = prepared.store
+    upload_base(store, prepared.base)
+
+    def upload(part: tuple[TaskData, str]) -> None:
+        data, split = part
+        if store.head(data.object_name(split)) is None:
+            store.put_if_absent(data.object_name(split), data.to_jsonl(split))
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        list(pool.map(upload, [(data, split) for data in prepared.tasks.values() for split in data.splits]))
 
 
 def expected_cost(config: PipelineConfig, base: PreparedBase, tasks: dict[str, TaskData]) -> Cost:
@@ -221,12 +243,17 @@ def expected_cost(config: PipelineConfig, base: PreparedBase, tasks: dict[str, T
     if measured:  # one row at a time, in fp32
         worker = max(worker, PROCESS_GIB * GIB + parameters * 4 + measuring + longest * saved * 4)
     merges = union * 4.2 * len(listed)
-    nodes = union * 2 * 11 * len(reductions)
-    exported = parameters * 4 if config.merge.export else 0
-    experts = len(config.held_in) * (trainable * 3.2 + measured)
-    store_bytes = parameters * 2 + experts + merges + nodes + exported
+    stored = {
+        "base": parameters * 2,
+        "experts": len(config.held_in) * trainable * 3.2,
+        "importances": len(config.held_in) * measured,
+        "merge_nodes": union * 2 * 11 * len(reductions),
+        "merges": merges,
+        "checkpoints": parameters * 4 if config.merge.export else 0,
+    }
+    kind_bytes = {kind: int(size) for kind, size in stored.items()}
     cache_bytes = parameters * (2 + width) + merges
-    return Cost(trainable, adapted, parameters, tokens, int(worker), int(store_bytes), int(cache_bytes))
+    return Cost(trainable, adapted, parameters, tokens, int(worker), kind_bytes, int(cache_bytes))
 
 
 def _empty_model(structure: Any, classifies: bool) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from infra.artifacts import Recipe, canonical_json
-from pipeline.config import PipelineConfig
+from pipeline.config import PipelineConfig, TrainConfig
 from pipeline.tasks import TaskData
 from workers.classification import CLASSIFICATION_VERSION, ClassifySpec
 from workers.importance import IMPORTANCE_VERSION
@@ -50,13 +50,16 @@ def mask_spec(config: PipelineConfig, seeded_by: str) -> MaskSpec:
     return config.mask.spec(derived_seed(config.seed, "mask", seeded_by))
 
 
+def training_steps(train: TrainConfig, rows: int) -> int:
+    """Optimizer steps over this many training rows: as many as configured, or those of the configured epochs."""
+    return train.steps or max(1, round((train.epochs or 1.0) * rows / min(train.batch_size, rows)))
+
+
 def train_spec(config: PipelineConfig, data: TaskData) -> TrainSpec:
     """The optimisation of one expert, epochs turned into steps."""
     train = config.train
-    rows = len(data.splits["train"])
-    steps = train.steps or max(1, round((train.epochs or 1.0) * rows / min(train.batch_size, rows)))
     return TrainSpec(
-        steps=steps,
+        steps=training_steps(train, len(data.splits["train"])),
         batch_size=train.batch_size,
         learning_rate=train.learning_rate or DEFAULT_LEARNING_RATES[config.expert],
         weight_decay=train.weight_decay,
@@ -80,14 +83,14 @@ def shares_scored_support(config: PipelineConfig) -> bool:
     return config.mask.shared and config.mask.spec(0).needs_data
 
 
-def _pooled(config: PipelineConfig, data: TaskData) -> tuple[str, str]:
+def pooled(config: PipelineConfig, data: TaskData) -> tuple[str, str]:
     """A task as a part of the pool: its training rows and its prompt."""
     return data.fingerprints["train"], canonical_json(_plain(prompt_spec(config, data))).decode()
 
 
 def pooled_order(config: PipelineConfig, tasks: Mapping[str, TaskData]) -> list[str]:
     """Held-in tasks in the order in which their rows are pooled, which does not depend on names or the file's order."""
-    return sorted(config.held_in, key=lambda name: _pooled(config, tasks[name]))
+    return sorted(config.held_in, key=lambda name: pooled(config, tasks[name]))
 
 
 def support_recipe(config: PipelineConfig, base_sha256: str, tasks: Mapping[str, TaskData]) -> Recipe:
@@ -97,7 +100,7 @@ def support_recipe(config: PipelineConfig, base_sha256: str, tasks: Mapping[str,
         version=TRAIN_VERSION,
         config={
             "base": base_sha256,
-            "tasks": [_pooled(config, tasks[name]) for name in pooled_order(config, tasks)],
+            "tasks": [pooled(config, tasks[name]) for name in pooled_order(config, tasks)],
             "max_target_tokens": config.prompt.max_target_tokens,
             "mask": _plain(mask_spec(config, "shared")),
             "batch_size": config.train.micro_batch_size or config.train.batch_size,

@@ -1,95 +1,113 @@
-"""Registering experts and the merge in MLflow: what the entries say. Ray tasks that ask for no CPU do the work."""
+"""What is registered in MLflow of an expert, of the merge and of its full checkpoint. Handing it over is
+`pipeline.promotion`; what the descriptions say is `pipeline.model_card`."""
 
+from collections.abc import Iterable
 from typing import Any
-
-from ray import ObjectRef
 
 from infra.artifacts import Manifest
 from infra.lineage import Ancestor, Lineage
-from infra.model_registry import RegisteredAdapter, RegisteredCheckpoint, Registration
-from infra.registry import model_name
-from pipeline import remote
-from pipeline.config import PipelineConfig
+from infra.model_registry import RegisteredAdapter, RegisteredCheckpoint
+from infra.model_versions import MERGE_TAG
+from infra.registry import CHECKPOINT, MERGED, model_name
+from pipeline.model_card import ROOM, checkpoint_card, expert_card, merge_card
 from pipeline.outcome import Inputs, Outcome
 
-MERGED = "merged"
-"""Task name under which the merge is registered."""
-CHECKPOINT = "merged-checkpoint"
-"""Task name under which the merge as a full checkpoint is registered."""
+_VERDICT_ROOM = 700
+"""Characters of a description that are left for the gate's verdict, where they can be spared."""
+_LEAST_ROOM = 2800
+"""Characters that a merge's card takes at least."""
 
 
-def register_expert(inputs: Inputs, task: str, manifest: Manifest, score: dict[str, Any]) -> ObjectRef:
-    """Register one expert and log its test score to its run."""
-    config, data, meta = inputs.config, inputs.tasks[task], manifest.meta
-    description = (
-        f"{config.expert.capitalize()} expert for {task} on {inputs.base.name}.\n\n"
-        f"- data: {data.config.source}, {len(data.splits['train'])} training rows; licence of the base: "
-        f"{inputs.base.license}\n"
-        f"- change: {_change(config)} of modules `{config.mask.modules}`, "
-        f"{meta['trainable']:,} trained values, {meta['adapter_bytes'] / 1e6:.1f} MB\n"
-        f"- training: {meta['steps']} steps, best after {meta['best_step']}, "
-        f"validation loss {meta['validation_loss']:.4f}\n"
-        f"- test: {score['metric']} {score['score']:.3f} on {score['n']} rows\n"
-        f"- lineage: recipe {manifest.key}, digest {manifest.digest}"
-    )
-    metrics = {f"test_{score['metric']}": score["score"], "test_format_free": score["format_free"]}
-    adapter = _adapter(
-        inputs, task, data.config.template, inputs.max_new_tokens[task], manifest, meta["run_id"], description,
-        _heads(inputs, {task: manifest}),
-    )  # fmt: skip
-    return _submit(inputs, f"register {task}", adapter, metrics)
+def expert_model(inputs: Inputs, outcome: Outcome, task: str) -> tuple[RegisteredAdapter, dict[str, float]]:
+    """One expert, and the metrics that its run gets."""
+    manifest, score = outcome.experts[task], outcome.scores["expert", "test", task]
+    metrics = {f"test/{score['metric']}": score["score"], "test/format_free": score["format_free"]}
+    common = _common(inputs, task, manifest, str(manifest.meta["run_id"]), {task: manifest}) | {
+        "description": expert_card(inputs, outcome, task),
+        "about": f"Expert for the task {task} of the suite {inputs.config.suite}.",
+        "prompt_template": inputs.tasks[task].config.template,
+        "max_new_tokens": inputs.max_new_tokens[task],
+        "prompts": _prompts(inputs, [task]),
+    }
+    return RegisteredAdapter(**common, **_adapter(inputs, manifest)), metrics
 
 
-def register_merge(inputs: Inputs, outcome: Outcome) -> ObjectRef:
-    """Register the chosen merge. Its prompt is the bare input: the caller writes the task's instruction."""
+def merge_model(inputs: Inputs, outcome: Outcome) -> RegisteredAdapter:
+    """The chosen merge. An input that names no task is the whole prompt."""
     assert outcome.chosen is not None
-    manifest, cap = outcome.merged[outcome.chosen], max(inputs.max_new_tokens.values())
-    adapter = _adapter(
-        inputs, MERGED, "{input}", cap, manifest, inputs.run_id, _merge_description(inputs, outcome),
-        _heads(inputs, outcome.experts), _lineage(inputs, outcome),
-    )  # fmt: skip
-    return _submit(inputs, "register merge", adapter, {})
+    manifest = outcome.merged[outcome.chosen]
+    common = _common(inputs, MERGED, manifest, inputs.run_id, outcome.experts) | _of_merge(inputs, outcome)
+    card = merge_card(inputs, outcome, room=_room(common["lineage"]))
+    about = f"The chosen merge of all experts of the suite {inputs.config.suite}, one model for all its tasks."
+    return RegisteredAdapter(**common, **_adapter(inputs, manifest), description=card, about=about)
 
 
-def register_checkpoint(inputs: Inputs, outcome: Outcome) -> ObjectRef:
-    """Register the chosen merge as a full checkpoint."""
-    manifest, config = outcome.checkpoint, inputs.config
+def checkpoint_model(inputs: Inputs, outcome: Outcome) -> RegisteredCheckpoint:
+    """The chosen merge as a full checkpoint. It is tagged with the merge's digest, whose fate it shares."""
+    manifest = outcome.checkpoint
     assert manifest is not None
-    folder = next(iter(manifest.files.values())).name.rpartition("/")[0]
-    dtype = manifest.config["dtype"]
-    checkpoint = RegisteredCheckpoint(
-        name=model_name(config.suite, CHECKPOINT),
-        task=CHECKPOINT,
-        key=manifest.key,
-        digest=manifest.digest,
-        checkpoint_uri=inputs.store.uri(folder),
-        files=manifest.files,
-        base_sha256=inputs.base.sha256,
-        base_name=inputs.base.name,
-        prompt_wrapper=config.prompt.wrapper,
-        prompt_template="{input}",
-        max_input_tokens=config.prompt.max_input_tokens,
-        max_new_tokens=max(inputs.max_new_tokens.values()),
-        dtype=config.evaluate.compute_dtype,
-        run_id=inputs.run_id,
-        description=f"Full checkpoint, every floating-point tensor in {dtype}. {_merge_description(inputs, outcome)}",
-        tags={"suite": config.suite, "kind": manifest.kind, "expert": config.expert},
-        heads=_heads(inputs, outcome.experts),
-        lineage=_lineage(inputs, outcome),
-    )
-    return _submit(inputs, "register checkpoint", checkpoint, {})
-
-
-def _merge_description(inputs: Inputs, outcome: Outcome) -> str:
     assert outcome.chosen is not None
-    tasks = list(inputs.config.held_in)
-    mean = sum(outcome.scores["merged", "test", task]["score"] for task in tasks) / len(tasks)
-    return (
-        f"Merge of {len(tasks)} {inputs.config.expert} experts on {inputs.base.name} by {outcome.chosen.method}.\n\n"
-        f"- held-in mean on the test splits: {mean:.3f}\n"
-        f"- chosen with a mean validation score of {outcome.standings[outcome.chosen].mean:.3f} among "
-        f"{len(inputs.candidates.eligible)} candidates"
-    )
+    folder = next(iter(manifest.files.values())).name.rpartition("/")[0]
+    common = _common(inputs, CHECKPOINT, manifest, inputs.run_id, outcome.experts) | _of_merge(inputs, outcome)
+    common["tags"] |= {MERGE_TAG: outcome.merged[outcome.chosen].digest}
+    card = checkpoint_card(inputs, outcome, room=_room(common["lineage"]))
+    about = f"The chosen merge of all experts of the suite {inputs.config.suite} as a full checkpoint."
+    uri = inputs.store.uri(folder)
+    return RegisteredCheckpoint(**common, checkpoint_uri=uri, files=manifest.files, description=card, about=about)
+
+
+def _common(inputs: Inputs, task: str, manifest: Manifest, run_id: str, experts: dict[str, Manifest]) -> dict[str, Any]:
+    """What every kind of registration says."""
+    config = inputs.config
+    return {
+        "name": model_name(config.suite, task),
+        "task": task,
+        "key": manifest.key,
+        "digest": manifest.digest,
+        "base_sha256": inputs.base.sha256,
+        "base_name": inputs.base.name,
+        "prompt_wrapper": config.prompt.wrapper,
+        "max_input_tokens": config.prompt.max_input_tokens,
+        "dtype": config.evaluate.compute_dtype,
+        "batch_size": config.evaluate.batch_size,
+        "run_id": run_id,
+        "tags": {"suite": config.suite, "kind": manifest.kind, "expert": config.expert},
+        "heads": _heads(inputs, experts),
+    }
+
+
+def _adapter(inputs: Inputs, manifest: Manifest) -> dict[str, Any]:
+    file = manifest.files["adapter"]
+    return {"adapter_uri": inputs.store.uri(file.name), "adapter_sha256": file.sha256}
+
+
+def _of_merge(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "prompt_template": "{input}",
+        "max_new_tokens": max(inputs.max_new_tokens.values()),
+        "prompts": _prompts(inputs, inputs.tasks),
+        "lineage": _lineage(inputs, outcome),
+    }
+
+
+def _room(lineage: Lineage) -> int:
+    """Characters that a card may have beside the lines of the lineage and of the verdict."""
+    return max(_LEAST_ROOM, ROOM - len(lineage.text()) - _VERDICT_ROOM)
+
+
+def _prompts(inputs: Inputs, tasks: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """How each task is asked and answered; nothing for a classification, whose heads say it."""
+    if inputs.config.objective == "classification":
+        return {}
+    return {
+        task: {
+            "template": inputs.tasks[task].config.template,
+            "max_new_tokens": inputs.max_new_tokens[task],
+            "chooses": inputs.tasks[task].config.metric == "choice_accuracy",
+            "length_normalised": inputs.tasks[task].config.length_normalised,
+        }
+        for task in tasks
+    }
 
 
 def _lineage(inputs: Inputs, outcome: Outcome) -> Lineage:
@@ -105,19 +123,6 @@ def _lineage(inputs: Inputs, outcome: Outcome) -> Lineage:
     return Lineage(chosen.method, {**chosen.params, **weights}, outcome.merged[chosen].key, tuple(experts))
 
 
-def _change(config: PipelineConfig) -> str:
-    """What an expert changes, in words."""
-    mask, lora = config.mask, config.lora
-    if config.expert == "lora":
-        return f"factors of rank {lora.rank}, alpha {lora.alpha:g}"
-    if config.expert == "full":
-        return "every weight"
-    shared = "one support for all experts, " if mask.shared else ""
-    return (
-        f"{shared}{mask.criterion} ({mask.keep}), {mask.granularity}, density {mask.density:g} ({mask.budget} budget)"
-    )
-
-
 def _heads(inputs: Inputs, experts: dict[str, Manifest]) -> dict[str, dict[str, Any]]:
     """Where the heads of a classification are, with their labels; nothing for language modelling."""
     if inputs.config.objective != "classification":
@@ -131,42 +136,3 @@ def _heads(inputs: Inputs, experts: dict[str, Manifest]) -> dict[str, dict[str, 
         }
         for task, manifest in experts.items()
     }
-
-
-def _adapter(
-    inputs: Inputs,
-    task: str,
-    template: str,
-    cap: int,
-    manifest: Manifest,
-    run_id: str,
-    description: str,
-    heads: dict[str, dict[str, Any]],
-    lineage: Lineage | None = None,
-) -> RegisteredAdapter:
-    config, file = inputs.config, manifest.files["adapter"]
-    return RegisteredAdapter(
-        name=model_name(config.suite, task),
-        task=task,
-        key=manifest.key,
-        digest=manifest.digest,
-        adapter_uri=inputs.store.uri(file.name),
-        adapter_sha256=file.sha256,
-        base_sha256=inputs.base.sha256,
-        base_name=inputs.base.name,
-        prompt_wrapper=config.prompt.wrapper,
-        prompt_template=template,
-        max_input_tokens=config.prompt.max_input_tokens,
-        max_new_tokens=cap,
-        dtype=config.evaluate.compute_dtype,
-        run_id=run_id,
-        description=description,
-        tags={"suite": config.suite, "kind": manifest.kind, "expert": config.expert},
-        heads=heads,
-        lineage=lineage,
-    )
-
-
-def _submit(inputs: Inputs, name: str, model: Registration, metrics: dict[str, float]) -> ObjectRef:
-    task = remote.register.options(name=name, max_retries=inputs.config.resources.retries)
-    return task.remote(model, metrics, inputs.run_id)

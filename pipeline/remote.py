@@ -1,9 +1,11 @@
 """Ray's side of every worker: thin wrappers that pick device and threads and call plain functions.
 
+Keyed work comes with a claim and runs under the leases of its keys; if somebody else holds one, the answer is `Busy`.
 Imports of the heavy libraries happen when Ray unpickles these functions in a worker, before any of them starts, so the
 time a task reports is work.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +13,20 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
-from infra import model_registry, registry
+from infra import model_aliases, model_registry, registry
 from infra.artifacts import Manifest
+from infra.claims import Busy, Claim, under_claim
 from infra.errors import FactoryError
+from infra.model_aliases import Conclusion, Decision, Standing
 from infra.model_registry import Registration
+from infra.model_versions import Version
 from infra.store import Store
-from merge.jobs import ExportJob, Job, JobResult, export_checkpoint, run_job
+from merge.export import ExportJob, export_checkpoint
+from merge.jobs import Job, JobResult, run_job
+from pipeline import opponent
+from pipeline.config import GateConfig
+from pipeline.gate import GateDecision, TaskScores, decide
+from pipeline.opponent import Opponent
 from workers.evaluator import EvaluationJob, Evaluator
 from workers.expert import ExpertJob, ExpertOutcome, make_expert
 from workers.importance import ImportanceJob, make_importance
@@ -51,40 +61,42 @@ def granted_devices() -> list[str]:
 
 
 @ray.remote(max_calls=0)  # a GPU worker is kept for the next expert instead of importing everything anew
-def expert(store: Store, job: ExpertJob, board: ActorHandle) -> ExpertOutcome:
+def expert(store: Store, job: ExpertJob, board: ActorHandle, claim: Claim) -> ExpertOutcome | Busy:
     """Train one expert."""
+
+    def report(step: StepReport) -> None:
+        board.report.remote(job.task, step)
+
     with freed_afterwards():
-        return make_expert(
-            store, job, granted_devices(), granted_threads(), lambda report: board.report.remote(job.task, report)
-        )
+        return under_claim(store, claim, lambda: make_expert(store, job, granted_devices(), granted_threads(), report))
 
 
 @ray.remote(max_calls=0)
-def support(store: Store, job: SupportJob) -> Manifest:
+def support(store: Store, job: SupportJob, claim: Claim) -> Manifest | Busy:
     """Select the support that all experts share."""
     with freed_afterwards():
-        return make_support(store, job, granted_devices(), granted_threads())
+        return under_claim(store, claim, lambda: make_support(store, job, granted_devices(), granted_threads()))
 
 
 @ray.remote(max_calls=0)
-def importance(store: Store, job: ImportanceJob) -> Manifest:
+def importance(store: Store, job: ImportanceJob, claim: Claim) -> tuple[Manifest, bool] | Busy:
     """Measure an expert's Fisher diagonal or Gram matrices."""
     with freed_afterwards():
-        return make_importance(store, job, granted_devices(), granted_threads())
+        return under_claim(store, claim, lambda: make_importance(store, job, granted_devices(), granted_threads()))
 
 
 @ray.remote
-def merge(store: Store, job: Job) -> JobResult:
-    """Do one job of the merge schedule."""
+def merge(store: Store, job: Job, claim: Claim | None) -> JobResult | Busy:
+    """Do one job of the merge schedule; without a claim, one of a node whose leases the driver holds."""
     with freed_afterwards():
-        return run_job(store, job)
+        return run_job(store, job) if claim is None else under_claim(store, claim, lambda: run_job(store, job))
 
 
 @ray.remote
-def export(store: Store, job: ExportJob) -> tuple[Manifest, bool]:
+def export(store: Store, job: ExportJob, claim: Claim) -> tuple[Manifest, bool] | Busy:
     """Write a merged model as a full checkpoint."""
     with freed_afterwards():
-        return export_checkpoint(store, job)
+        return under_claim(store, claim, lambda: export_checkpoint(store, job))
 
 
 @ray.remote
@@ -92,26 +104,25 @@ class EvaluationActor:
     """An evaluator that stays alive between calls, so that the base is loaded once."""
 
     def __init__(self, store: Store, base_sha256: str, compute_dtype: str, classifies: bool) -> None:
-        threads = granted_threads()
+        self._store, threads = store, granted_threads()
         self._evaluator = Evaluator(store, base_sha256, compute_dtype, classifies, granted_devices(), threads)
 
-    def evaluate(self, job: EvaluationJob, batch_size: int) -> tuple[Manifest, bool]:
+    def evaluate(self, job: EvaluationJob, batch_size: int, claim: Claim) -> tuple[Manifest, bool] | Busy:
         """Score one model on one split of one task."""
-        return self._evaluator.evaluate(job, batch_size)
+        return under_claim(self._store, claim, lambda: self._evaluator.evaluate(job, batch_size))
 
 
 @dataclass(frozen=True)
 class Registered:
-    """A registered version and whether this call made it."""
+    """Where a registered version stands, and whether this call made it."""
 
-    name: str
-    version: int
+    standing: Standing
     made: bool
 
 
 @ray.remote(num_cpus=0, memory=512 << 20)
-def register(model: Registration, metrics: dict[str, float], fallback_run: str) -> Registered:
-    """Register the model, or find the version that is registered already; a new version's metrics go to its run.
+def register(store: Store, model: Registration, metrics: dict[str, float], fallback_run: str) -> Registered:
+    """Register the model as challenger, or find its version; a new version's metrics and description go to its run.
 
     The run that trained a reused expert may have been deleted since; then `fallback_run` takes its place.
     """
@@ -120,7 +131,47 @@ def register(model: Registration, metrics: dict[str, float], fallback_run: str) 
     version, made = model_registry.register(model)
     if made and metrics:
         registry.log_history(model.run_id, [{"step": 0, **metrics}])
-    return Registered(model.name, version, made)
+        registry.describe_run(model.run_id, model_registry.numbered(model.description, version))
+    return Registered(model_aliases.enter(store, model.name, version), made)
+
+
+@ray.remote(num_cpus=0, memory=512 << 20)
+def find_champion(
+    store: Store, champion: Version, task: str, labels: Mapping[str, Iterable[str]], gate: Mapping[str, str]
+) -> Opponent:
+    """What scoring a champion takes, and which of the gate rows it has seen."""
+    return opponent.find_champion(store, champion, task, labels, gate)
+
+
+@ray.remote(num_cpus=0, memory=512 << 20)
+def judge(
+    store: Store,
+    version: Version,
+    against: Opponent,
+    before: Mapping[str, TaskScores],
+    after: Mapping[str, TaskScores],
+    config: GateConfig,
+    run_id: str,
+    remark: str,
+) -> tuple[GateDecision, Conclusion]:
+    """Compare a version's gate scores (`after`) with its opponent's and record what follows. `remark` ends the
+    reason."""
+    found = decide(before, after, config, str(against))
+    found = replace(found, reason=found.reason + remark)
+    decision = Decision(found.promoted, found.reason, str(against), run_id)
+    return found, model_aliases.conclude(store, version.name, version.version, against.version, decision)
+
+
+@ray.remote(num_cpus=0, memory=512 << 20)
+def note(name: str, version: int, reason: str) -> None:
+    """Say with a version why no gate could decide."""
+    model_aliases.note(name, version, reason)
+
+
+@ray.remote(num_cpus=0, memory=512 << 20)
+def follow(store: Store, leader: str, follower: str) -> int | None:
+    """Let one model's champion be what was made of the other's."""
+    return model_aliases.follow(store, leader, follower, strict=False)
 
 
 def reason(error: BaseException) -> str:

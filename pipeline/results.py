@@ -7,14 +7,17 @@ interval (rows resampled within tasks). The names in results.json are an interfa
 import csv
 import io
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from merge.specs import Candidate
+from pipeline.gate_report import gate_lines, gate_results, gate_section
 from pipeline.outcome import Inputs, Outcome, utilisation
+from pipeline.search import task_order
 from workers.metrics import LabelScores, bootstrap_interval
 
 
@@ -33,7 +36,7 @@ def build_results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
         "merged": merged,
         "retention": (merged - base) / (expert - base) if expert > base + 0.01 else None,
         **{
-            f"{name}_interval": _interval(outcome, name, list(config.held_in), seed)
+            f"{name}_interval": interval(outcome, name, list(config.held_in), seed)
             for name in ("base", "expert", "merged")
         },
         "format_free": {name: _mean([row["format_free"] for row in held_in.values()], name) for name in _MODELS},
@@ -44,15 +47,17 @@ def build_results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
         summary_out = {
             "base": _mean(held_out, "base"),
             "merged": _mean(held_out, "merged"),
-            **{f"{n}_interval": _interval(outcome, n, list(config.held_out), seed) for n in ("base", "merged")},
+            **{f"{n}_interval": interval(outcome, n, list(config.held_out), seed) for n in ("base", "merged")},
             "format_free": {
                 name: _mean([row["format_free"] for row in held_out.values()], name) for name in ("base", "merged")
             },
         }
     if all("base_few_shot" in row for row in held_in.values()):
         summary_in["base_few_shot"] = _mean(held_in, "base_few_shot")
+        summary_in["base_few_shot_interval"] = interval(outcome, "few_shot", list(config.held_in), seed)
         if held_out:
             summary_out["base_few_shot"] = _mean(held_out, "base_few_shot")
+            summary_out["base_few_shot_interval"] = interval(outcome, "few_shot", list(config.held_out), seed)
     if config.evaluate.serving_dtype:
         summary_in["merged_serving"] = _mean(held_in, "merged_serving")
     return {
@@ -64,7 +69,7 @@ def build_results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
         "held_in": held_in,
         "held_out": held_out,
         "summary": {"held_in": summary_in, "held_out": summary_out},
-        "candidates": [_candidate(outcome, candidate) for candidate in inputs.candidates.eligible],
+        "candidates": [_candidate(inputs, outcome, candidate) for candidate in inputs.candidates.eligible],
         "search": {
             "budget": config.merge.search.evaluations,
             "evaluations": sum(standing.tasks for standing in outcome.standings.values()),
@@ -81,6 +86,7 @@ def build_results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
             "rounding_loss_bfloat16": chosen.meta["rounding_loss_bfloat16"],
         },
         "export": _export(inputs, outcome),
+        "gate": gate_results(inputs, outcome),
         "made": vars(outcome.made),
         "reused": vars(outcome.reused),
         "seconds": outcome.seconds,
@@ -98,8 +104,11 @@ def _held_in(inputs: Inputs, outcome: Outcome, task: str) -> dict[str, Any]:
     row = {
         "metric": scores["base"]["metric"],
         **{model: scores[model]["score"] for model in _MODELS},
+        "intervals": _intervals(outcome, task, inputs.config.seed),
         "n_test": scores["base"]["n"],
         "format_free": {model: scores[model]["format_free"] for model in _MODELS},
+        "expert_run_id": manifest.meta.get("run_id"),
+        "best_step": manifest.meta.get("best_step"),
         "expert_key": manifest.key,
         "expert_digest": manifest.digest,
         "expert_uri": inputs.store.uri(manifest.files["adapter"].name),
@@ -112,6 +121,7 @@ def _held_out(inputs: Inputs, outcome: Outcome, task: str) -> dict[str, Any]:
     row = {
         "metric": scores["base"]["metric"],
         **{model: found["score"] for model, found in scores.items()},
+        "intervals": _intervals(outcome, task, inputs.config.seed),
         "n_test": scores["base"]["n"],
         "format_free": {model: found["format_free"] for model, found in scores.items()},
     }
@@ -128,12 +138,26 @@ def _optional(outcome: Outcome, task: str) -> dict[str, float]:
     }
 
 
-def _candidate(outcome: Outcome, candidate: Candidate) -> dict[str, Any]:
-    """A candidate's row: how far it came, and the mean validation score over the tasks it was scored on."""
-    standing = outcome.standings[candidate]
+def _intervals(outcome: Outcome, task: str, seed: int) -> dict[str, list[float]]:
+    """95 % intervals of a task's test scores by their names in its row."""
+    named = {**{model: model for model in _MODELS}, "few_shot": "base_few_shot"}
+    known = {model: name for model, name in named.items() if (model, "test", task) in outcome.scores}
+    return {name: interval(outcome, model, [task], seed) for model, name in known.items()}
+
+
+def _candidate(inputs: Inputs, outcome: Outcome, candidate: Candidate) -> dict[str, Any]:
+    """A candidate's row: how far it came, and the mean validation score over the tasks it was scored on.
+
+    `first_rung` is the mean over the tasks on which every candidate was scored.
+    """
+    standing, model, seed = outcome.standings[candidate], candidate.to_json(), inputs.config.seed
+    tasks = task_order(list(inputs.config.held_in), seed)[: standing.tasks]
+    first = tasks[: outcome.rungs[0].tasks]
     return {
         **candidate.to_dict(),
         "validation": standing.mean,
+        "interval": interval(outcome, model, list(tasks), seed, "validation"),
+        "first_rung": math.fsum(outcome.scores[model, "validation", task]["score"] for task in first) / len(first),
         "tasks": standing.tasks,
         "rung": standing.rung,
         "chosen": candidate == outcome.chosen,
@@ -174,11 +198,12 @@ def _mean(rows: dict[str, dict[str, Any]] | Sequence[dict[str, float]], name: st
     return float(sum(values) / len(values))
 
 
-def _interval(outcome: Outcome, model: str, tasks: list[str], seed: int) -> list[float]:
-    return list(bootstrap_interval([_rows_of(outcome.scores[model, "test", task]) for task in tasks], seed=seed))
+def interval(outcome: Outcome, model: str, tasks: list[str], seed: int, split: str = "test") -> list[float]:
+    """95 % bootstrap interval of a model's mean score over tasks."""
+    return list(bootstrap_interval([rows_of(outcome.scores[model, split, task]) for task in tasks], seed=seed))
 
 
-def _rows_of(score: dict[str, Any]) -> Sequence[float] | LabelScores:
+def rows_of(score: dict[str, Any]) -> Sequence[float] | LabelScores:
     """What an interval resamples: scores of rows, or labels whose metric is no mean of rows."""
     if "predicted" in score:
         return LabelScores(tuple(score["predicted"]), tuple(score["target"]), score["metric"])
@@ -229,7 +254,7 @@ def summary_lines(results: dict[str, Any]) -> list[str]:
     """What stands under the table."""
     held_in, chosen = results["summary"]["held_in"], results["chosen"]
     low, high = held_in["merged_interval"]
-    params = _parameters(chosen)
+    params = parameters_text(chosen)
     retention = "undefined" if held_in["retention"] is None else f"{held_in['retention']:.0%}"
     lines = [
         f"chosen on validation: {chosen['method']}{f' ({params})' if params else ''}; the merge keeps {retention} of "
@@ -258,6 +283,7 @@ def summary_lines(results: dict[str, Any]) -> list[str]:
             f"over seeds {', '.join(map(str, results['seeds']['values']))} (mean ± sd; lines above: the first): "
             + ", ".join(f"{name} {of['mean']:.3f} ± {of['sd']:.3f}" for name, of in spread.items() if of["sd"])
         )
+    lines += gate_lines(results)
     made, reused, seconds = results["made"], results["reused"], results["seconds"]
     lines.append("made:   " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in made.items()))
     lines.append("reused: " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in reused.items()))
@@ -269,7 +295,7 @@ def summary_lines(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _parameters(row: dict[str, Any]) -> str:
+def parameters_text(row: dict[str, Any]) -> str:
     """Parameters and weights of a candidate for people."""
     parts = [f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in row["params"].items()]
     if "weights" in row:
@@ -290,22 +316,45 @@ def candidates_csv(results: dict[str, Any]) -> str:
     return out.getvalue()
 
 
-def report_markdown(results: dict[str, Any]) -> str:
-    """report.md: table, candidates and figures of the run."""
+def bullets(lines: Iterable[str]) -> list[str]:
+    """A Markdown list; an indented line belongs to the one before."""
+    return [f"  - {line.strip()}" if line.startswith(" ") else f"- {line}" for line in lines]
+
+
+def markdown_table(results: dict[str, Any]) -> list[str]:
+    """Lines of the table of scores."""
+    lines = ["| " + " | ".join(_TITLES) + " |", "|---|---|" + "---:|" * len(_COLUMNS)]
+    for row in _rows(results):
+        cells = [f"**{cell}**" if row[0].startswith("mean of ") and cell else cell for cell in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def report_markdown(results: dict[str, Any], pictures: Iterable[str] = ()) -> str:
+    """report.md: table, candidates and figures of the run. `pictures`: names of files beside it, scores….png,
+    candidates….png and loss….png."""
+    pictures = list(pictures)
+    shown = {
+        about: [f"![{about}]({name})" for name in pictures if name.startswith(about)]
+        for about in ("scores", "candidates", "loss")
+    }
     lines = [
         f"# {results['suite']}",
         "",
         f"Run `{results['run_id']}`, base {results['base']['name']} (`{results['base']['sha256'][:12]}`). "
         "Scores on the test splits, 0-1.",
         "",
-        "| " + " | ".join(_TITLES) + " |",
-        "|---|---|" + "---:|" * len(_COLUMNS),
+        *markdown_table(results),
+        "",
+        *bullets(summary_lines(results)),
+        "",
+        *shown["scores"],
+        "",
+        *gate_section(results),
+        *_search_section(results),
+        "",
+        *shown["candidates"],
     ]
-    for row in _rows(results):
-        cells = [f"**{cell}**" if row[0].startswith("mean of ") and cell else cell for cell in row]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *(f"- {line}" for line in summary_lines(results)), ""]
-    lines += _search_section(results)
     lines += [
         "",
         "## Intervals (95 %, rows resampled within tasks)",
@@ -318,6 +367,8 @@ def report_markdown(results: dict[str, Any]) -> str:
             if summary.get(model) is not None:
                 low, high = summary[f"{model}_interval"]
                 lines.append(f"| {group.replace('_', '-')}, {model} | {summary[model]:.3f} | {low:.3f} to {high:.3f} |")
+    if shown["loss"]:
+        lines += ["", "## Loss of the experts", "", *shown["loss"]]
     return "\n".join([*lines, ""])
 
 
@@ -328,7 +379,7 @@ def _search_section(results: dict[str, Any]) -> list[str]:
     lines = ["## Candidates", "", f"{search['evaluations']} validation scores of {tasks} tasks: {rungs}.", ""]
     lines += ["| method | parameters | rung | tasks | mean validation score | chosen |", "|---|---|---:|---:|---:|---|"]
     for row in results["candidates"]:
-        cells = [row["method"], _parameters(row), str(row["rung"]), str(row["tasks"]), f"{row['validation']:.3f}"]
+        cells = [row["method"], parameters_text(row), str(row["rung"]), str(row["tasks"]), f"{row['validation']:.3f}"]
         lines.append(f"| {' | '.join(cells)} | {'yes' if row['chosen'] else ''} |")
     if results["per_task"]:
         lines += ["", "## Needs the task at inference", ""]
@@ -336,7 +387,7 @@ def _search_section(results: dict[str, Any]) -> list[str]:
         lines += ["| method | parameters | mean validation score | mean test score, held-in |", "|---|---|---:|---:|"]
         for row in results["per_task"]:
             test = f"{row['test']:.3f}" if "test" in row else ""
-            lines.append(f"| {row['method']} | {_parameters(row)} | {row['validation']:.3f} | {test} |")
+            lines.append(f"| {row['method']} | {parameters_text(row)} | {row['validation']:.3f} | {test} |")
     return lines
 
 

@@ -2,32 +2,34 @@
 
 Experts start at once; a merge node starts when its children exist, while other experts still train
 (`pipeline.merging`); evaluation actors take the slots that experts leave. Validation scores are those that the race
-for the best merge asks for (`pipeline.search`). The driver holds keys, manifests and scores, never tensors.
+for the best merge asks for (`pipeline.search`). What another run is making is waited for and not made again
+(`infra.elsewhere`). The driver holds keys, manifests and scores, never tensors.
 """
 
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any
 
 import ray
 
 from infra.artifacts import Manifest, find
+from infra.elsewhere import Elsewhere
 from infra.errors import ExpertError, FactoryError
-from merge.jobs import export_job
+from merge.export import export_job
 from merge.specs import Candidate
 from pipeline import remote
-from pipeline.cluster import GIB, ray_options
+from pipeline.cluster import GIB, ray_options, slots_of
 from pipeline.display import Display
 from pipeline.evaluations import Evaluations
 from pipeline.experts import Experts
+from pipeline.jobs import base_models
 from pipeline.merging import Merging
 from pipeline.outcome import Inputs, Outcome, span
-from pipeline.registration import CHECKPOINT, MERGED, register_checkpoint, register_expert, register_merge
+from pipeline.promotion import Promotion
 from pipeline.search import Race
-from pipeline.work import Item, Lane, settle
+from pipeline.work import hand_out, settle
 
 POLL_S = 0.5
 
@@ -39,15 +41,25 @@ class Stopped(Exception):
 class Run:
     """The state machine of one run. `execute` drives it to the end."""
 
-    def __init__(self, inputs: Inputs, display: Display, slots: int, seats: int, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        inputs: Inputs,
+        display: Display,
+        slots: int,
+        stop: threading.Event,
+        announce: Callable[[Collection[str]], None],
+    ) -> None:
+        """``announce`` is told keys that could not be known before the run, before they are looked for."""
         self.inputs, self.config, self.store = inputs, inputs.config, inputs.store
         self.display = display
-        self._seats = seats
-        self._stop = stop
+        self._stop, self._announce = stop, announce
         self.outcome = Outcome(slots=slots)
-        self._experts = Experts(inputs, self.outcome, display, self._problem, self._experts_ready)
-        self._registrations = Lane(self.config.resources.concurrent_registrations)
-        self._evaluations = Evaluations(inputs, self.outcome, self._problem)
+        self._elsewhere = Elsewhere(inputs.store, self.config.resources.lease_seconds, display.line)
+        self._experts = Experts(
+            inputs, self.outcome, display, self._problem, self._experts_ready, self._elsewhere
+        )  # fmt: skip
+        self._evaluations = Evaluations(inputs, self.outcome, self._problem, self._elsewhere)
+        self._promotion = Promotion(inputs, self.outcome, display, self._problem, self._evaluations)
         self._race = Race(
             len(inputs.candidates.eligible),
             list(self.config.held_in),
@@ -59,7 +71,7 @@ class Run:
         self._asked: dict[int, list[str]] = {}
         self._merged: set[int] = set()
         self._merging = Merging(
-            inputs, self.outcome, display, self._problem, self._candidate_ready, self._mask_ready
+            inputs, self.outcome, display, self._problem, self._candidate_ready, self._mask_ready, self._elsewhere
         )  # fmt: skip
         self._problems: list[str] = []
 
@@ -69,6 +81,8 @@ class Run:
         """Make what is missing. Raises ExpertError after everything else is done if an expert failed."""
         start = time.time()
         with contextlib.ExitStack() as stack:
+            stack.callback(self._elsewhere.release)  # last: nobody works any more
+            stack.callback(self._merging.close)
             stack.callback(self._experts.close)
             stack.callback(self._evaluations.pool.close)
             stack.enter_context(self.display)
@@ -81,7 +95,7 @@ class Run:
             self._start_export()
             self._start_test_of_chosen()
             self._settle_until_idle()
-            self._start_registration_of_merge()
+            self._promotion.merge()
             self._settle_until_idle()
         self.outcome.seconds["merge"] = self._merging.seconds
         self.outcome.seconds["evaluate"] = self._evaluations.seconds
@@ -90,19 +104,24 @@ class Run:
 
     def _settle_until_idle(self) -> None:
         workers = [self._experts.lane, self._merging.importances]
-        lanes = [*workers, self._merging.nodes, self._registrations]
+        lanes = [*workers, self._merging.nodes, self._promotion.lane]
         actors = self._evaluations.pool
         while True:
+            self._evaluations.look_up()
             for lane in lanes:
                 lane.start_ready()
             taken = sum(lane.open for lane in workers)
-            actors.start_ready(max(0, min(self._seats, self.outcome.slots - taken)))
-            if any(lane.open for lane in lanes):
-                actors.release_idle()
-            if not settle(lanes, actors, POLL_S) and not actors.open and not any(x.open for x in lanes):
+            actors.start_ready(self._room_for_actors(taken))
+            actors.release_idle()
+            works = settle(lanes, actors, POLL_S)
+            moved = self._elsewhere.poll()
+            still = self._evaluations.asked or self._elsewhere.open or actors.open or any(x.open for x in lanes)
+            if not works and not still:
                 break
+            if not works and not moved:
+                self._stop.wait(POLL_S)  # all that is left is made elsewhere
             if self._stop.is_set():
-                for ref in [ref for lane in workers for ref in lane.running]:
+                for ref in [ref for lane in [*workers, self._merging.nodes] for ref in lane.running]:
                     ray.cancel(ref)  # what waits inside Ray would start while the driver tidies up
                 raise Stopped
             self._show_progress()
@@ -111,37 +130,31 @@ class Run:
         if self._problems:
             raise FactoryError("\n".join(self._problems))
 
+    def _room_for_actors(self, taken: int) -> int:
+        """Evaluation actors that fit beside `taken` experts on the nodes that live now: nodes are lost, others join."""
+        nodes, resources = ray.nodes(), self.config.resources
+        return max(0, min(slots_of(nodes, resources.evaluator), slots_of(nodes, resources.expert) - taken))
+
     def _show_progress(self) -> None:
         self._experts.show_progress()
         done, total = len(self.outcome.experts), len(self.config.held_in)
         self.display.tick(
             f"experts {done}/{total}, merge nodes to do {self._merging.open}, "
             f"evaluations done {self._evaluations.done}, to do {self._evaluations.pool.open}, "
-            f"registrations to do {self._registrations.open}"
+            f"registrations to do {self._promotion.lane.open}, held elsewhere {self._elsewhere.open}"
         )
 
     # -- experts ------------------------------------------------------------------------------------------------
 
     def _experts_ready(self, experts: Mapping[str, Manifest]) -> None:
         for task, manifest in experts.items():
-            self._evaluations.score(
-                "expert", "test", task, manifest, then=partial(self._register_expert, task, manifest)
-            )
+            self._evaluations.score("expert", "test", task, manifest, then=partial(self._scored, task))
         self._merging.add_experts(experts)
 
-    def _register_expert(self, task: str, manifest: Manifest) -> None:
-        score = self.outcome.scores["expert", "test", task]
-        if not self.inputs.registers:
-            return
-        self._register(task, lambda: register_expert(self.inputs, task, manifest, score))
-
-    def _register(self, name: str, make: Callable[[], Any]) -> None:
-        def done(result: Any) -> None:
-            self.outcome.versions[name] = result.version
-            if result.made:
-                self.display.line(f"registered {result.name} version {result.version}")
-
-        self._registrations.add(Item(f"register {name}", make, done, self._problem(f"registering {name!r} in MLflow")))
+    def _scored(self, task: str) -> None:
+        """The test score of a task's expert or of the base is known: with both, the expert's card can be written."""
+        if all((model, "test", task) in self.outcome.scores for model in ("base", "expert")):
+            self._promotion.expert(task)
 
     def _problem(self, what: str) -> Callable[[BaseException], None]:
         """Note a failure; the run goes on with everything that does not depend on it and raises at the end."""
@@ -211,26 +224,34 @@ class Run:
             return
         merged = outcome.merged[outcome.chosen]
         job = export_job(merged, self.inputs.base.sha256, export.dtype, round(export.shard_gib * GIB))
+        self._announce({job.recipe.key})
 
         def done(result: tuple[Manifest, bool]) -> None:
             outcome.checkpoint, made = result
             (outcome.made if made else outcome.reused).checkpoints += 1
 
-        found = find(self.store, job.recipe.key, {})
-        if found is not None:
-            done((found, False))
+        def look() -> tuple[Manifest, bool] | None:
+            found = find(self.store, job.recipe.key, {})
+            return None if found is None else (found, False)
+
+        existing = look()
+        if existing is not None:
+            done(existing)
             return
         options = ray_options(self.config.resources.node, self.config.resources.retries)
         start = remote.export.options(name="export", **options).remote
-        self._merging.nodes.add(Item("export", lambda: start(self.store, job), done, self._problem("export")))
+        hand_out(
+            self._elsewhere, self._merging.nodes, "export", [job.recipe.key],
+            lambda claim: start(self.store, job, claim), look, done, self._problem("export"),
+        )  # fmt: skip
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 
     def _start_base_evaluations(self) -> None:
         for task in [*self.config.held_in, *self.config.held_out]:
-            self._evaluations.score("base", "test", task, None)
-            if self.config.evaluate.few_shot and self.config.objective == "language_modelling":
-                self._evaluations.score("few_shot", "test", task, None, few_shot=self.config.evaluate.few_shot)
+            for model, few_shot in base_models(self.config):
+                then = partial(self._scored, task) if model == "base" else lambda: None
+                self._evaluations.score(model, "test", task, None, few_shot=few_shot, then=then)
 
     def _start_test_of_chosen(self) -> None:
         assert self.outcome.chosen is not None
@@ -245,10 +266,3 @@ class Run:
             for task in self.config.held_in:  # a held-out task has no mask
                 unified, mask = self.outcome.merged[candidate], self.outcome.masks[candidate, task]
                 self._evaluations.score(candidate.to_json(), "test", task, unified, mask=mask)
-
-    def _start_registration_of_merge(self) -> None:
-        """After the experts' registrations: the merge's entry names their versions."""
-        if self.inputs.registers:
-            self._register(MERGED, lambda: register_merge(self.inputs, self.outcome))
-            if self.outcome.checkpoint is not None:
-                self._register(CHECKPOINT, lambda: register_checkpoint(self.inputs, self.outcome))

@@ -9,6 +9,7 @@ the same columns, or others by a mapping.
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import os
 import tarfile
@@ -31,6 +32,8 @@ BIGBENCH = (
 _TASKS = "/bigbench/benchmark_tasks/"
 _INDEX = "index.json"
 _COLUMNS = ("input", "target", "targets", "options")
+NOT_STATED = "not stated"
+"""Licence of data that says nothing of one."""
 ReadBytes = Callable[[str], bytes]
 
 
@@ -178,6 +181,32 @@ def hub_rows(name: str, columns: Mapping[str, str], where: Mapping[str, str] | N
     for column, value in (where or {}).items():
         dataset = dataset.filter(lambda found, value=value: str(found) == value, input_columns=column)
     return _from_columns(dataset, f"hub:{name}", columns)
+
+
+def source_license(source: str) -> str:
+    """Licence of a source's data, as far as the source states it: BIG-bench's own, or that of the hub's dataset card.
+
+    Never fails: a card that cannot be read states nothing.
+    """
+    kind, _, name = source.partition(":")
+    if kind == "bigbench":
+        return "Apache-2.0"
+    return _card_license("/".join(name.split("/")[:2])) if kind == "hub" else NOT_STATED
+
+
+@functools.cache  # many tasks are parts of one dataset
+def _card_license(dataset: str) -> str:
+    """The licence in the front matter of a dataset's README.md, on the hub or in a local folder."""
+    from huggingface_hub import DatasetCard
+
+    local = Path(dataset) / "README.md"
+    try:
+        found = DatasetCard.load(str(local) if local.is_file() else dataset).data.to_dict().get("license")
+    except Exception:  # network, credentials, front matter: the library raises many kinds
+        return NOT_STATED
+    if isinstance(found, list):
+        return ", ".join(map(str, found)) or NOT_STATED
+    return str(found) if found else NOT_STATED
 
 
 def _from_columns(raw: Iterable[Any], source: str, columns: Mapping[str, str]) -> list[Row]:

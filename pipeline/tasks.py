@@ -17,18 +17,20 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from infra.errors import DataError
 from pipeline.sources import (
+    NOT_STATED,
     ReadBytes,
     bigbench_rows,
     extract_bigbench,
     hub_rows,
     jsonl_rows,
+    source_license,
 )
 from workers.classification import distinct_labels
 from workers.metrics import CLASSIFICATION_METRICS
 from workers.rows import Row, fingerprint, rows_object, rows_to_jsonl
 
-SPLITS = ("train", "validation", "test")
-DEFAULT_SIZES: Mapping[str, int] = {"train": 512, "validation": 24, "test": 48}
+SPLITS = ("train", "validation", "gate", "test")
+DEFAULT_SIZES: Mapping[str, int] = {"train": 512, "validation": 24, "gate": 24, "test": 48}
 _KINDS = ("bigbench", "jsonl", "hub")
 _MIN_TRAIN = 8
 _CLOSED = ("choice_accuracy", *CLASSIFICATION_METRICS)
@@ -44,6 +46,8 @@ class TaskSizes(BaseModel):
     """Most training rows."""
     validation: Annotated[int, Field(gt=0)] | None = None
     """Validation rows."""
+    gate: Annotated[int, Field(ge=2)] | None = None
+    """Gate rows."""
     test: Annotated[int, Field(gt=0)] | None = None
     """Test rows."""
 
@@ -73,6 +77,9 @@ class TaskConfig(BaseModel):
     """`hub:` only: keep the rows whose columns have these values, for example `{task_name: sciq_Multiple_Choice}`."""
     sizes: TaskSizes = TaskSizes()
     """Sizes of this task's splits, where they differ from the run's."""
+    license: Annotated[str, Field(min_length=1)] | None = None
+    """Licence of the data, recorded in manifests and model cards, part of no key; null: what the source states itself
+    (BIG-bench: Apache-2.0, hub: the dataset's card)."""
 
     @field_validator("source")
     @classmethod
@@ -115,6 +122,8 @@ class TaskData:
     config: TaskConfig
     splits: Mapping[str, Sequence[Row]]
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    license: str = NOT_STATED
+    """Licence of the data, for manifests and model cards."""
 
     @property
     def mean_tokens(self) -> float:
@@ -178,23 +187,26 @@ def _joined(key: str, group: Sequence[Row]) -> Row:
 def make_splits(
     rows: Sequence[Row], sizes: Mapping[str, int], seed: int, task: str = "task"
 ) -> dict[str, tuple[Row, ...]]:
-    """Disjoint train, validation and test rows, in an order given by a hash of seed and normalised input.
+    """Disjoint train, validation, gate and test rows, in an order given by a hash of seed and normalised input.
 
-    Rows with the same normalised input become one. Test and validation are filled first; train takes at most
-    `sizes["train"]` of the rest. Ids become content hashes. DataError with too few rows.
+    Rows with the same normalised input become one. Test, gate and validation are filled in this order, train takes at
+    most `sizes["train"]` of the rest: when rows are added, a row only ever moves towards train, so no former training
+    or validation row is tested or gated on. Ids become content hashes. DataError with too few rows.
     """
     groups = _distinct(rows)
     training = min(_MIN_TRAIN, sizes["train"])
-    least = sizes["test"] + sizes["validation"] + training
+    least = sizes["test"] + sizes["gate"] + sizes["validation"] + training
     if len(groups) < least:
         raise DataError(
             f"task {task}: {len(groups)} distinct rows ({len(rows)} in all); at least {least} are needed for "
-            f"{sizes['test']} test, {sizes['validation']} validation and {training} training rows"
+            f"{sizes['test']} test, {sizes['gate']} gate, {sizes['validation']} validation and {training} training rows"
         )
     order = sorted(groups, key=lambda key: _hash(str(seed), key))
-    first, second = sizes["test"], sizes["test"] + sizes["validation"]
-    chosen = [_joined(key, groups[key]) for key in order[: second + sizes["train"]]]
-    return {"train": tuple(chosen[second:]), "validation": tuple(chosen[first:second]), "test": tuple(chosen[:first])}
+    splits, start = {}, 0
+    for name in ("test", "gate", "validation", "train"):
+        splits[name] = tuple(_joined(key, groups[key]) for key in order[start : start + sizes[name]])
+        start += sizes[name]
+    return {name: splits[name] for name in SPLITS}
 
 
 def load_tasks(
@@ -233,7 +245,8 @@ def load_tasks(
             raise DataError(f"task {name}: {error}") from error
         wanted = {**sizes, **{key: size for key, size in config.sizes.model_dump().items() if size is not None}}
         splits = make_splits(rows, wanted, seed, name)
-        loaded[name] = TaskData(name, config, splits, {split: fingerprint(splits[split]) for split in SPLITS})
+        prints = {split: fingerprint(splits[split]) for split in SPLITS}
+        loaded[name] = TaskData(name, config, splits, prints, config.license or source_license(config.source))
     return loaded
 
 

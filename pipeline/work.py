@@ -1,19 +1,24 @@
 """The driver's bookkeeping of Ray work: lanes of tasks with bounded concurrency, and a pool of evaluation actors.
 
+Keyed work goes through `hand_out`: it is given to a worker under a claim, or waited for where somebody else makes it.
+
 Results reach the run through callbacks; nothing here knows what the work is. Only keys, manifests and scores pass
 through the driver, never tensors.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError
+
+from infra.claims import Claim
+from infra.elsewhere import Elsewhere
 
 
 @dataclass
@@ -47,9 +52,28 @@ class Lane:
         return len(self.waiting) + len(self.running)
 
 
+def hand_out(
+    elsewhere: Elsewhere,
+    lane: Lane,
+    name: str,
+    keys: Iterable[str],
+    start: Callable[[Claim], ObjectRef],
+    find: Callable[[], Any],
+    done: Callable[[Any], None],
+    failed: Callable[[BaseException], None],
+) -> None:
+    """Have keyed work done in a lane; `start` gives it to Ray under a claim, `find` gives what exists of it or None."""
+
+    def enqueue(claim: Claim, answered: Callable[[Any], None]) -> None:
+        lane.add(Item(name, lambda: start(claim), answered, failed))
+
+    elsewhere.submit(name, keys, enqueue, find, done)
+
+
 @dataclass
 class ActorItem:
-    """One call for the evaluation pool. Calls with the same `affinity` prefer an actor that had it last."""
+    """One call for the evaluation pool. Calls prefer an actor that had the same `affinity` last, then the same `base`:
+    another one takes longest to load."""
 
     name: str
     affinity: str
@@ -57,16 +81,20 @@ class ActorItem:
     done: Callable[[Any], None]
     failed: Callable[[BaseException], None]
     attempts: int = 0
+    base: str = ""
 
 
 @dataclass
 class _Seat:
     actor: ActorHandle
     affinity: str = ""
+    base: str = ""
     item: ActorItem | None = None
     idle_since: float = 0.0
 
 
+_DIED = (RayActorError, OutOfMemoryError, NodeDiedError)
+"""How an actor's call ends when its process or node is gone, perhaps by Ray's memory monitor."""
 MOST_ATTEMPTS = 3
 """How many actors may die on one call before it counts as failed."""
 IDLE_S = 30.0
@@ -128,22 +156,26 @@ class ActorPool:
         seat = self._running[ref]
         item = seat.item
         assert item is not None
+        self._seats.remove(seat)  # in any case: the next call on it would fail, too
+        self._dismiss(seat.actor)
         item.attempts += 1
         if item.attempts >= MOST_ATTEMPTS:
             return False
         del self._running[ref]
-        self._seats.remove(seat)
         self.waiting.insert(0, item)
         return True
 
     def _assign(self, seat: _Seat) -> None:
-        """Same model first; else a model that no other actor is busy with; else whatever waits longest."""
+        """Same model first; else the same base, and there a model that no other actor is busy with; else whatever
+        waits longest."""
         busy = {other.affinity for other in self._seats if other.item is not None}
-        index = next((i for i, item in enumerate(self.waiting) if item.affinity == seat.affinity), None)
-        if index is None:
-            index = next((i for i, item in enumerate(self.waiting) if item.affinity not in busy), 0)
-        item = self.waiting.pop(index)
-        seat.affinity, seat.item = item.affinity, item
+
+        def rank(index: int) -> tuple[bool, bool, bool]:
+            item = self.waiting[index]
+            return item.affinity != seat.affinity, item.base != seat.base, item.affinity in busy
+
+        item = self.waiting.pop(min(range(len(self.waiting)), key=rank))
+        seat.affinity, seat.base, seat.item = item.affinity, item.base, item
         self._running[item.call(seat.actor)] = seat
 
 
@@ -161,7 +193,7 @@ def settle(lanes: list[Lane], pool: ActorPool, timeout_s: float) -> bool:
         error: BaseException | None = None
         try:
             result = ray.get(ref)
-        except ActorDiedError as died:
+        except _DIED as died:
             if isinstance(owner, ActorPool) and owner.retry(ref):
                 continue
             error = died

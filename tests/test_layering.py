@@ -33,18 +33,22 @@ EXCEPTIONS = {
     "infra.text_model": {
         "workers.adapter",
         "workers.classification",
-        "workers.decoding",
+        "workers.devices",
         "workers.model",
         "workers.prompt",
         "workers.rows",
+        "workers.scoring",
     },
 }
 
 SERVICES = {"ray", "mlflow", "boto3", "botocore"}
 CONNECTED = {
     "merge.__main__",
+    "merge.dispatch",
+    "merge.export",
     "merge.jobs",
     "merge.keys",
+    "merge.licences",
     "merge.local",
     "merge.schedule",
     "workers.evaluator",

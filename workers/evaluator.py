@@ -10,13 +10,14 @@ import json
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from infra.artifacts import Manifest, Recipe, publish
+from infra.artifacts import Manifest, Recipe, find, publish
 from infra.environment import environment
 from infra.store import FileRef, Store
 from workers.adapter import AdapterReader, FileSource, check_base
@@ -56,10 +57,17 @@ class EvaluationJob:
     """Classification: seed of the untrained head."""
     mask: FileRef | None = None
     """A task's mask file of `adapter` (EMR, TALL): only what the mask keeps is added, scaled as it says."""
+    base_sha256: str | None = None
+    """Identity of the base; None is the one that the evaluator was made for."""
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the manifest says about base and data (name, source, licence); part of no key."""
 
 
 class Evaluator:
-    """A base in memory and at most one adapter applied to it. `classifies`: with a head for labels."""
+    """A base in memory, the given one until a job names another, and at most one adapter applied to it.
+
+    `classifies`: with a head for labels.
+    """
 
     def __init__(
         self, store: Store, base_sha256: str, compute_dtype: str, classifies: bool, devices: Sequence[str], threads: int
@@ -68,16 +76,18 @@ class Evaluator:
         self._store = store
         self._base_sha256 = base_sha256
         self._dtype = getattr(torch, compute_dtype)
-        self._path = fetch_base(store, base_sha256, cache_dir())
-        self._tokenizer = load_classifier_tokenizer(self._path) if classifies else load_tokenizer(self._path)
-        model = load_classifier(self._path, 2, self._dtype) if classifies else load_model(self._path, self._dtype)
-        self._model = spread(model, devices)
+        self._classifies, self._devices = classifies, devices
         self._applied: tuple[str, str | None, str] | None = None
         self._heads: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
         self._undo: Callable[[], None] = lambda: None
+        self._load(base_sha256)
 
     def evaluate(self, job: EvaluationJob, batch_size: int) -> tuple[Manifest, bool]:
-        """Score and publish; the manifest's `meta` holds the scores of every row."""
+        """Score and publish, unless the scores exist; the manifest's `meta` holds those of every row."""
+        earlier = find(self._store, job.recipe.key, {})
+        if earlier is not None:  # made meanwhile, or by a try before this one
+            return earlier, False
+        self._rebase(job.base_sha256 or self._base_sha256)
         self._swap(job.adapter, job.mask, job.weights_dtype)
         start = time.perf_counter()
         rows = load_rows(self._store, job.rows)
@@ -100,7 +110,9 @@ class Evaluator:
             "format_free": sum(free) / len(free),
             "scores": list(scores),
             "seconds": time.perf_counter() - start,
-            "environment": environment(),
+            "batch_size": batch_size,
+            **job.provenance,
+            "environment": environment(self._devices),
         }
         with tempfile.TemporaryDirectory(prefix="factory-evaluation-") as folder:
             file = Path(folder) / "rows.jsonl"
@@ -109,6 +121,21 @@ class Evaluator:
                     line = {"id": row.id, "output": output, "targets": row.targets, "score": score}
                     out.write(json.dumps({**line, "format_free": plain}, ensure_ascii=False) + "\n")
             return publish(self._store, job.recipe, {"rows": file}, {}, meta)
+
+    def _load(self, base_sha256: str) -> None:
+        path, dtype = fetch_base(self._store, base_sha256, cache_dir()), self._dtype
+        self._tokenizer = load_classifier_tokenizer(path) if self._classifies else load_tokenizer(path)
+        model = load_classifier(path, 2, dtype) if self._classifies else load_model(path, dtype)
+        self._model = spread(model, self._devices)
+        self._path, self._loaded = path, base_sha256
+
+    def _rebase(self, base_sha256: str) -> None:
+        """Hold this base instead of the present one, never both."""
+        if base_sha256 == self._loaded:
+            return
+        self._undo, self._applied, self._loaded = (lambda: None), None, ""
+        self._model = torch.nn.Module()
+        self._load(base_sha256)
 
     def _head(self, job: EvaluationJob, labels: int) -> dict[str, torch.Tensor]:
         """The tensors of the head that the job names."""
@@ -124,7 +151,7 @@ class Evaluator:
         """A verified local copy of an adapter of this base. Its head is kept, so that the file is not fetched again."""
         with tempfile.TemporaryDirectory(prefix="factory-adapter-") as folder:
             reader = AdapterReader(self._fetched(adapter, Path(folder)))
-            check_base(reader, self._base_sha256)
+            check_base(reader, self._loaded)
             self._heads[adapter.name] = {name: reader.load_head(name) for name in reader.head_names}
             if len(self._heads) > KEPT_HEADS:
                 self._heads.popitem(last=False)

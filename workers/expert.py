@@ -46,6 +46,9 @@ from workers.rows import Row, load_rows
 from workers.shared_support import SupportRef, load_support
 from workers.train import StepReport, TrainedExpert, TrainSpec, train_expert
 
+TRAINING_LOSS, VALIDATION_LOSS = "loss/training", "loss/validation"
+"""Metrics of an expert's run, by step."""
+
 
 @dataclass(frozen=True)
 class ExpertJob:
@@ -77,6 +80,8 @@ class ExpertJob:
     experiment: str
     parent_run_id: str
     tags: Mapping[str, str]
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Names and licences of base and data, for the manifest."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def make_expert(
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts; deterministic products need it
     consumed = {job.support.key: job.support.digest} if job.support else {}
     found = find(store, job.recipe.key, consumed)
-    if found is not None:  # a retry after the worker was lost between publishing and answering
+    if found is not None:  # made meanwhile, or by a try that was lost between publishing and answering
         drop_checkpoint(store, job.recipe.key)
         return ExpertOutcome(found, False, started_at, time.time())
     run_id = registry.start_run(
@@ -115,30 +120,32 @@ def make_expert(
     )  # fmt: skip
     status = "FAILED"
     try:
+        registry.log_data(run_id, job.task, Path(job.train_rows).stem, job.tags.get("source", ""), "train")
         with _algorithms(job.deterministic):
             trained = _train(store, job, devices, on_step)
-        registry.log_history(run_id, as_rows(trained.history))
+        registry.log_history(run_id, _curves(as_rows(trained.history)))
         meta = _meta(job, trained, run_id, devices)
         with tempfile.TemporaryDirectory(prefix="factory-expert-") as folder:
             file = Path(folder) / "adapter.safetensors"
             _save(file, job, trained)
             meta["adapter_bytes"] = file.stat().st_size
+            meta["seconds"] = time.time() - started_at
             manifest, made = publish(store, job.recipe, {"adapter": file}, consumed, meta)
         drop_checkpoint(store, job.recipe.key)
         final = (
             "best_step", "trainable", "density", "delta_norm", "adapter_bytes", "train_seconds", "reselections",
             "peak_rss_bytes",
         )  # fmt: skip
-        registry.log_history(
-            run_id,
-            [{"step": 0, "best_validation_loss": meta["validation_loss"], **{name: meta[name] for name in final}}],
-        )
+        numbers = {"best_validation_loss": meta["validation_loss"], **{name: meta[name] for name in final}}
+        registry.log_history(run_id, [{f"result/{name}": value for name, value in numbers.items()}])
         registry.set_tags(
             run_id, {"adapter_uri": store.uri(manifest.files["adapter"].name), "adapter_digest": manifest.digest}
         )
         status = "FINISHED"
         return ExpertOutcome(manifest, made, started_at, time.time())
     except ExpertError as error:
+        with contextlib.suppress(RegistryError):
+            registry.describe_run(run_id, f"**Failed**: {error}")
         raise ExpertError(f"expert {job.task!r}: {error}") from error
     except (SystemExit, KeyboardInterrupt):
         status = "KILLED"
@@ -150,6 +157,12 @@ def make_expert(
             registry.finish_run(run_id, status)
         if devices[0].startswith("cuda"):
             torch.cuda.empty_cache()
+
+
+def _curves(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the history under the names that MLflow groups into charts: losses first."""
+    names = {"step": "step", "loss": TRAINING_LOSS, "validation_loss": VALIDATION_LOSS}
+    return [{names.get(name, f"training/{name}"): value for name, value in row.items()} for row in rows]
 
 
 @contextlib.contextmanager
@@ -253,7 +266,8 @@ def _meta(job: ExpertJob, trained: TrainedExpert, run_id: str, devices: Sequence
         "delta_norm": trained.delta_norm,
         "device": ", ".join(devices),
         "peak_rss_bytes": peak_bytes(),
-        "environment": environment(),
+        "environment": environment(devices),
+        **job.provenance,
     }
 
 

@@ -16,8 +16,9 @@ modules that are used several times in one pass.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ class ImportanceJob:
     max_target_tokens: int
     labels: tuple[str, ...] | None
     """Labels of a classification task; None for language modelling."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """What the manifest says about base and data (name, source, licence); part of no key."""
 
     def __post_init__(self) -> None:
         if self.recipe.kind not in KINDS:
@@ -78,8 +81,10 @@ class ImportanceJob:
             raise ConfigError(f"{self.recipe.kind} of {self.rows} rows: accepted is 1 or more")
 
 
-def make_importance(store: Store, job: ImportanceJob, devices: Sequence[str], threads: int) -> Manifest:
+def make_importance(store: Store, job: ImportanceJob, devices: Sequence[str], threads: int) -> tuple[Manifest, bool]:
     """Measure, save and publish: the manifest's file is labelled with the kind, its input is the expert.
+
+    Returns the manifest and whether this call made it.
 
     Raises:
         AdapterError: the adapter is damaged or of another base, or a measured value is not finite.
@@ -88,8 +93,9 @@ def make_importance(store: Store, job: ImportanceJob, devices: Sequence[str], th
     """
     consumed = {job.expert_key: job.expert_digest}
     found = find(store, job.recipe.key, consumed)
-    if found is not None:
-        return found
+    if found is not None:  # made meanwhile, or by a try before this one
+        return found, False
+    start = time.perf_counter()
     torch.set_num_threads(threads)
     kind = job.recipe.kind
     with tempfile.TemporaryDirectory(prefix="factory-importance-") as folder:
@@ -107,9 +113,9 @@ def make_importance(store: Store, job: ImportanceJob, devices: Sequence[str], th
                 torch.cuda.empty_cache()
         meta = {
             "task": job.task, "rows": rows, "bytes": file.stat().st_size, "device": ", ".join(devices),
-            "environment": environment(),
+            "seconds": time.perf_counter() - start, **job.provenance, "environment": environment(devices),
         }  # fmt: skip
-        return publish(store, job.recipe, {kind: file}, consumed, meta)[0]
+        return publish(store, job.recipe, {kind: file}, consumed, meta)
 
 
 def _measure(store: Store, job: ImportanceJob, reader: AdapterReader, devices: Sequence[str], file: Path) -> int:

@@ -95,10 +95,10 @@ def label_score(scores: LabelScores) -> float:
     """
     if not len(scores):
         raise ConfigError(f"{scores.metric}: at least one row is needed")
-    return float(_drawn_label_scores(scores, np.arange(len(scores))[None])[0])
+    return float(drawn_label_scores(scores, np.arange(len(scores))[None])[0])
 
 
-def _drawn_label_scores(scores: LabelScores, draws: NDArray[np.int64]) -> NDArray[np.float64]:
+def drawn_label_scores(scores: LabelScores, draws: NDArray[np.int64]) -> NDArray[np.float64]:
     """The metric of each of n draws [n, rows] of row numbers: float64 [n].
 
     All three are functions of counts per label: rows of that label, predictions of it, and both at once.
@@ -141,7 +141,7 @@ def bootstrap_interval(
     for rows in task_row_scores:
         draws = generator.integers(0, len(rows), size=(n, len(rows)))
         if isinstance(rows, LabelScores):
-            total += _drawn_label_scores(rows, draws)
+            total += drawn_label_scores(rows, draws)
         else:
             total += np.asarray(rows, dtype=np.float64)[draws].mean(axis=1)
     tail = (1.0 - level) / 2.0

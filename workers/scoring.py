@@ -175,6 +175,19 @@ def option_logprobs(
     return option_logprobs_ids(model, tokenizer, ids, options, length_normalised, batch_size, before)
 
 
+def answer_rows(model: Any, tokenizer: Any, rows: Sequence[Row], spec: EvaluateSpec, batch_size: int = 24) -> list[str]:
+    """The outputs that `evaluate_rows` would give, targets not looked at: choice accuracy takes the likeliest option,
+    other metrics a greedy answer. DataError if a row of a choice task has no options."""
+    before = tokenize(tokenizer, few_shot_prefix(tokenizer, spec.prompt, spec.few_shot))
+    prompts = [encode_prompt(tokenizer, spec.prompt, row) for row in rows]
+    if spec.metric != "choice_accuracy":
+        answers = generate_ids(model, tokenizer, prompts, spec.max_new_tokens, batch_size, before)
+        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+    options = [row.options or () for row in rows]
+    likely = option_logprobs_ids(model, tokenizer, prompts, options, spec.length_normalised, batch_size, before)
+    return [names[values.index(max(values))] for names, values in zip(options, likely, strict=True)]
+
+
 def evaluate_rows(
     model: Any, tokenizer: Any, rows: Sequence[Row], spec: EvaluateSpec, batch_size: int = 24
 ) -> EvaluationResult:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from infra.artifacts import Manifest, Recipe, publish
+from infra.artifacts import Manifest, Recipe, find, publish
 from infra.environment import environment
 from infra.store import FileRef, Store
 from infra.store_source import StoreSource
@@ -52,6 +54,8 @@ class SupportJob:
     batch_size: int
     compute_dtype: str
     recompute: bool
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the manifest says about base and data (licences); part of no key."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,11 @@ class SupportRef:
 
 
 def make_support(store: Store, job: SupportJob, devices: Sequence[str], threads: int) -> Manifest:
-    """Select, save and publish the support."""
+    """Select, save and publish the support, unless it exists."""
+    found = find(store, job.recipe.key, {})
+    if found is not None:  # made meanwhile, or by a try before this one
+        return found
+    start = time.perf_counter()
     torch.set_num_threads(threads)
     path = fetch_base(store, job.base_sha256, cache_dir())
     tokenizer = load_tokenizer(path)
@@ -87,7 +95,13 @@ def make_support(store: Store, job: SupportJob, devices: Sequence[str], threads:
         tensors[f"{name}.weight"] = SparseTensor(support.shape, indices, torch.zeros(indices.numel()))
         if support.block is not None:
             blocks[f"{name}.weight"] = support.block
-    meta = {"tasks": len(job.tasks), "rows": sum(map(len, pools)), "environment": environment()}
+    meta = {
+        "tasks": len(job.tasks),
+        "rows": sum(map(len, pools)),
+        "seconds": time.perf_counter() - start,
+        **job.provenance,
+        "environment": environment(devices),
+    }
     with tempfile.TemporaryDirectory(prefix="factory-support-") as folder:
         file = Path(folder) / "support.safetensors"
         about = AdapterMeta(job.base_sha256, kind="support", info={"recipe": job.recipe.key})

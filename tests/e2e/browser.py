@@ -27,7 +27,7 @@ from pathlib import Path
 
 import playwright
 from filelock import FileLock
-from playwright.sync_api import Error, Page, sync_playwright
+from playwright.sync_api import Browser, Error, Page, sync_playwright
 
 from workers.cache import cache_dir
 from workers.downloads import fetch_pypi
@@ -51,8 +51,10 @@ MLFLOW_VIEW = {
     "mlflow.workflowType_v1": '"machine_learning"',
     "mlflow.assistant.panelOpen_v1": "false",
     "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true",
+    "_mlflow_model_registry_promo_modal_dismissed_v1": "true",
 }
-"""What MLflow's pages remember of a visitor: "Model training" was chosen, the assistant's panel was closed."""
+"""What MLflow's pages remember of a visitor: "Model training" was chosen, the assistant's panel and the registry's
+announcement were closed."""
 
 
 class NoBrowser(Exception):
@@ -99,21 +101,34 @@ class Pages:
 
 
 @contextlib.contextmanager
-def window(
-    chromium: Chromium, storage: Mapping[str, str] = MLFLOW_VIEW, width: int = 1440, height: int = 900
-) -> Iterator[Pages]:
-    """A window of that many pixels that reaches nothing but this machine; ``storage`` is what pages find stored."""
+def window(chromium: Chromium, storage: Mapping[str, str] = MLFLOW_VIEW) -> Iterator[Pages]:
+    """A window that reaches nothing but this machine; ``storage`` is what pages find stored."""
     offline = ["--no-proxy-server", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
     env = {**os.environ, **dict(chromium.env)}
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium.executable, args=[*offline, "--disable-gpu"], env=env)
         try:
-            page = browser.new_page(viewport={"width": width, "height": height})
-            entries = json.dumps(list(storage.items()))
-            page.add_init_script(f"for (const [name, value] of {entries}) localStorage.setItem(name, value);")
-            yield Pages(page)
+            yield _visitor(browser, storage)
         finally:
             browser.close()
+
+
+@contextlib.contextmanager
+def newcomer(pages: Pages) -> Iterator[Pages]:
+    """Another window of the same browser, of somebody whom no page knows."""
+    assert pages.page.context.browser is not None
+    opened = _visitor(pages.page.context.browser, {})
+    try:
+        yield opened
+    finally:
+        opened.page.context.close()
+
+
+def _visitor(browser: Browser, storage: Mapping[str, str]) -> Pages:
+    page = browser.new_page(locale="en-GB", viewport={"width": 1440, "height": 900})
+    entries = json.dumps(list(storage.items()))
+    page.add_init_script(f"for (const [name, value] of {entries}) localStorage.setItem(name, value);")
+    return Pages(page)
 
 
 def chromium() -> Chromium:

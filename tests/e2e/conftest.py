@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Ca
             "suite": suite,
             "base": f"path:{tiny_base}",
             "prompt": {"max_input_tokens": 64, "max_target_tokens": 16},
-            "splits": {"train": 64, "validation": 8, "test": 8},
+            "splits": {"train": 64, "validation": 8, "gate": 8, "test": 8},
             "held_in": {f"in{number}": task(f"in{number}") for number in range(held_in)},
             "held_out": {"out0": task("out0")},
             "mask": {"criterion": "connection_sensitivity", "granularity": "element", "density": 0.2,
@@ -103,12 +104,17 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Ca
     return make
 
 
-@pytest.fixture
-def pipeline(stack: Any, tmp_path: Path) -> Callable[..., Finished]:
-    """Run the main job as a process of its own against the session's stack; returns status, output and results."""
+@pytest.fixture(scope="session")
+def pipeline_in(stack: Any) -> Callable[..., Finished]:
+    """Run the main job as a process of its own against the session's stack; returns status, output and results.
 
-    def run(config: dict[str, Any], *overrides: str, submit: bool = False, timeout: float = 420) -> Finished:
-        file, report = tmp_path / "config.yaml", tmp_path / "report"
+    The folder given first holds the configuration and the report.
+    """
+
+    def run(
+        folder: Path, config: dict[str, Any], *overrides: str, submit: bool = False, timeout: float = 420
+    ) -> Finished:
+        file, report = folder / "config.yaml", folder / "report"
         file.write_text(yaml.safe_dump(config, sort_keys=False))
         command = ["pipeline/main.py", "--config", str(file), "--report", str(report), *overrides]
         if submit:
@@ -125,3 +131,9 @@ def pipeline(stack: Any, tmp_path: Path) -> Callable[..., Finished]:
         return Finished(done.returncode, done.stdout, json.loads(written.read_text()) if written.is_file() else None)
 
     return run
+
+
+@pytest.fixture
+def pipeline(pipeline_in: Callable[..., Finished], tmp_path: Path) -> Callable[..., Finished]:
+    """The same in the test's own folder."""
+    return partial(pipeline_in, tmp_path)

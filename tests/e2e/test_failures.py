@@ -13,48 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-import psutil
 import pytest
 import yaml
 
 from infra.artifacts import manifest_name
 from infra.store import Store
+from tests.e2e.background import start, wait_for, workers
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Callable[..., dict[str, Any]]
-
-
-def start(config: dict[str, Any], folder: Path, env: dict[str, str]) -> subprocess.Popen[str]:
-    """The main job as a background process that logs to `folder`/log."""
-    file = folder / "config.yaml"
-    file.write_text(yaml.safe_dump(config, sort_keys=False))
-    command = [sys.executable, "pipeline/main.py", "--config", str(file), "--report", str(folder / "report")]
-    log = (folder / "log").open("w")
-    return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **env}, stdout=log, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], folder: Path, seconds: float = 180) -> Any:
-    """Poll until `condition` gives something true; fails if the job ends or the time runs out before."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found = condition()
-        if found:
-            return found
-        assert process.poll() is None, (folder / "log").read_text()[-3000:]
-        time.sleep(0.1)
-    raise AssertionError(f"nothing within {seconds} s: {(folder / 'log').read_text()[-3000:]}")
-
-
-def training_workers() -> list[psutil.Process]:
-    """Ray workers that run an expert right now (Ray sets the title of a busy worker)."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        title = " ".join(process.info["cmdline"] or [])
-        if title.startswith("ray::") and "expert" in title:
-            found.append(process)
-    return found
 
 
 def slow(config: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -64,7 +31,7 @@ def slow(config: dict[str, Any], steps: int) -> dict[str, Any]:
 def test_a_killed_worker_is_retried(stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
     process = start(slow(tiny_config("killed", held_in=2), 150), tmp_path, stack.env())
     try:
-        victim = wait_for(training_workers, process, tmp_path)[0]
+        victim = wait_for(lambda: workers(stack, "expert"), process, tmp_path)[0]
         victim.send_signal(signal.SIGKILL)
         assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
     finally:

@@ -35,7 +35,7 @@ def configuration() -> dict[str, Any]:
         "suite": "smollm2",
         "base": "pypi:SmolLM2-135M-Instruct",
         "prompt": quickstart["prompt"],
-        "splits": {"train": 64, "validation": 8, "test": 8},
+        "splits": {"train": 64, "validation": 8, "gate": 8, "test": 8},
         "held_in": {name: quickstart["held_in"][name] for name in TASKS},
         "mask": quickstart["mask"],
         "train": {"steps": STEPS, "batch_size": 4, "learning_rate": 5.0e-3, "compute_dtype": "float32",
@@ -129,7 +129,7 @@ def test_the_registered_expert_answers_as_it_was_scored(stack: Any, prepared: Pr
     assert scored.meta["score"] == shared["held_in"]["past_tense"]["expert"]
 
     mlflow.set_tracking_uri(stack.env()["MLFLOW_TRACKING_URI"])
-    model = mlflow.pyfunc.load_model("models:/smollm2.past_tense@champion")
+    model = mlflow.pyfunc.load_model("models:/smollm2.past_tense/1")
     answers = model.predict([row.input for row in rows])
     assert all(isinstance(answer, str) for answer in answers)
     assert list(answers) == [line["output"] for line in lines]
@@ -138,7 +138,7 @@ def test_the_registered_expert_answers_as_it_was_scored(stack: Any, prepared: Pr
 def test_the_registered_merge_answers(stack: Any, shared: dict[str, Any]) -> None:
     assert shared["chosen"]["digest"]
     mlflow.set_tracking_uri(stack.env()["MLFLOW_TRACKING_URI"])
-    model = mlflow.pyfunc.load_model("models:/smollm2.merged@champion")
+    model = mlflow.pyfunc.load_model("models:/smollm2.merged/1")
     (answer,) = model.predict(["Past tense?\nI walk home."])
     assert isinstance(answer, str)
 
@@ -148,7 +148,7 @@ def test_a_sparse_classifier_learns_a_real_task(stack: Any, pipeline: Any) -> No
     config = yaml.safe_load(QUICKSTART.with_name("classification.yaml").read_text())
     config |= {
         "suite": "smollm2-intents",
-        "splits": {"train": 256, "validation": 16, "test": 64},
+        "splits": {"train": 256, "validation": 16, "gate": 16, "test": 64},
         "held_in": {"intent_recognition": config["held_in"]["intent_recognition"]},
         "merge": {"candidates": [{"method": "mean"}]},
         "evaluate": {"compute_dtype": "float32", "serving_dtype": None},
@@ -161,7 +161,7 @@ def test_a_sparse_classifier_learns_a_real_task(stack: Any, pipeline: Any) -> No
     assert row["base"] < 0.4
     assert row["expert"] > 0.75
     mlflow.set_tracking_uri(stack.env()["MLFLOW_TRACKING_URI"])
-    model = mlflow.pyfunc.load_model("models:/smollm2-intents.intent_recognition@champion")
+    model = mlflow.pyfunc.load_model("models:/smollm2-intents.intent_recognition/1")
     parsed = PipelineConfig.model_validate(config)
     data = load_tasks(parsed.held_in, cache_dir(), parsed.splits.model_dump(), parsed.seed)["intent_recognition"]
     rows = data.splits["test"]

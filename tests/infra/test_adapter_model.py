@@ -13,7 +13,7 @@ from infra.adapter_model import AdapterModel
 from infra.checkpoint_model import CheckpointModel
 from infra.digests import file_sha256
 from infra.store import Store
-from infra.text_model import as_tasks, as_texts
+from infra.text_model import as_options, as_rows, as_tasks, as_texts
 from tests.workers.tiny import tiny_encoder, tiny_encoder_tokenizer
 from workers.adapter import AdapterMeta, AdapterReader, FileSource, save_adapter
 from workers.base import prepare_base, upload_base
@@ -38,10 +38,28 @@ def test_tasks_of_inputs() -> None:
     assert as_tasks(["x", "y"], ["a"], 2) == ["a", "a"]
     with pytest.raises(ValueError, match="'input' and 'task'; tasks: a, b"):
         as_tasks(["x"], known, 1)
-    with pytest.raises(ValueError, match="no head for the task 'c'"):
+    with pytest.raises(ValueError, match="not know the task 'c'"):
         as_tasks(pd.DataFrame({"input": ["x"], "task": ["c"]}), known, 1)
-    with pytest.raises(ValueError, match="no head for the task None"):
+    with pytest.raises(ValueError, match="not know the task None"):
         as_tasks([{"input": "x", "task": "b"}, {"input": "x"}], known, 2)
+
+
+def test_inputs_without_a_task_and_with_options() -> None:
+    known = ["a", "b"]
+    assert as_tasks(["x", "y"], known, 2, optional=True) == [None, None]
+    table = pd.DataFrame([{"input": "x", "task": "b", "options": ["p", "q"]}, {"input": "y"}])
+    assert as_tasks(table, known, 2, optional=True) == ["b", None]  # pandas fills the gaps with NaN
+    assert as_options(table, 2) == [("p", "q"), None]
+    assert as_options(["x"], 1) == [None]
+    assert as_options([{"input": "x", "options": []}], 1) == [None]
+    with pytest.raises(ValueError, match="options must be a list of strings, got 'p'"):
+        as_options([{"input": "x", "options": "p"}], 1)
+    with pytest.raises(ValueError, match="not know the task 'a'; tasks: none"):
+        as_tasks([{"input": "x", "task": "a"}], [], 1, optional=True)
+    assert as_rows(["x"]) == ["x"]
+    assert as_rows({"input": "x", "options": ["p", "q"]}) == [{"input": "x", "options": ["p", "q"]}]
+    columns = {"input": ["x", "y"], "task": ["a", "b"]}  # as MLflow's server hands them over
+    assert as_rows(columns) == [{"input": "x", "task": "a"}, {"input": "y", "task": "b"}]
 
 
 class _Published:
@@ -84,7 +102,7 @@ class _Published:
             "bucket": self._store.bucket, "prefix": self._store.prefix, "adapter": adapter, "adapter_sha256": sha256,
             "adapter_uri": self._store.uri(adapter), "base_sha256": self.base.sha256, "dtype": "float32",
             "prompt_wrapper": "{prompt}?", "prompt_template": "{input}", "max_new_tokens": 4, "max_input_tokens": None,
-            "heads": heads,
+            "heads": heads, "prompts": {}, "device": "cpu", "batch_size": 24,
         }  # fmt: skip
         model.load_context(SimpleNamespace(model_config=config))
         return model
@@ -105,6 +123,7 @@ class _Published:
             "bucket": self._store.bucket, "prefix": self._store.prefix, "files": files, "digest": "c" * 64,
             "base_sha256": self.base.sha256, "dtype": "float32", "prompt_wrapper": "{prompt}?",
             "prompt_template": "{input}", "max_new_tokens": 4, "max_input_tokens": None, "heads": heads,
+            "prompts": {}, "device": "cpu", "batch_size": 24,
         }  # fmt: skip
         model.load_context(SimpleNamespace(model_config=config))
         return model

@@ -61,6 +61,22 @@ def test_values_without_a_spelling_are_refused(value: Any) -> None:
         canonical_json({"value": value})
 
 
+def test_manifests_written_before_stay_readable() -> None:
+    """Golden: a manifest of the first version, as canonical JSON. What later ones record beside it is not required."""
+    key, other = "1" * 64, "3" * 64
+    written = (
+        '{"config":{"base":"b"},"digest":"d7aab75c1280fdf582f96ff466b33eda0af4c2103c4edc08db05736bd38d26a3",'
+        f'"files":{{"adapter":{{"name":"objects/{key}/a/adapter","sha256":"{"2" * 64}","size":7}}}},'
+        f'"inputs":{{"{other}":"{"4" * 64}"}},"key":"{key}","kind":"expert",'
+        '"meta":{"environment":{"python":"3.11.7","torch":"2.13.0"},"task":"t"},"version":1}'
+    ).encode()
+    read = Manifest.from_json(written)
+    assert (read.key, read.kind, read.version, read.config) == (key, "expert", 1, {"base": "b"})
+    assert (read.files["adapter"].size, read.inputs) == (7, {other: "4" * 64})
+    assert read.meta == {"environment": {"python": "3.11.7", "torch": "2.13.0"}, "task": "t"}
+    assert read.to_json() == written
+
+
 def _file(folder: Path, name: str, data: bytes) -> Path:
     path = folder / name
     path.write_bytes(data)

@@ -3,29 +3,32 @@
 import dataclasses
 import json
 import threading
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
+from infra.announcements import LEASE, SHARED_JOURNALS, Registered, RootReader, announce, await_removals
 from infra.artifacts import Manifest, Recipe, find, manifest_name, publish
 from infra.errors import StoreError
-from infra.gc import LEASE, announce, collect, execute, links_of, read_roots, take_inventory
+from infra.gc import GcOutcome, collect, execute, links_of, take_inventory
 from infra.gc_plan import GcPlan, Links, Roots, plan_gc
 from infra.leases import Holder, holding, lease_name, try_acquire
 from infra.store import Store
 from infra.store_admin import list_uploads
+
+USED, KEPT, GONE = "1" * 64, "2" * 64, "3" * 64
 
 
 def roots(*keys: str, runs: tuple[str, ...] = ()) -> Roots:
     return Roots(frozenset(keys), frozenset(runs))
 
 
-def made(store: Store, folder: Path, letter: str, *inputs: Manifest) -> Manifest:
+def made(store: Store, folder: Path, letter: str, *inputs: Manifest, uses: str = "") -> Manifest:
     path = folder / letter
     path.write_bytes(letter.encode())
-    recipe = Recipe("test", 1, {"name": letter}, tuple(found.key for found in inputs))
+    recipe = Recipe("test", 1, {"name": letter, "rows": {"train": uses}}, tuple(found.key for found in inputs))
     return publish(store, recipe, {"w": path}, {found.key: found.digest for found in inputs}, {"ä": "ö"})[0]
 
 
@@ -44,21 +47,23 @@ def of(*manifests: Manifest) -> set[str]:
 
 
 def test_only_what_nothing_reaches_goes(store: Store, tmp_path: Path) -> None:
-    a = made(store, tmp_path, "a")
+    a = made(store, tmp_path, "a", uses=USED)
     b = made(store, tmp_path, "b", a)
-    c, d = made(store, tmp_path, "c"), made(store, tmp_path, "d")
+    c, d = made(store, tmp_path, "c"), made(store, tmp_path, "d", uses=GONE)
     begun = Recipe("test", 1, {"name": "begun"}).key
     for name in (
         f"objects/{b.key}/lost/w", f"objects/{begun}/x/w", f"checkpoints/{b.key}.json", f"checkpoints/{begun}.json",
         f"checkpoints/{begun}/1-x", lease_name(d.key), "runs/kept/keys.json", "runs/gone/keys.json",
-        "bases/x/model.safetensors", "rows/x.jsonl", "artifacts/README",
+        *(f"bases/{used}/{name}" for used in (KEPT, GONE) for name in ("index.json", "model.safetensors")),
+        *(f"data/{used}.jsonl" for used in (USED, GONE)), "checks/x",
+        "artifacts/README", "schedules/nightly.json", "merges/by-hand.safetensors", "data/README",
     ):  # fmt: skip
         store.put(name, b"{}")
     s3, where = store._client(), {"Bucket": store.bucket, "Key": store._key(f"objects/{begun}/y/w")}
     s3.upload_part(**where, UploadId=s3.create_multipart_upload(**where)["UploadId"], PartNumber=1, Body=b"123")
     before = names(store)
 
-    kept = roots(b.key, begun, runs=("kept",))
+    kept = roots(b.key, begun, KEPT, runs=("kept",))
     plan, outcome = collect(store, lambda: kept)
     assert (plan.removals, outcome) == ((), None)  # all is young
     plan = plan_later(store, kept)
@@ -67,11 +72,14 @@ def test_only_what_nothing_reaches_goes(store: Store, tmp_path: Path) -> None:
     done = execute(store, plan, lambda: kept)
     assert before - names(store) == of(c, d) | {
         f"objects/{b.key}/lost/w", f"objects/{begun}/x/w", f"checkpoints/{b.key}.json", lease_name(d.key),
-        "runs/gone/keys.json",
+        "runs/gone/keys.json", f"data/{GONE}.jsonl", f"bases/{GONE}/index.json", f"bases/{GONE}/model.safetensors",
+        "checks/x",
     }  # fmt: skip
     assert names(store) <= before
     assert list(list_uploads(store)) == []
-    assert done.removed == {"artifact": 2, "orphan": 2, "checkpoint": 1, "lease": 1, "upload": 1, "run": 1}
+    assert done.removed == {
+        "artifact": 2, "orphan": 2, "checkpoint": 1, "lease": 1, "upload": 1, "run": 1, "rows": 1, "base": 1, "probe": 1
+    }  # fmt: skip
     assert (done.size, done.skipped, done.restored) == (plan.size, 0, 0)
     assert find(store, b.key, {a.key: a.digest}) == b
     assert plan_later(store, kept).removals == ()
@@ -99,6 +107,22 @@ def test_a_run_that_announced_itself_meanwhile_keeps_what_it_found(store: Store,
     assert names(store) == of(a, b)
     assert (done.restored, done.skipped, done.removed["artifact"]) == (2, 2, 1)
     assert find(store, c.key, {}) is None
+
+
+def test_a_version_registered_meanwhile_keeps_its_artifact_its_heads_and_its_base(store: Store, tmp_path: Path) -> None:
+    head = made(store, tmp_path, "head")
+    merged = made(store, tmp_path, "merged", uses=USED)
+    lost = [f"objects/{head.key}/replaced/w", f"objects/{head.key}/lost/w"]
+    base, rows = f"bases/{KEPT}/index.json", f"data/{USED}.jsonl"
+    for name in (*lost, base, rows, f"data/{GONE}.jsonl"):
+        store.put(name, b"{}")
+    plan = plan_later(store, roots())
+    assert {removal.kind for removal in plan.removals} == {"artifact", "orphan", "base", "rows"}
+    registered = Roots(frozenset({merged.key, KEPT}), frozenset(), frozenset({f"objects/{head.key}/replaced"}))
+    done = execute(store, plan, lambda: registered)
+    assert names(store) == of(head, merged) | {lost[0], base, rows}
+    assert find(store, merged.key, {}) == merged
+    assert (done.restored, done.removed["orphan"], done.removed["rows"], done.removed["base"]) == (2, 1, 1, 0)
 
 
 def test_who_makes_it_again_meanwhile_keeps_the_new_one(store: Store, tmp_path: Path) -> None:
@@ -146,6 +170,69 @@ def test_a_state_that_a_new_run_plans_to_use_stays(store: Store) -> None:
     plan = plan_later(store, roots())
     assert execute(store, plan, lambda: roots(key)).skipped == 1
     assert execute(store, plan, roots).removed["checkpoint"] == 1
+    assert names(store) == set()
+
+
+def shared(store: Store) -> list[str]:
+    """Rows and a base that nothing needs."""
+    found = [f"data/{USED}.jsonl", f"bases/{KEPT}/index.json", f"bases/{KEPT}/model.safetensors"]
+    for name in found:
+        store.put(name, b"{}")
+    return found
+
+
+def test_rows_and_bases_that_a_run_announced_meanwhile_stay(store: Store) -> None:
+    kept = shared(store)
+    store.put(f"data/{GONE}.jsonl", b"{}")
+    reader = RootReader(store, lambda: Registered(lambda *_: True))
+    plan = plan_later(store, reader())
+    seen: list[set[str]] = []
+
+    def again() -> Roots:  # the run comes in the last moment: after the list was written, before the roots are read
+        seen.append({name for name in names(store) if name.startswith(SHARED_JOURNALS)})
+        announce(store, "late", {USED, KEPT})
+        return reader()
+
+    done = execute(store, plan, again)
+    assert len(seen[-1]) == 1
+    assert names(store) == {*kept, "runs/late/keys.json"}
+    assert (done.removed["rows"], done.removed["base"], done.skipped) == (1, 0, 2)
+
+
+def test_a_run_waits_for_a_collection_that_is_removing_its_rows(store: Store) -> None:
+    shared(store)
+    plan = plan_later(store, roots())
+    began, goes_on, waited = threading.Event(), threading.Event(), threading.Event()
+
+    def again() -> Roots:
+        began.set()
+        assert goes_on.wait(30)
+        return roots()  # read before the run announced anything
+
+    def run() -> None:
+        assert began.wait(30)
+        announce(store, "late", {USED, KEPT})
+        await_removals(store, {"f" * 64})  # what others lose is no reason to wait
+        threading.Timer(0.5, goes_on.set).start()
+        await_removals(store, {USED, KEPT})
+        assert goes_on.is_set()
+        assert not [name for name in names(store) if name.startswith(("data/", "bases/", SHARED_JOURNALS))]
+        waited.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    done = execute(store, plan, again)
+    thread.join(30)
+    assert waited.is_set()
+    assert (done.removed["rows"], done.removed["base"]) == (1, 1)
+
+
+def test_nobody_waits_for_a_collection_that_was_killed(store: Store) -> None:
+    store.put(f"{SHARED_JOURNALS}x.json", json.dumps([USED]).encode())
+    await_removals(store, {USED}, expiry_s=0.6)  # there is no lease
+    store.put(lease_name(LEASE), Holder("killed", "there", 1, 0.0).to_json())
+    await_removals(store, {USED}, expiry_s=0.6)  # nobody renews it
+    execute(store, plan_later(store, roots()), roots, expiry_s=0.6)
     assert names(store) == set()
 
 
@@ -211,6 +298,24 @@ def test_one_collection_at_a_time(store: Store, tmp_path: Path) -> None:
     assert names(store) == set()
 
 
+def test_two_collections_of_one_plan_remove_everything_once(store: Store, tmp_path: Path) -> None:
+    kept, *others = (made(store, tmp_path, str(number)) for number in range(40))
+    plan = plan_later(store, roots(kept.key))
+    together = threading.Barrier(2)
+
+    def run(_: int) -> GcOutcome:
+        together.wait(30)
+        return execute(store, plan, lambda: roots(kept.key), expiry_s=6.0)
+
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(run, number) for number in range(2)]
+    refused = [error for each in both if (error := each.exception()) is not None]
+    assert all("another garbage collection" in str(error) for error in refused)
+    done = [each.result() for each in both if each.exception() is None]
+    assert sum(outcome.removed["artifact"] for outcome in done) == len(others)
+    assert names(store) == of(kept)
+
+
 def test_a_collection_that_lost_its_lease_stops_and_undoes(store: Store, tmp_path: Path) -> None:
     a = made(store, tmp_path, "a")
     b = made(store, tmp_path, "b")
@@ -229,31 +334,8 @@ def test_a_collection_that_lost_its_lease_stops_and_undoes(store: Store, tmp_pat
     assert names(store) == of(a, b) | {lease_name(LEASE)}
 
 
-# -- roots -------------------------------------------------------------------------------------------------------
-
-
-def _raises(what: Callable[[], object]) -> None:
-    with pytest.raises(StoreError, match="does not say"):
-        what()
-
-
-def test_roots_are_what_runs_announced_and_versions_name(store: Store) -> None:
-    announce(store, "new", {"b", "a"})
-    results = {"chosen": {"key": "m"}, "held_in": {"t": {"expert_key": "e"}}}
-    store.put("runs/older/results.json", json.dumps(results).encode())
-    store.put("runs/forgotten/results.json", json.dumps(results).encode())
-    assert read_roots(store, ["older", "absent"], ["v"]) == roots(
-        "a", "b", "m", "e", "v", runs=("new", "older", "absent")
-    )  # "new" may be in progress
-    assert read_roots(store, [], []) == roots("a", "b", runs=("new",))
-    for name, data in (("keys.json", b"{"), ("keys.json", b"3"), ("results.json", b"{}")):
-        store.put(f"runs/bad/{name}", data)
-        _raises(lambda: read_roots(store, ["bad"], []))
-        store.delete(f"runs/bad/{name}")
-
-
 def test_links_are_read_leniently_and_never_lead_elsewhere() -> None:
-    body = {"inputs": {"i": "d"}, "files": {"w": {"name": "objects/k/x/w"}, "v": {"name": "bases/x"}}, "more": 1}
-    assert links_of("k", json.dumps(body).encode()) == Links(frozenset("i"), frozenset({"objects/k/x/w"}))
+    body = {"inputs": {"i": "d"}, "files": {"w": {"name": "objects/k/x/w"}, "v": {"name": "bases/x"}}, "kind": "node"}
+    assert links_of("k", json.dumps(body).encode()) == Links(frozenset("i"), frozenset({"objects/k/x/w"}), "node")
     for bad in (b"", b"[]", b'{"inputs": {}}', b'{"inputs": {}, "files": {"w": {}}}', b"\xff"):
         assert links_of("k", bad) is None

@@ -9,16 +9,19 @@ from hypothesis import strategies as st
 
 from infra.artifacts import manifest_name
 from infra.gc_plan import (
+    LEASE_S,
     LEASED,
     MIN_AGE_S,
     YOUNG,
     GcPlan,
     Inventory,
+    Line,
     Links,
     Roots,
-    describe,
     plan_gc,
     reachable,
+    shared_hash,
+    summary,
 )
 from infra.store_admin import PendingUpload, StoredObject
 
@@ -37,6 +40,7 @@ class World:
     objects: list[StoredObject] = field(default_factory=list)
     links: dict[str, Links | None] = field(default_factory=dict)
     uploads: list[tuple[PendingUpload, int]] = field(default_factory=list)
+    mentions: dict[str, frozenset[str]] = field(default_factory=dict)
 
     def add(self, name: str, age: timedelta = OLD, size: int = 1) -> str:
         self.objects.append(StoredObject(name, size, NOW - age, '"e"'))
@@ -45,11 +49,13 @@ class World:
     def artifact(self, number: int, inputs: tuple[int, ...] = (), age: timedelta = OLD, data: timedelta = OLD) -> None:
         self.add(manifest_name(key(number)), age)
         names = [self.add(f"objects/{key(number)}/won/{label}", data) for label in ("a", "b")]
-        self.links[key(number)] = Links(frozenset(map(key, inputs)), frozenset(names))
+        self.links[key(number)] = Links(frozenset(map(key, inputs)), frozenset(names), "node")
 
-    def plan(self, *roots: int, runs: tuple[str, ...] = ()) -> GcPlan:
-        inventory = Inventory(NOW, tuple(self.objects), tuple(self.uploads), self.links)
-        return plan_gc(Roots(frozenset(map(key, roots)), frozenset(runs)), inventory)
+    def plan(
+        self, *roots: int, runs: tuple[str, ...] = (), attempts: tuple[str, ...] = (), min_age_s: float = MIN_AGE_S
+    ) -> GcPlan:
+        inventory = Inventory(NOW, tuple(self.objects), tuple(self.uploads), self.links, self.mentions)
+        return plan_gc(Roots(frozenset(map(key, roots)), frozenset(runs), frozenset(attempts)), inventory, min_age_s)
 
 
 def goes(plan: GcPlan) -> set[str]:
@@ -150,18 +156,101 @@ def test_uploads_and_runs() -> None:
     }
 
 
-def test_describe_says_how_much_goes_and_why_the_rest_stays() -> None:
+def test_bytes_that_a_registered_version_names_stay_though_the_manifest_names_others() -> None:
+    world = World()
+    world.artifact(1)
+    for attempt in ("replaced", "lost"):
+        world.add(f"objects/{key(1)}/{attempt}/adapter")
+    world.add(f"objects/{key(2)}/replaced/adapter")  # the manifest is gone altogether
+    pinned = (f"objects/{key(1)}/replaced", f"objects/{key(2)}/replaced")
+    assert goes(world.plan(1, attempts=pinned)) == {f"objects/{key(1)}/lost/adapter"}
+    assert len(goes(world.plan(1))) == 3
+
+
+def test_an_artifact_whose_bytes_a_registered_version_names_stays_with_its_inputs() -> None:
+    world = World()
+    world.artifact(1)
+    world.artifact(2, (1,))
+    assert goes(world.plan(attempts=(f"objects/{key(2)}/won",))) == set()
+
+
+def test_what_others_put_beside_the_artifacts_stays() -> None:
+    world = World()
+    for name in (
+        "objects/notes.txt", "objects/models/a/b", f"objects/{key(1)[:-1]}/x/w", f"objects/{key(1)}",
+        "checkpoints/README", "checkpoints/mine/model.pt", f"checkpoints/{key(1)}.json.bak",
+        f"checkpoints/{'G' * 64}/1-x",
+    ):  # fmt: skip
+        world.add(name)
+    ours = [world.add(f"objects/{key(1)}/x/w"), world.add(f"checkpoints/{key(1)}/1-x")]
+    for name in ("objects/backup.tar", "checkpoints/mine/model.pt", "bases/mine/w", f"objects/{key(2)}/x/w"):
+        world.uploads.append((PendingUpload(name, "u", NOW - OLD), 1))
+    plan = world.plan()
+    assert goes(plan) == set(ours)
+    assert [removal.key for removal in plan.of("upload")] == [key(2)]
+    assert plan.spared == ()
+
+
+def test_rows_and_bases_stay_with_whatever_names_them() -> None:
+    world = World()
+    for number in (1, 2, 3):
+        world.artifact(number, age=NEW if number == 3 else OLD)
+        world.mentions[key(number)] = frozenset({key(10 + number), key(20 + number)})
+    world.links[key(1)] = None  # unreadable
+    for number in (11, 12, 13, 14, 15):
+        world.add(f"data/{key(number)}.jsonl", NEW if number == 15 else OLD)
+    for number in (21, 22, 24, 25):
+        world.add(f"bases/{key(number)}/model.safetensors", OLD)
+        world.add(f"bases/{key(number)}/index.json", NEW if number == 25 else OLD)
+    for name in ("data/readme.jsonl", "data/README", "bases/notes", f"bases/{key(9)}", "schedules/nightly.json"):
+        world.add(name)
+
+    plan = world.plan(1, 2)
+    assert [(r.kind, r.key) for r in plan.removals] == [("base", key(24)), ("rows", key(14))]
+    assert [found.name for found in plan.of("base")[0].objects] == [
+        f"bases/{key(24)}/index.json", f"bases/{key(24)}/model.safetensors"
+    ]  # fmt: skip
+    assert {(spared.kind, spared.key) for spared in plan.spared if spared.reason == YOUNG} >= {
+        ("rows", key(15)), ("base", key(25))
+    }  # fmt: skip
+    assert not goes(world.plan(1, 2, 14, 24))  # announced, or named by a registered version
+    without = goes(world.plan(1))  # what goes takes its rows and its base along
+    assert {f"data/{key(12)}.jsonl", f"bases/{key(22)}/index.json", manifest_name(key(2))} <= without
+    assert f"data/{key(13)}.jsonl" not in without  # named by what is young
+    assert shared_hash(f"data/{key(1)}.jsonl") == ("rows", key(1))
+
+
+def test_old_probes_go() -> None:
+    world = World()
+    world.add("checks/a")
+    world.add("checks/b", NEW)
+    assert goes(world.plan()) == {"checks/a"}
+
+
+def test_a_live_lease_protects_however_small_the_minimal_age_is() -> None:
+    world = World()
+    for number, renewed_s in ((1, LEASE_S - 1), (2, LEASE_S)):
+        world.artifact(number, age=NEW)
+        world.add(f"objects/{key(number)}/begun/a", NEW)
+        world.add(f"leases/{key(number)}.json", timedelta(seconds=renewed_s))
+    plan = world.plan(min_age_s=0.0)
+    assert {removal.key for removal in plan.removals} == {key(2)}
+    assert {(spared.kind, spared.reason) for spared in plan.spared} == {("artifact", LEASED), ("orphan", LEASED)}
+
+
+def test_the_summary_says_how_much_goes_and_why_the_rest_stays() -> None:
     world = World()
     world.artifact(1)
     world.artifact(2, age=NEW)
+    world.artifact(4)
+    world.links[key(4)] = None
     world.add(f"objects/{key(3)}/x/f", size=1_500_000)
-    text = describe(world.plan())
-    assert [line.split() for line in text.splitlines()[1:4]] == [
-        ["remove", "artifact", "1", "3", "B"],
-        ["remove", "orphan", "1", "1.5", "MB"],
-        ["spare", "artifact", "1", "3", "B", *YOUNG.split()],
+    assert summary(world.plan()) == [
+        Line("artifact", "", 1, 3),  # unreadable, so of no known kind
+        Line("artifact", "node", 1, 3),
+        Line("orphan", "", 1, 1_500_000),
+        Line("artifact", "node", 1, 3, YOUNG),
     ]
-    assert "1.5 MB would be freed" in text
 
 
 # -- stores drawn at random --------------------------------------------------------------------------------------
@@ -233,8 +322,9 @@ def test_nothing_reached_goes_and_nothing_old_stays_unreached(drawn: tuple[World
         if folder in ("artifacts", "objects") and owner not in reached | guarded:
             assert found.name in removed
         elif folder == "objects" and "/lost/" in found.name and owner in world.links and not siblings:
-            unreadable = world.links[owner] is None
-            assert (found.name in removed) == (owner not in leased and not (unreadable and owner in reached | guarded))
+            unreadable = world.links[owner] is None  # then it goes with the manifest
+            gone = manifest_name(owner) in removed if unreadable else owner not in leased
+            assert (found.name in removed) == gone
         elif folder == "checkpoints" and not siblings and owner not in leased:
             assert (found.name in removed) == (owner in world.links or owner not in reached)
         elif folder == "leases":

@@ -188,11 +188,20 @@ def test_the_entrypoint_is_one_that_the_main_job_takes() -> None:
     given = pipeline_main.make_context("main", list(arguments)).params
     config = load_config(ROOT / given["config_path"].removeprefix("/app/"), list(given["overrides"]))
     assert config.suite == job["metadata"]["labels"][rayjob.SUITE_LABEL]
-    worker = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["resources"]
-    asked = [config.resources.expert, config.resources.evaluator]
-    assert sum(one.gpus for one in asked) <= int(worker["limits"]["nvidia.com/gpu"])
-    assert sum(one.cpus for one in asked) <= int(worker["requests"]["cpu"])
-    assert sum(one.memory_gib for one in asked) <= 0.9 * int(worker["limits"]["memory"].removesuffix("Gi"))
+    head, worker = (
+        (group["template"]["spec"]["containers"][0]["resources"], int(group["rayStartParams"]["object-store-memory"]))
+        for group in (
+            job["spec"]["rayClusterSpec"]["headGroupSpec"],
+            job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0],
+        )
+    )
+    asked, node = [config.resources.expert, config.resources.evaluator], config.resources.node
+    assert sum(one.gpus for one in asked) <= int(worker[0]["limits"]["nvidia.com/gpu"])
+    assert sum(one.cpus for one in asked) <= int(worker[0]["requests"]["cpu"])
+    # A merge node finds room on the head, and beside the experts of a worker: neither ever waits for the other.
+    for (resources, objects), workers in ((head, []), (worker, asked)):
+        memory = int(resources["limits"]["memory"].removesuffix("Gi")) - objects / (1 << 30)
+        assert sum(one.memory_gib for one in [*workers, node]) <= 0.9 * memory
 
 
 def test_every_variable_is_one_that_something_reads() -> None:
@@ -201,6 +210,7 @@ def test_every_variable_is_one_that_something_reads() -> None:
     )
     names = set(only("configmap.yaml", "ConfigMap")["data"])
     names |= {entry["name"] for container in containers() for entry in container.get("env", ())}
+    names |= set(re.findall(r"FACTORY_\w+(?==)", (MANIFESTS / "Dockerfile").read_text()))
     for name in names:
         if name.startswith("MLFLOW_"):
             assert hasattr(mlflow.environment_variables, name) or name in code, name

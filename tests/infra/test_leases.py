@@ -73,7 +73,7 @@ def test_expired_means_one_tag_for_longer_than_the_expiry(looks: list[tuple[floa
 def test_an_outage_of_the_store_or_a_pause_of_the_observer_kills_nobody(store: Store) -> None:
     clock = Clock()
     watcher = Watcher(9.0, clock)
-    assert try_acquire(store, "k", "alice") is not None
+    assert try_acquire(store, "k", "alice", expiry_s=9.0) is not None
 
     class Broken(Store):
         def get_with_etag(self, name: str) -> tuple[bytes, str] | None:

@@ -63,13 +63,24 @@ def test_registration_is_idempotent(adapter: RegisteredAdapter) -> None:
     assert register(adapter) == (1, False)
     assert register(replace(adapter, digest="4" * 64, description="Better.")) == (2, True)
     client = registry.client()
-    champion = client.get_model_version_by_alias(adapter.name, "champion")
-    assert int(champion.version) == 2
-    assert champion.tags["factory.digest"] == "4" * 64
-    assert champion.tags["metric"] == "exact_match"
-    assert client.get_registered_model(adapter.name).description == "Better."
+    second = client.get_model_version(adapter.name, "2")
+    assert second.tags["factory.digest"] == "4" * 64
+    assert second.tags["metric"] == "exact_match"
+    assert second.description == "Better."
     assert register(adapter) == (1, False)
-    assert int(client.get_model_version_by_alias(adapter.name, "champion").version) == 1
+    assert client.get_registered_model(adapter.name).aliases == {}
+
+
+def test_a_version_has_its_card_and_the_model_says_what_all_versions_are(adapter: RegisteredAdapter) -> None:
+    card = f"Load models:/{adapter.name}/<version>."
+    for letter, about in (("a", "Expert for a task."), ("b", "Something else.")):
+        register(replace(adapter, digest=letter * 64, description=card, about=about))
+    client = registry.client()
+    for number in ("1", "2"):
+        assert client.get_model_version(adapter.name, number).description == f"Load models:/{adapter.name}/{number}."
+    about = client.get_registered_model(adapter.name).description
+    assert about.startswith("Expert for a task.\n\n- `champion`: ")
+    assert f"models:/{adapter.name}@champion" in about
 
 
 def test_concurrent_registrations(adapter: RegisteredAdapter) -> None:
@@ -148,7 +159,7 @@ def test_a_registered_adapter_loads_and_predicts(
     adapter = replace(adapter, base_sha256=base_sha256, adapter_uri=uri, adapter_sha256=sha256, key=key)
     version, _ = register(adapter)
     monkeypatch.setenv("FACTORY_CACHE", str(tmp_path / "cache"))
-    model = mlflow.pyfunc.load_model(f"models:/{adapter.name}@champion")
+    model = mlflow.pyfunc.load_model(f"models:/{adapter.name}/{version}")
     answers = model.predict(["w1 w2", "w3"])
     assert len(answers) == 2
     assert all(isinstance(answer, str) for answer in answers)
@@ -156,7 +167,7 @@ def test_a_registered_adapter_loads_and_predicts(
     wrong = register(replace(adapter, adapter_sha256="0" * 64, digest="5" * 64))
     assert wrong == (version + 1, True)
     with pytest.raises(Exception, match="corrupted"):
-        mlflow.pyfunc.load_model(f"models:/{adapter.name}@champion")
+        mlflow.pyfunc.load_model(f"models:/{adapter.name}/{version + 1}")
     # In a process that has neither this project nor its working folder on its path:
     script = (
         f"import mlflow; m = mlflow.pyfunc.load_model('models:/{adapter.name}/{version}'); "
@@ -194,11 +205,11 @@ def test_a_merge_carries_what_it_was_made_of(adapter: RegisteredAdapter, tmp_pat
         assert last == f"and {1000 - len(words)} more: see lineage.json"
         assert "lineage.json" in found.tags["factory.lineage.parameters"]
     assert all(len(value) <= 5000 for value in found.tags.values())
-    for text in (found.description, client.get_registered_model(adapter.name).description):
-        assert len(text) <= 5000
-        assert text.startswith("A merge. xxx")
-        assert f"- method: ties with {found.tags['factory.lineage.parameters']}, recipe {'9' * 64}" in text
-        assert f"- made of {experts} experts: task 0 (not registered), models:/tests.task-1/1" in text
+    text = found.description
+    assert len(text) <= 5000
+    assert text.startswith("A merge. xxx")
+    assert f"- method: ties with {found.tags['factory.lineage.parameters']}, recipe {'9' * 64}" in text
+    assert f"- made of {experts} experts: task 0 (not registered), models:/tests.task-1/1" in text
     uri = f"models:/{adapter.name}/{version}"
     file = mlflow.artifacts.download_artifacts(f"{uri}/lineage.json", dst_path=str(tmp_path))
     whole = json.loads(Path(file).read_text())
@@ -280,9 +291,9 @@ def test_a_registered_checkpoint_answers_as_the_adapter_does(
     assert found.tags["factory.lineage.method"] == "ties"
     monkeypatch.setenv("FACTORY_CACHE", str(tmp_path / "cache"))
     texts = ["w1 w2", "w3", "w4 w4 w4"]
-    model = mlflow.pyfunc.load_model(f"models:/{whole.name}@champion")
+    model = mlflow.pyfunc.load_model(f"models:/{whole.name}/1")
     answers = model.predict(texts)
-    assert answers == mlflow.pyfunc.load_model(f"models:/{adapter.name}@champion").predict(texts)
+    assert answers == mlflow.pyfunc.load_model(f"models:/{adapter.name}/1").predict(texts)
     assert len("".join(answers)) > 0
     for ref in whole.files.values():  # the machine's cache is enough from now on
         store.delete(ref.name)

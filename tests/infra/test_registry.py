@@ -55,6 +55,41 @@ def test_runs_and_history(run_id: str) -> None:
         registry.finish_run(run_id, "RUNNING")
 
 
+def test_histories_of_several_runs(run_id: str) -> None:
+    other = registry.start_run("tests", "other", {}, {})
+    registry.log_history(run_id, [{"step": step, "loss": 2.0 * step} for step in (3, 1, 2)])
+    registry.log_history(other, [{"step": 1, "gain": 0.5}])
+    gone = uuid.uuid4().hex
+    found = registry.histories([run_id, other, gone], ["loss", "gain"])
+    assert found[run_id, "loss"] == [(1, 2.0), (2, 4.0), (3, 6.0)]
+    assert found[other, "gain"] == [(1, 0.5)]
+    assert [found[key] for key in ((run_id, "gain"), (other, "loss"), (gone, "loss"))] == [[], [], []]
+
+
+def test_what_a_page_says_about_a_run(run_id: str) -> None:
+    registry.log_data(run_id, "a task", "0123456789abcdef" * 4, "jsonl:rows.jsonl", "train")
+    registry.describe_run(run_id, "**better**")
+    run = registry.client().get_run(run_id)
+    assert run.data.tags["mlflow.note.content"] == "**better**"
+    (data,) = run.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("a task", "0123456789ab")
+    assert "jsonl:rows.jsonl" in data.dataset.source
+    assert [(tag.key, tag.value) for tag in data.tags] == [("mlflow.data.context", "train")]
+    page = registry.run_page(run_id)
+    assert page.startswith(f"{registry.tracking_uri()}/#/experiments/{run.info.experiment_id}/runs/{run_id}?")
+
+
+def test_a_description_that_somebody_wrote_stays(stack: StackState) -> None:
+    name = uuid.uuid4().hex
+    registry.start_run(name, "run", {}, {})
+    registry.describe_experiment(name, "first")
+    registry.describe_experiment(name, "second")
+    found = registry.client().get_experiment_by_name(name)
+    assert found is not None
+    assert found.tags["mlflow.note.content"] == "first"
+    registry.describe_experiment(uuid.uuid4().hex, "no such experiment")
+
+
 def test_experiments_are_made_once_by_racing_starters(stack: StackState) -> None:
     name = uuid.uuid4().hex
     barrier = threading.Barrier(4)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -8,9 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,14 @@ import pytest
 import requests
 
 from infra import registry, schedule, webhook
-from infra.schedule import RayError, RayJobs, Scheduler, job_entrypoint, main, mlflow_run, read_suite
+from infra.errors import ConfigError
+from infra.schedule import JobApiError, RayJobs, Scheduler, main, mlflow_run
+from infra.scheduled_job import Scheduled, check_reachable, job_entrypoint, read_scheduled
 from infra.stack import StackState
 from infra.store import Store
+from infra.store_client import is_loopback
 from infra.ticks import ACTIVE, Cron, Job, submission_id
+from tests.infra.receiver import SECRET, Receiver, receiving
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "pipeline/configs/quickstart.yaml"
@@ -29,34 +32,10 @@ DAY = timedelta(days=1)
 NIGHT = datetime(2026, 3, 2, 2, tzinfo=UTC)
 
 
-@dataclass
-class Receiver:
-    """A webhook's other end; answers with ``statuses`` in turn, then 200."""
-
-    url: str
-    statuses: list[int] = field(default_factory=list)
-    got: list[dict[str, Any]] = field(default_factory=list)
-
-
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            found.got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(found.statuses.pop(0) if found.statuses else 200)
-            self.send_header("Location", "/elsewhere")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found = Receiver(f"http://127.0.0.1:{server.server_port}/hook/s3cret-token")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield found
-    server.shutdown()
-    server.server_close()
+    with receiving() as found:
+        yield found
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 90) -> Any:
@@ -72,9 +51,9 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 90) -> Any:
 # -- a scheduler's life, on the real stack -------------------------------------------------------------------------
 
 _JOB = """
-import os, pathlib, sys, time
+import json, os, pathlib, sys, time
 folder = pathlib.Path(sys.argv[1])
-name = os.environ["RAY_JOB_SUBMISSION_ID"]
+name = json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])["metadata"]["job_submission_id"]
 (folder / f"{name}.started").write_text(" ".join(sorted(os.listdir("."))))
 while not (folder / f"{name}.exit").exists():
     time.sleep(0.05)
@@ -167,7 +146,7 @@ def test_kills_overlap_and_missed_ticks(
         "message": "",
         "mlflow_run": mlflow_run(suite, first),
     }
-    assert str(receiver.got[0]["mlflow_run"]).endswith(f"/runs/{run_id}")
+    assert f"/runs/{run_id}" in str(receiver.got[0]["mlflow_run"])
 
     # The second job still runs when the third night comes.
     is_now(NIGHT + 2 * DAY)
@@ -193,7 +172,7 @@ def test_kills_overlap_and_missed_ticks(
     until(lambda: json.loads(store.get(state))["watched"] and not json.loads(store.get(state))["notices"], "the state")
     scheduler.send_signal(signal.SIGTERM)
     assert scheduler.wait(timeout=30) == 0, log.read_text()
-    assert "s3cret-token" not in log.read_text()
+    assert SECRET not in log.read_text()
     assert not ended(third)  # what runs keeps running
     (folder / f"{third}.exit").write_text("0")
     until(lambda: ended(third), "the end of the third job")
@@ -296,9 +275,9 @@ def test_a_ray_that_hangs_or_is_away_is_an_error(monkeypatch: pytest.MonkeyPatch
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(RayError, match=f"{address} could not list its jobs"):
+        with pytest.raises(JobApiError, match=f"{address} could not list its jobs"):
             RayJobs(address, "s", "true").list()
-    with pytest.raises(RayError, match=r"could not (take the submission|list its jobs)"):
+    with pytest.raises(JobApiError, match=r"could not (take the submission|list its jobs)"):
         RayJobs(address, "s", "true").submit(NIGHT)
 
 
@@ -309,7 +288,41 @@ def test_entrypoint() -> None:
     assert job_entrypoint(Path("/data/my config.yaml"), []) == (
         "python pipeline/main.py --config '/data/my config.yaml'"
     )
-    assert read_suite(QUICKSTART, ["suite=other"]) == "other"
+    found = read_scheduled(QUICKSTART, ["suite=other"])
+    assert found.suite == "other"
+    assert found.sources[0] == "pypi:SmolLM2-135M-Instruct"
+    assert len(found.sources) == 31
+    assert all(source.startswith("bigbench:") for source in found.sources[1:])
+
+
+def test_a_cluster_elsewhere_is_given_no_files_of_this_machine(tmp_path: Path) -> None:
+    away, outside = "http://ray.example.org:8265", tmp_path / "nightly.yaml"
+    inside = Scheduled("s", ("pypi:x", "jsonl:s3://bucket/rows.jsonl", "jsonl:pipeline/configs/quickstart.yaml"))
+    assert check_reachable(away, QUICKSTART, inside) == ()
+    with pytest.raises(ConfigError, match=r"nightly.yaml is a file of this machine.*into the checkout.*s3://"):
+        check_reachable(away, outside, inside)
+    for wrong in ("jsonl:../rows.jsonl", "jsonl:no/such/rows.jsonl", f"path:{ROOT}/pipeline"):
+        with pytest.raises(ConfigError, match="names no file of the checkout's copy"):
+            check_reachable(away, QUICKSTART, Scheduled("s", (wrong,)))
+    mounted = Scheduled("s", ("path:/mnt/models/base",))
+    assert check_reachable(away, QUICKSTART, mounted) == mounted.sources  # a disk of the cluster, perhaps
+    for here in ("http://127.0.0.1:8265", "http://localhost:8265", "http://[::1]:8265", "127.0.0.1:8265"):
+        assert is_loopback(here)
+        assert check_reachable(here, outside, Scheduled("s", ("jsonl:../rows.jsonl",))) == ()
+
+
+def test_a_clock_that_was_ahead_does_not_stop_the_schedule(store: Store, receiver: Receiver) -> None:
+    clock, jobs = Manual(NIGHT + 100 * DAY), Listed()
+    scheduler = Scheduler("s", Cron("0 2 * * *"), DAY / 2, jobs, store, clock, receiver.url)
+    scheduler.step()
+    clock.moment = NIGHT - DAY / 2
+    for _ in range(3):
+        scheduler.step()
+    assert [(notice["status"], notice["mlflow_run"]) for notice in receiver.got] == [("CLOCK", None)]
+    assert jobs.submitted == []
+    clock.moment = NIGHT
+    scheduler.step()
+    assert jobs.submitted == [NIGHT]
 
 
 @pytest.mark.parametrize(
@@ -322,12 +335,19 @@ def test_entrypoint() -> None:
         ({"--grace-hours": "0"}, "more than 0"),
         ({"--address": "http://127.0.0.1:9"}, "Ray at http://127.0.0.1:9 could not list its jobs"),
         ({"--address": ""}, "give --address"),
+        ({"--address": "http://192.0.2.1:9", "--config": "outside.yaml"}, "is a file of this machine"),
     ],
 )
 def test_wrong_options_are_refused_at_once(
-    changed: dict[str, str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    changed: dict[str, str],
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    shutil.copy(QUICKSTART, tmp_path / "outside.yaml")
+    monkeypatch.chdir(tmp_path)
     options = {"--cron": "0 2 * * *", "--config": str(QUICKSTART), "--address": "http://127.0.0.1:9", **changed}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -11,6 +11,7 @@ import pytest
 
 from infra import processes
 from infra import stack as local_stack
+from infra.stack_home import StackError, marker, other_factory
 
 
 def test_up_again_leaves_running_services_alone(stack: local_stack.StackState) -> None:
@@ -24,7 +25,7 @@ def test_credentials_are_private(stack: local_stack.StackState) -> None:
     for name in ("credentials.json", "s3.json", "stack.json"):
         assert stat.S_IMODE((Path(stack.home) / name).stat().st_mode) == 0o600
     secret = stack.env()["AWS_SECRET_ACCESS_KEY"]
-    for process in processes.marked([local_stack._marker(Path(stack.home), "")]):
+    for process in processes.marked([marker(Path(stack.home), "")]):
         assert secret not in " ".join(process.cmdline())
 
 
@@ -45,7 +46,7 @@ def test_a_dead_service_is_restarted_and_keeps_its_data(stack: local_stack.Stack
 
 def test_second_stack_beside_the_first_leaves_no_process(stack: local_stack.StackState, tmp_path: Path) -> None:
     home = tmp_path / ("long" * 30)  # Ray's sockets must not be below this
-    marker = local_stack._marker(home, "")
+    mark = marker(home, "")
     state = local_stack.up(home, num_cpus=1, object_store_mib=100)
     try:
         assert not set(state.ports.values()) & set(stack.ports.values())
@@ -66,10 +67,10 @@ def test_second_stack_beside_the_first_leaves_no_process(stack: local_stack.Stac
         )
         assert f"{sys.prefix} {state.urls()['s3']} {state.urls()['mlflow']}" in job.stdout, job.stdout + job.stderr
         assert job.returncode == 0
-        assert len(processes.marked([marker])) > 5
+        assert len(processes.marked([mark])) > 5
     finally:
         local_stack.down(home)
-    assert processes.marked([marker]) == []
+    assert processes.marked([mark]) == []
     assert all(map(processes.port_free, state.ports.values()))
     assert not any(state.running().values())
     local_stack.down(home)
@@ -103,9 +104,9 @@ def test_failure_shows_the_log_and_stops_the_rest(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(local_stack, "_command", broken)
     try:
-        with pytest.raises(local_stack.StackError, match=r"mlflow ended while starting(.|\n)*no database today"):
+        with pytest.raises(StackError, match=r"mlflow ended while starting(.|\n)*no database today"):
             local_stack.up(tmp_path, num_cpus=1, object_store_mib=100)
-        assert processes.marked([local_stack._marker(tmp_path, "")]) == []
+        assert processes.marked([marker(tmp_path, "")]) == []
     finally:
         local_stack.down(tmp_path)
 
@@ -123,6 +124,12 @@ def test_down_and_status_without_a_stack(tmp_path: Path, capsys: pytest.CaptureF
     assert local_stack.main(["status", "--home", str(tmp_path / "none")]) == 1
     assert "start it with" in capsys.readouterr().err
     (tmp_path / "stack.json").write_text(json.dumps({"nonsense": 1}))
-    with pytest.raises(local_stack.StackError, match="unreadable"):
+    with pytest.raises(StackError, match="unreadable"):
         local_stack.load(tmp_path)
     shutil.rmtree(tmp_path)
+
+
+def test_a_stack_says_which_factory_of_the_shell_it_does_not_take_over() -> None:
+    assert other_factory({"FACTORY_S3_BUCKET": "factory", "FACTORY_S3_PREFIX": "", "HOME": "/"}) == []
+    chosen = {"FACTORY_S3_BUCKET": "models", "FACTORY_S3_PREFIX": "team"}
+    assert other_factory(chosen) == ["FACTORY_S3_BUCKET=models", "FACTORY_S3_PREFIX=team"]

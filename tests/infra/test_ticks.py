@@ -17,6 +17,7 @@ from infra.ticks import (
     State,
     Watched,
     advance,
+    ahead,
     due,
     first_state,
     submission_id,
@@ -171,6 +172,24 @@ def test_an_outcome_is_told_even_if_the_next_submission_fails() -> None:
     assert decision.submit == NIGHT + 24 * HOUR
     assert decision.otherwise.notices == decision.state.notices == (Notice(NIGHT, "FAILED", 1, "no"),)
     assert decision.otherwise.last == NIGHT  # so the tick stays due
+
+
+def test_a_last_tick_far_in_the_future_is_told_once_and_dropped() -> None:
+    future = NIGHT + 1000 * 24 * HOUR
+    now = START + HOUR
+    decision = advance(State(future), now, DAILY, GRACE, {future: Job("SUCCEEDED", 0)})
+    assert decision.submit is None
+    assert [(n.tick, n.status) for n in decision.state.notices] == [(future, "CLOCK")]
+    assert not ahead(now, decision.state.last, DAILY)
+    assert advance(decision.state, now, DAILY, GRACE, {}).state == decision.state
+    assert advance(decision.state, NIGHT, DAILY, GRACE, {}).submit == NIGHT
+
+
+@given(crons, moments, spans)
+def test_clocks_that_differ_by_less_than_a_period_are_left_alone(cron: Cron, now: datetime, gone: timedelta) -> None:
+    assert not ahead(now, now - gone, cron)
+    assert not ahead(now, cron.next(now), cron)
+    assert ahead(now, cron.next(cron.next(now)), cron)
 
 
 @dataclass

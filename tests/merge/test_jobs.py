@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge.jobs
 import merge.local
-from infra.artifacts import Recipe, find
+from infra.artifacts import Recipe, find, peek
 from infra.errors import AdapterError, StoreError
 from infra.store import Store
 from infra.store_source import StoreSource
 from merge.adapter_file import AdapterDelta, AdapterWriter
+from merge.export import export_checkpoint, export_job
 from merge.jobs import (
     FinishJob,
     Job,
@@ -27,8 +28,6 @@ from merge.jobs import (
     Ref,
     RootJob,
     TaskMaskJob,
-    export_checkpoint,
-    export_job,
     manifests_of,
     run_job,
 )
@@ -193,9 +192,14 @@ def test_a_mask_for_every_task_of_emr(experts: Experts) -> None:
     emr = CANDIDATES[-1]
     schedule, jobs = experts.merge(NAMES, [emr])
     assert schedule.made[MASKS] == len(NAMES) == sum(isinstance(job, TaskMaskJob) for job in jobs)
+    unstated = {"base": ["not stated"], "data": ["not stated"]}  # these experts have no manifests
+    nodes = [peek(experts.store, job.recipe.key) for job in jobs if isinstance(job, NodeJob)]
+    assert nodes
+    assert all(node is not None and node.meta["licenses"] == unstated for node in nodes)
     unified = experts.merged(schedule, emr)
     for name in NAMES:
         manifest = schedule.masks[emr, name]
+        assert manifest.meta["licenses"] == unstated
         reader = MaskReader(StoreSource(experts.store, manifest.files["mask"].name))
         masked = MaskedAdapter(unified, reader, schedule.merged[emr].files["adapter"].sha256)
         own = AdapterReader(FileSource(experts.paths[name]))
@@ -336,12 +340,12 @@ def test_parts_stay_until_every_merge_of_a_root_is_published(
     published: list[Candidate] = []
     real = merge.jobs._publish_merged
 
-    def fail_once(store: Store, job: RootJob, recipe: Recipe, file: Any, merged: Any, seconds: float) -> Any:
+    def fail_once(store: Store, job: RootJob, recipe: Recipe, file: Any, merged: Any, *rest: Any) -> Any:
         if len(published) == 1:
             published.append(merged.candidate)
             raise StoreError("gone for a moment")
         published.append(merged.candidate)
-        return real(store, job, recipe, file, merged, seconds)
+        return real(store, job, recipe, file, merged, *rest)
 
     monkeypatch.setattr(merge.jobs, "_publish_merged", fail_once)
     jobs: list[Job] = []

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from infra.errors import ConfigError
-from pipeline.gate import GateConfig, TaskScores, decide, resampled_differences, task_score
+from pipeline.config import GateConfig
+from pipeline.gate import TaskScores, decide, resampled_differences, task_score
 from workers.metrics import LabelMetric, LabelScores
 
 FAST = GateConfig(resamples=1000)

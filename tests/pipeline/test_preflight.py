@@ -1,5 +1,7 @@
 """What is refused before anything is trained, and what a run is expected to take, on a tiny checkpoint."""
 
+import json
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,16 @@ from pipeline.candidates import Candidates
 from pipeline.cluster import GIB, ray_options, slots_of
 from pipeline.config import PipelineConfig, WorkerResources
 from pipeline.node_memory import NodeNeed, largest_node
-from pipeline.preflight import Cost, Prepared, check_room, check_services, expected_cost, measured_flops
+from pipeline.preflight import (
+    Cost,
+    Prepared,
+    check_room,
+    check_services,
+    expected_cost,
+    measured_flops,
+    prepare_inputs,
+    upload_inputs,
+)
 from pipeline.recipes import expert_spec
 from pipeline.tasks import TaskConfig, TaskData, fingerprint
 from tests.workers.tiny import WRAPPER, tiny_model, tiny_tokenizer
@@ -24,7 +35,7 @@ from workers.base import PreparedBase, prepare_base
 from workers.masks import select_supports
 from workers.model import load_model, load_tokenizer
 from workers.prompt import PromptSpec, encode_example
-from workers.rows import Row
+from workers.rows import Row, rows_from_jsonl
 
 TASK = {"source": "jsonl:rows.jsonl", "metric": "exact_match", "template": "{input}?"}
 PARAMETERS = sum(parameter.numel() for parameter in tiny_model().parameters())
@@ -54,7 +65,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> PreparedBase:
 def tasks() -> dict[str, TaskData]:
     def data(name: str, words: int) -> TaskData:
         rows = tuple(Row(str(i), "".join(f"w{(i + j) % 50}" for j in range(words + i % 3)), ("w1",)) for i in range(12))
-        splits = {split: rows for split in ("train", "validation", "test")}
+        splits = {split: rows for split in ("train", "validation", "gate", "test")}
         return TaskData(name, TaskConfig(**TASK), splits, {split: fingerprint(rows) for split in splits})
 
     return {"one": data("one", 3), "two": data("two", 9)}
@@ -207,7 +218,7 @@ def test_a_node_that_needs_more_than_it_reserves_is_refused_before_training(
 
 # -- room --
 
-SMALL = Cost(100, 1000, 10_000, {"one": 1000}, GIB, GIB, 1)
+SMALL = Cost(100, 1000, 10_000, {"one": 1000}, GIB, {"merges": GIB}, 1)
 
 
 def cost(**changes: int) -> Cost:
@@ -271,8 +282,9 @@ def test_a_tenth_or_a_fifth_of_a_gpu_fits_ten_or_five_times(share: float) -> Non
 
 def test_options_for_ray() -> None:
     asked = WorkerResources(cpus=2, gpus=0.5, memory_gib=1.5)
-    assert ray_options(asked) == {"num_cpus": 2, "num_gpus": 0.5, "memory": 3 * GIB // 2}
-    assert ray_options(asked, 0) == {"num_cpus": 2, "num_gpus": 0.5, "memory": 3 * GIB // 2, "max_retries": 0}
+    options = {"num_cpus": 2, "num_gpus": 0.5, "memory": 3 * GIB // 2, "scheduling_strategy": "SPREAD"}
+    assert ray_options(asked) == options
+    assert ray_options(asked, 0) == {**options, "max_retries": 0}
 
 
 def prepared(chosen: PipelineConfig) -> Prepared:
@@ -304,7 +316,7 @@ def test_what_a_run_is_expected_to_take_is_printed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(preflight, "measured_flops", lambda: 1e9)
     out = StringIO()
     cluster = nodes({"CPU": 2.0, "memory": 64.0 * GIB})
-    assert prepared(config()).check_cluster(cluster, Console(file=out, soft_wrap=True)) == (2, 2)
+    assert prepared(config()).check_cluster(cluster, Console(file=out, soft_wrap=True)) == 2
     text = out.getvalue()
     for part in ("on 2 slots (at 1 GFLOP/s a slot)", "1.0 GiB memory an expert", "1.0 GiB in the object store",
                  "100 trained values an expert (10.0% of the adapted modules)"):  # fmt: skip
@@ -315,3 +327,37 @@ def test_the_speed_is_measured_with_one_thread_and_the_threads_are_put_back() ->
     threads = torch.get_num_threads()
     assert measured_flops() > 1e6
     assert torch.get_num_threads() == threads
+
+
+# -- inputs --
+
+
+def test_inputs_are_prepared_without_a_store_and_uploaded_once(store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny-llama"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"input": f"w{i} w{i // 9}", "target": "w1"}) + "\n" for i in range(60)))
+    chosen = config(
+        base=f"path:{folder}",
+        held_in={"one": {**TASK, "source": f"jsonl:{rows}"}},
+        splits={"train": 16, "validation": 4, "gate": 4, "test": 4},
+    )
+    ready = prepare_inputs(chosen, Store("bucket", "http://127.0.0.1:9"), Console(file=StringIO()))
+    ready = replace(ready, store=store)
+    assert list(store.list()) == []
+    upload_inputs(ready)
+    data = ready.tasks["one"]
+    names = {data.object_name(split) for split in data.splits}
+    stored = set(store.list())
+    assert len(names) == 4
+    assert names < stored
+    assert f"bases/{ready.base.sha256}/index.json" in stored
+    for split in data.splits:
+        assert rows_from_jsonl(store.get(data.object_name(split))) == list(data.splits[split])
+    lost, kept = sorted(names)[:2]
+    store.delete(lost)
+    store.put(kept, b"as it was")
+    upload_inputs(ready)
+    assert set(store.list()) == stored
+    assert store.get(kept) == b"as it was"

@@ -1,5 +1,6 @@
 """Keys change exactly when something that the artifact is a function of changes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def data(text: str = "x", template: str = "{input}", name: str = "task", test: s
     splits = {
         "train": tuple(Row(str(i), f"{text}{i}", ("y",)) for i in range(20)),
         "validation": (Row("v", "v", ("y",)),),
+        "gate": (Row("g", "g", ("y",)),),
         "test": (Row("t", test, ("y",)),),
     }
     config = TaskConfig(source="jsonl:rows.jsonl", template=template, metric="exact_match")
@@ -59,7 +61,7 @@ def test_what_training_depends_on_changes_the_key(override: str) -> None:
         "resources.concurrent_nodes=5", "resources.node_tasks=2", "train.gradient_checkpointing=true",
         "train.checkpoint_every=5", "evaluate.batch_size=3", "evaluate.few_shot=0", "merge.fan_in=2",
         "merge.candidates=[{method: mean}]", "merge.search.evaluations=99", "merge.export={}",
-        "held_in.vitaminc.metric=exact_match",
+        "held_in.vitaminc.metric=exact_match", "held_in.vitaminc.license=mit",
     ],
 )  # fmt: skip
 def test_what_training_does_not_depend_on_leaves_the_key(override: str) -> None:
@@ -72,6 +74,20 @@ def test_data_template_and_base_are_in_the_key_names_and_test_rows_are_not() -> 
     assert key(base="b" * 64) != key()
     assert key(task=data(name="another")) == key()
     assert key(task=data(test="other")) == key()
+
+
+def test_licences_are_in_no_key() -> None:
+    config, plain, stated = load_config(CONFIG, ["mask.shared=true", "mask.criterion=fisher"]), data(), data()
+    stated = replace(stated, license="mit", config=stated.config.model_copy(update={"license": "mit"}))
+    assert expert_recipe(config, BASE, stated) == expert_recipe(config, BASE, plain)
+    assert importance_recipe(config, "fisher", BASE, stated) == importance_recipe(config, "fisher", BASE, plain)
+    pools = [dict.fromkeys(config.held_in, each) for each in (plain, stated)]
+    assert support_recipe(config, BASE, pools[0]) == support_recipe(config, BASE, pools[1])
+    scores = [
+        evaluation_recipe(BASE, each, "test", EvaluateSpec(metric="exact_match"), "float32", "float32")
+        for each in (plain, stated)
+    ]
+    assert scores[0] == scores[1]
 
 
 def test_experts_with_different_rows_get_different_random_masks() -> None:

@@ -17,7 +17,15 @@ from merge.specs import Candidate
 from pipeline.candidates import Candidates
 from pipeline.config import PipelineConfig
 from pipeline.outcome import Counters, Inputs, Outcome
-from pipeline.results import build_results, candidates_csv, report_markdown, results_json, summary_lines, summary_table
+from pipeline.results import (
+    build_results,
+    bullets,
+    candidates_csv,
+    report_markdown,
+    results_json,
+    summary_lines,
+    summary_table,
+)
 from pipeline.search import Rung, Standing
 from workers.base import PreparedBase
 
@@ -74,6 +82,9 @@ def make(few_shot: int = 2, serving: str | None = "bfloat16", held_out: int = 1,
                 outcome.scores["few_shot", "test", name] = score(0.75, 2)
             if serving and group == "held_in":
                 outcome.scores["serving", "test", name] = score(0.25, 2)
+    for name in tasks["held_in"]:
+        for candidate, value in ((MEAN, 0.25), (TIES, 0.5)):
+            outcome.scores[candidate.to_json(), "validation", name] = score(value, 2)
     store = Store("bucket", "http://127.0.0.1:9", "suite")
     inputs = Inputs(config, store, BASE, "bases/b/model.safetensors", {}, {}, Candidates((MEAN, TIES)), "run1")
     return inputs, outcome
@@ -110,9 +121,11 @@ def test_the_names_that_other_programs_read() -> None:
     assert {"base", "expert", "merged", "retention"} <= set(found["summary"]["held_in"])
     assert {"base", "merged"} <= set(found["summary"]["held_out"])
     assert found["candidates"] == [
-        {"method": "mean", "params": {}, "validation": 0.25, "tasks": 1, "rung": 1, "chosen": False},
-        {"method": "ties", "params": TIES.params, "validation": 0.5, "tasks": 2, "rung": 2, "chosen": True},
-    ]
+        {"method": "mean", "params": {}, "validation": 0.25, "interval": [0.25, 0.25], "first_rung": 0.25, "tasks": 1,
+         "rung": 1, "chosen": False},
+        {"method": "ties", "params": TIES.params, "validation": 0.5, "interval": [0.5, 0.5], "first_rung": 0.5,
+         "tasks": 2, "rung": 2, "chosen": True},
+    ]  # fmt: skip
     rungs = [{"candidates": 2, "tasks": 1}, {"candidates": 1, "tasks": 1}]
     assert found["search"] == {"budget": None, "evaluations": 3, "rungs": rungs}
     assert (found["per_task"], found["export"]) == ([], None)
@@ -248,6 +261,28 @@ def test_the_report_is_well_formed_markdown() -> None:
     assert "| held-out, merged | 0.500 | 0.500 to 0.500 |" in report
 
 
+def test_pictures_stand_where_they_belong_and_indented_lines_belong_to_the_one_before() -> None:
+    report = report_markdown(results(), {"loss.png": b"", "scores.png": b"", "scores-2.png": b""})
+    order = ["![scores](scores.png)", "![scores](scores-2.png)", "## Candidates", "## Loss", "![loss](loss.png)"]
+    positions = [report.index(text) for text in order]
+    assert positions == sorted(positions)
+    assert "candidates.png" not in report
+    assert "## Loss" not in report_markdown(results())
+    assert bullets(["one", "  of it", "two"]) == ["- one", "  - of it", "- two"]
+
+
+def test_every_score_has_an_interval() -> None:
+    inputs, outcome = make()
+    outcome.scores["expert", "test", "alpha"] |= {"score": 0.5, "scores": [0.0, 1.0]}
+    found = build_results(inputs, outcome)
+    alpha = found["held_in"]["alpha"]
+    assert alpha["intervals"].keys() == {"base", "base_few_shot", "expert", "merged"}
+    assert alpha["intervals"]["expert"] == [0.0, 1.0]
+    assert alpha["intervals"]["merged"] == [0.25, 0.25]
+    assert found["held_out"]["gamma"]["intervals"].keys() == {"base", "base_few_shot", "merged"}
+    assert found["summary"]["held_in"]["base_few_shot_interval"] == [0.75, 0.75]
+
+
 def test_a_method_that_needs_the_task_is_reported_apart() -> None:
     inputs, outcome = make()
     inputs = replace(inputs, candidates=Candidates((MEAN, TIES, EMR)))
@@ -281,6 +316,7 @@ def test_weights_and_an_exported_checkpoint_are_reported() -> None:
     inputs = replace(inputs, candidates=Candidates((weighted,)))
     outcome.merged[weighted], outcome.chosen = outcome.merged[TIES], weighted
     outcome.standings = {weighted: Standing(0, 1, 2, 0.5)}
+    outcome.scores |= {(weighted.to_json(), "validation", task): score(0.5, 2) for task in ("alpha", "beta")}
     key = "6" * 64
     files = {name: FileRef(f"objects/{key}/1/{name}", "0" * 64, 10) for name in ("config.json", "model.safetensors")}
     outcome.checkpoint = Manifest(key, "checkpoint", 1, {"dtype": "bfloat16"}, files, {}, {})

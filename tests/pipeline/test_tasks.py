@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from infra.errors import DataError
+from pipeline.sources import source_license
 from pipeline.tasks import TaskConfig, load_tasks, make_splits, normalised
 from workers.rows import Row, fingerprint, load_rows, rows_from_jsonl, rows_object, rows_to_jsonl
 
-SIZES = {"train": 16, "validation": 4, "test": 6}
-texts = st.lists(st.text(min_size=1, max_size=12).filter(lambda t: bool(normalised(t))), min_size=18, max_size=60)
+SIZES = {"train": 16, "validation": 4, "gate": 5, "test": 6}
+texts = st.lists(st.text(min_size=1, max_size=12).filter(lambda t: bool(normalised(t))), min_size=23, max_size=60)
 
 
 def rows_of(inputs: list[str]) -> list[Row]:
@@ -30,11 +31,12 @@ def inputs_of(split: tuple[Row, ...]) -> set[str]:
 @given(texts, st.randoms(use_true_random=False), st.integers(0, 5))
 def test_splits_are_disjoint_and_independent_of_order(inputs: list[str], random, seed: int) -> None:
     rows = rows_of(inputs)
-    if len({normalised(text) for text in inputs}) < 18:
+    if len({normalised(text) for text in inputs}) < 23:
         with pytest.raises(DataError, match="distinct rows"):
             make_splits(rows, SIZES, seed)
         return
     splits = make_splits(rows, SIZES, seed)
+    assert [len(splits[name]) for name in ("test", "gate", "validation")] == [6, 5, 4]
     seen = [key for split in splits.values() for key in inputs_of(split)]
     assert len(seen) == len(set(seen)) == sum(map(len, splits.values()))
     shuffled = list(rows)
@@ -47,16 +49,18 @@ def test_splits_are_disjoint_and_independent_of_order(inputs: list[str], random,
 
 def test_adding_rows_moves_few_and_seed_moves_many() -> None:
     inputs = [f"question {at}" for at in range(1000)]
-    sizes = {"train": 512, "validation": 24, "test": 48}
+    sizes = {"train": 512, "validation": 24, "gate": 24, "test": 48}
     before = make_splits(rows_of(inputs), sizes, 0)
     after = make_splits(rows_of([*inputs, *(f"new {at}" for at in range(20))]), sizes, 0)
     assert len(inputs_of(before["test"]) & inputs_of(after["test"])) >= 45
+    assert not inputs_of(before["train"]) & (inputs_of(after["test"]) | inputs_of(after["gate"]))
+    assert not inputs_of(before["validation"]) & (inputs_of(after["test"]) | inputs_of(after["gate"]))
     other = make_splits(rows_of(inputs), sizes, 1)
     assert len(inputs_of(before["test"]) & inputs_of(other["test"])) < 15
 
 
 def test_duplicates_become_one_row_with_all_references() -> None:
-    rows = [*rows_of([f"q {at}" for at in range(18)]), Row("x", "Q  3 ", ("another",))]
+    rows = [*rows_of([f"q {at}" for at in range(23)]), Row("x", "Q  3 ", ("another",))]
     splits = make_splits(rows, SIZES, 0)
     row = next(row for split in splits.values() for row in split if normalised(row.input) == "q 3")
     assert set(row.targets) == {"answer q 3", "another"}
@@ -134,6 +138,21 @@ def test_jsonl_file_and_object(tmp_path: Path) -> None:
     fetched = load_tasks({"t": remote}, tmp_path, SIZES, read_bytes=lambda uri: data)["t"]
     assert fetched.fingerprints == local.fingerprints
     assert len(local.splits["train"]) == 16
+
+
+def test_a_licence_is_the_one_given_or_the_sources_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_jsonl(tmp_path / "t.jsonl", [{"input": f"i{at}", "target": at} for at in range(40)])
+    assert load_tasks({"t": config}, tmp_path, SIZES)["t"].license == "not stated"
+    given = load_tasks({"t": config.model_copy(update={"license": "mit"})}, tmp_path, SIZES)["t"]
+    assert given.license == "mit"
+    assert source_license("bigbench:group/task") == "Apache-2.0"
+    monkeypatch.chdir(tmp_path)  # the hub's libraries take a folder for a dataset of that name
+    for name, front in {"plain": "license: cc-by-4.0", "two": "license:\n- mit\n- cc0-1.0", "none": "x: y"}.items():
+        (tmp_path / "owner" / name).mkdir(parents=True)
+        (tmp_path / "owner" / name / "README.md").write_text(f"---\n{front}\n---\n# A card\n")
+    assert source_license("hub:owner/plain/config") == "cc-by-4.0"
+    assert source_license("hub:owner/two") == "mit, cc0-1.0"
+    assert source_license("hub:owner/none") == "not stated"
 
 
 @pytest.mark.parametrize(

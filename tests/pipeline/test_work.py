@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.work import MOST_ATTEMPTS, ActorItem, ActorPool, Item, Lane, settle
+from infra.claims import Busy, Claim
+from infra.elsewhere import Elsewhere
+from infra.store import Store
+from pipeline.work import MOST_ATTEMPTS, ActorItem, ActorPool, Item, Lane, hand_out, settle
 
 
 def ignore(_: Any) -> None:
@@ -96,6 +99,30 @@ def test_work_added_by_a_finished_item_is_started_in_the_next_round() -> None:
     assert (started, list(lane.running)) == (["a"], ["ref b"])
 
 
+def test_keyed_work_that_somebody_else_holds_leaves_its_lane_until_the_key_is_free(store: Store) -> None:
+    now, lane, results = [0.0], Lane(), []
+    claims: list[Claim] = []
+    elsewhere = Elsewhere(store, 6.0, clock=lambda: now[0])
+
+    def start(claim: Claim) -> Any:
+        claims.append(claim)
+        return f"ref {len(claims)}"
+
+    hand_out(elsewhere, lane, "it", ["k"], start, lambda: None, results.append, ignore)
+    lane.start_ready()
+    lane.running.pop("ref 1").done(Busy("k"))
+    assert (lane.open, elsewhere.open, results) == (0, 1, [])
+    assert not elsewhere.poll()
+    now[0] += 1.0
+    assert elsewhere.poll()
+    assert (lane.open, elsewhere.open) == (1, 0)
+    lane.start_ready()
+    lane.running.pop("ref 2").done("made")
+    assert (lane.open, elsewhere.open, results) == (0, 0, ["made"])
+    assert [claim.keys for claim in claims] == [("k",)] * 2
+    assert claims[0].id != claims[1].id
+
+
 def test_nothing_to_settle_without_running_work(bench: Bench) -> None:
     lane, _ = lane_of(1, "a")
     bench.add("a1")
@@ -127,6 +154,16 @@ def test_an_idle_actor_is_used_before_another_is_created(bench: Bench) -> None:
     bench.add("b1")
     assert bench.start(4) == [(0, "b1")]
     assert bench.created == 1
+
+
+def test_an_actor_keeps_to_the_base_it_has(bench: Bench) -> None:
+    """Loading another base takes longest: models of the present one come first, though another actor has them too."""
+    for name, base in (("a1", "x"), ("b1", "y"), ("c1", "x"), ("c2", "x"), ("d1", "y")):
+        bench.pool.waiting.append(ActorItem(name, name[0], bench.caller(name), ignore, ignore, base=base))
+    assert bench.start(2) == [(0, "a1"), (1, "b1")]
+    for actor, before, expected in ((0, "a1", "c1"), (1, "b1", "d1"), (1, "d1", "c2")):
+        bench.pool.finish((actor, before))
+        assert bench.start(2) == [(actor, expected)]
 
 
 def test_an_actor_keeps_to_the_model_it_has(bench: Bench) -> None:
@@ -218,6 +255,9 @@ def test_a_call_whose_actor_died_goes_to_a_new_one_but_not_for_ever(bench: Bench
         assert bench.pool.retry(started) is (attempt + 1 < MOST_ATTEMPTS)
     assert bench.pool.finish(started).name == "a1"
     assert bench.pool.open == 0
+    assert bench.dismissed == list(range(MOST_ATTEMPTS))
+    bench.add("a2")
+    assert bench.start(1) == [(MOST_ATTEMPTS, "a2")], "not on the one that died last"
 
 
 def test_an_actor_that_was_idle_for_long_gives_its_slot_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

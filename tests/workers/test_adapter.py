@@ -16,7 +16,7 @@ from workers.masks import random_indices
 from workers.support import SparseTensor
 
 META = AdapterMeta(base_sha256="ab" * 32, info={"task": "t", "density": 0.05})
-VERSION_1 = Path(__file__).parent / "data"
+OLDER = Path(__file__).parent / "data"
 
 
 class MemorySource:
@@ -134,7 +134,7 @@ def test_version_1_files_stay_readable() -> None:
     }
     seen = set()
     for file, dtype in (("adapter_v1.safetensors", torch.bfloat16), ("adapter_v1_blocks.safetensors", torch.float32)):
-        reader = AdapterReader(FileSource(VERSION_1 / file))
+        reader = AdapterReader(FileSource(OLDER / file))
         assert reader.meta == AdapterMeta("ab" * 32, "sparse", {"task": "t"}, 1)
         assert reader.head_names == []
         for name in reader.names:
@@ -149,8 +149,37 @@ def test_version_1_files_stay_readable() -> None:
     assert reader.block("blocks.weight") == (8, 8)
 
 
+def test_version_2_files_stay_readable() -> None:
+    """A file of the version 2 writer: the same values as above, low-rank factors and a head; fp32 head, bf16 values."""
+    reader = AdapterReader(FileSource(OLDER / "adapter_v2.safetensors"))
+    assert reader.meta == AdapterMeta("ab" * 32, "sparse", {"task": "t"}, 2)
+
+    def value(count: int) -> torch.Tensor:
+        return (torch.arange(count) * 37 % 129 - 64) / 64
+
+    expected = {
+        "bitmap.weight": list(range(0, 64, 2)),
+        "blocks.weight": [row * 32 + column for row in range(8, 16) for column in range(16, 24)],
+        "dense.weight": list(range(16)),
+        "gap8.weight": [3, 4, 300, 383],
+    }
+    for name, indices in expected.items():
+        tensor = reader.load(name)
+        assert tensor.indices.tolist() == indices
+        assert torch.equal(tensor.values, value(512)[tensor.indices].bfloat16().float())
+    assert reader.block("blocks.weight") == (8, 8)
+    assert reader.names == sorted([*expected, "lora.weight"])
+    factors = reader.low_rank("lora.weight")
+    assert factors is not None
+    assert factors.scale == 0.5
+    assert torch.equal(factors.a.float(), value(12).view(2, 6).bfloat16().float())
+    assert torch.equal(factors.b.float(), value(8).view(4, 2).bfloat16().float())
+    assert torch.equal(reader.load_head("score.weight"), value(6).view(2, 3))
+    assert torch.equal(reader.load_head("score.bias"), torch.ones(2))
+
+
 def test_a_version_1_file_is_written_again_as_version_2(tmp_path: Path) -> None:
-    old = AdapterReader(FileSource(VERSION_1 / "adapter_v1.safetensors"))
+    old = AdapterReader(FileSource(OLDER / "adapter_v1.safetensors"))
     save_adapter(tmp_path / "a", {name: old.load(name) for name in old.names}, old.meta)
     new = AdapterReader(FileSource(tmp_path / "a"))
     assert new.meta.format_version == 2

@@ -11,8 +11,8 @@ import torch
 
 from infra.artifacts import Recipe
 from infra.digests import file_sha256
-from infra.errors import AdapterError, MergeError, StoreError
-from infra.store import FileRef
+from infra.errors import AdapterError, BaseModelError, MergeError, StoreError
+from infra.store import FileRef, ObjectInfo
 from merge.mask_file import MaskWriter
 from tests.workers.tiny import WRAPPER, tiny_encoder, tiny_encoder_tokenizer, tiny_model, tiny_tokenizer
 from workers.adapter import AdapterMeta, save_adapter
@@ -42,8 +42,11 @@ class Files:
     def get(self, name: str) -> bytes:
         return self.data[name]
 
-    def head(self, name: str) -> None:
-        return None
+    def get_with_etag(self, name: str) -> tuple[bytes, str] | None:
+        return (self.data[name], "") if name in self.data else None
+
+    def head(self, name: str) -> ObjectInfo | None:
+        return ObjectInfo(len(self.data[name]), "") if name in self.data else None
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         return self.data.setdefault(name, data) is data
@@ -113,7 +116,10 @@ def put(files: Files, folder: Path, name: str, tensors: dict[str, SparseTensor],
 def job(adapter: FileRef | None, weights: str = "float32", key: str = "") -> EvaluationJob:
     spec = EvaluateSpec("exact_match", wrapper=WRAPPER, max_new_tokens=4)
     recipe = Recipe("evaluation", 1, {"adapter": adapter.name if adapter else None, "weights": weights, "key": key})
-    return EvaluationJob(recipe, "task", "test", ROWS_OBJECT, spec, "expert" if adapter else "base", adapter, weights)
+    return EvaluationJob(
+        recipe, "task", "test", ROWS_OBJECT, spec, "expert" if adapter else "base", adapter, weights,
+        provenance={"data": {"source": "here", "license": "mit"}},
+    )  # fmt: skip
 
 
 def weights(evaluator: Evaluator) -> dict[str, torch.Tensor]:
@@ -155,6 +161,36 @@ def test_adapters_come_and_go_and_leave_the_base_as_it_was(
     assert same(weights(evaluator), before)
 
 
+def test_a_job_may_name_another_base(
+    evaluator: Evaluator, files: Files, base: PreparedBase, cache: Path, tmp_path: Path
+) -> None:
+    """As a champion's that was made on another one: its adapter fits that base only, and the own one comes back."""
+    torch.manual_seed(1)
+    second = tiny_model()
+    for parameter in second.parameters():
+        parameter.data.normal_(0, 0.1)
+    second.to(torch.bfloat16).save_pretrained(tmp_path / "second")
+    tiny_tokenizer().save_pretrained(tmp_path / "second")
+    other = prepare_base(f"path:{tmp_path / 'second'}", cache)
+    assert other.sha256 != base.sha256
+    before = weights(evaluator)
+    mine, theirs = delta(1, UP), delta(2, UP)
+    own = job(put(files, tmp_path, "own", mine, base.sha256), key="own")
+    foreign = replace(job(put(files, tmp_path, "foreign", theirs, other.sha256), key="o"), base_sha256=other.sha256)
+    evaluator.evaluate(own, 3)
+    evaluator.evaluate(foreign, 3)
+    expected = {name: parameter.detach().float() for name, parameter in second.named_parameters()}
+    assert same(weights(evaluator), added(expected, theirs))
+    evaluator.evaluate(job(None, key="base"), 3)
+    assert same(weights(evaluator), before)
+    with pytest.raises(AdapterError, match=other.sha256[:12]):
+        evaluator.evaluate(replace(foreign, base_sha256=None, recipe=Recipe("evaluation", 1, {"key": "w"})), 3)
+    with pytest.raises(BaseModelError, match="not in the object store"):
+        evaluator.evaluate(replace(foreign, base_sha256="0" * 64, recipe=Recipe("evaluation", 1, {"key": "g"})), 3)
+    evaluator.evaluate(replace(own, recipe=Recipe("evaluation", 1, {"key": "again"})), 3)
+    assert same(weights(evaluator), added(before, mine))
+
+
 def test_an_adapter_that_is_in_place_is_not_fetched_again(
     evaluator: Evaluator, files: Files, base: PreparedBase, tmp_path: Path
 ) -> None:
@@ -181,6 +217,7 @@ def test_scores_follow_the_weights(evaluator: Evaluator, files: Files, base: Pre
         assert [line["targets"] for line in lines] == [list(row.targets) for row in ROWS]
         assert [line["score"] for line in lines] == manifest.meta["scores"]
         assert manifest.meta["n"] == len(ROWS)
+        assert manifest.meta["data"] == {"source": "here", "license": "mit"}
         assert manifest.meta["score"] == sum(manifest.meta["scores"]) / len(ROWS)
         return [line["output"] for line in lines]
 

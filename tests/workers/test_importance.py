@@ -173,7 +173,7 @@ class Published:
             base_sha256=self.base.sha256, adapter=self.adapter, expert_key="e" * 64, expert_digest="d" * 64,
             train_rows=rows_object(fingerprint(self.rows)), rows=rows,
             prompt=PLAIN if self.classifies else PROMPT, max_target_tokens=8,
-            labels=LABELS if self.classifies else None,
+            labels=LABELS if self.classifies else None, provenance={"data": {"source": "here", "license": "mit"}},
         )  # fmt: skip
 
     def source(self, manifest: Any, kind: str) -> StoreSource:
@@ -193,9 +193,11 @@ def test_an_expert_is_measured(
     names = made.reader.names
     loss = label_loss if classifies else causal_loss
 
-    manifest = make_importance(store, made.job("fisher"), ["cpu"] * devices, 1)
+    manifest, new = make_importance(store, made.job("fisher"), ["cpu"] * devices, 1)
+    assert new
     assert manifest.inputs == {"e" * 64: "d" * 64}
     assert manifest.meta["rows"] == len(ROWS)
+    assert manifest.meta["data"] == {"source": "here", "license": "mit"}
     fisher = FisherReader(made.source(manifest, "fisher"))
     assert (fisher.meta.base_sha256, fisher.meta.adapter_sha256) == (made.base.sha256, made.adapter.sha256)
     assert fisher.names == names
@@ -210,7 +212,7 @@ def test_an_expert_is_measured(
         assert torch.allclose(fisher.load(name), expected, rtol=ROUNDING, atol=0)
         assert bool((fisher.load(name) > FLOOR).any())
 
-    gram = GramReader(made.source(make_importance(store, made.job("gram"), ["cpu"] * devices, 1), "gram"))
+    gram = GramReader(made.source(make_importance(store, made.job("gram"), ["cpu"] * devices, 1)[0], "gram"))
     assert gram.names == names
     if classifies:
         texts = [tuple(encode_text(tokenizer, PLAIN, row)) for row in made.rows]
@@ -221,7 +223,7 @@ def test_an_expert_is_measured(
 
     before = list(store.list("objects/"))
     again = make_importance(store, made.job("fisher"), ["cpu"] * devices, 1)
-    assert again == manifest
+    assert again == (manifest, False)
     assert list(store.list("objects/")) == before
 
 
@@ -230,7 +232,7 @@ def test_few_rows_are_spaced_and_errors_name_the_expert(
 ) -> None:
     monkeypatch.setenv("FACTORY_CACHE", str(tmp_path / "cache"))
     made = Published(store, tmp_path, "sparse")
-    manifest = make_importance(store, made.job("fisher", rows=4), ["cpu"], 1)
+    manifest, _ = make_importance(store, made.job("fisher", rows=4), ["cpu"], 1)
     assert manifest.meta["rows"] == 4
     model, tokenizer = made.model()
     chosen = [made.rows[at] for at in (0, 2, 4, 6)]

@@ -10,7 +10,7 @@ from infra.errors import ConfigError, DataError
 from workers.decoding import batches, by_length, generate, generate_ids
 from workers.prompt import tokenize
 from workers.rows import Row
-from workers.scoring import EvaluateSpec, evaluate_rows, option_logprobs
+from workers.scoring import EvaluateSpec, answer_rows, evaluate_rows, option_logprobs
 
 _spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
 tiny = importlib.util.module_from_spec(_spec)
@@ -95,6 +95,22 @@ def test_evaluate_text_choice_and_format_free(model, tokenizer) -> None:
     assert shown.format_free == shown.scores
     answers = generate(model, tokenizer, [f"<s>{row.input}</s>" for row in rows], 4, prefix="<s>w8</s>w9</s>\n")
     assert list(shown.outputs) == answers
+
+
+@pytest.mark.parametrize("batch_size", [2, 24])
+def test_answers_are_the_evaluations_outputs(model, tokenizer, batch_size: int) -> None:
+    rows = [Row(str(at), f"w{at}w3w{at}", ("w1w2",), ("w1w2", "w5", f"w{at}")) for at in range(9)]
+    template = "w7 {input} of {options}"
+    for spec in (
+        EvaluateSpec("choice_accuracy", template, tiny.WRAPPER, max_input_tokens=2),
+        EvaluateSpec("choice_accuracy", template, tiny.WRAPPER, length_normalised=True, few_shot=tuple(rows[:1])),
+        EvaluateSpec("rouge_l", template, tiny.WRAPPER, max_new_tokens=4, few_shot=tuple(rows[:1])),
+    ):
+        found = answer_rows(model, tokenizer, rows, spec, batch_size)
+        assert tuple(found) == evaluate_rows(model, tokenizer, rows, spec, batch_size).outputs
+        untold = [Row(row.id, row.input, (), row.options) for row in rows]
+        assert answer_rows(model, tokenizer, untold, spec, batch_size) == found
+    assert len(set(found)) > 1
 
 
 def test_refusals(model, tokenizer) -> None:

@@ -1,0 +1,160 @@
+"""Versions of registered models as MLflow has them: their tags, aliases and what a gate recorded with them; reads only.
+
+Not here: how aliases and records change (`infra.model_aliases`), and registering (`infra.model_registry`).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+from mlflow.exceptions import MlflowException
+
+from infra.model_registry import DIGEST_TAG, KEY_TAG
+from infra.registry import client, failed, model_name
+from infra.store import Store, split_uri
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+DECISION, REASON = "factory.gate.decision", "factory.gate.reason"
+"""What a gate decided (PROMOTED or REFUSED) and why. A reason without a decision: it could not decide."""
+OPPONENT, RUN = "factory.gate.opponent", "factory.gate.run"
+"""What the version was compared with, and the MLflow run that did it."""
+PREVIOUS = "factory.gate.previous"
+"""The version that was champion before this one; empty if there was none."""
+BY_HAND = "factory.gate.by_hand"
+"""When and why a person made the version champion."""
+ROLLED_BACK = "factory.gate.rolled_back"
+"""When and why the version ceased to be champion. No gate looks at its bytes again."""
+PROMOTED, REFUSED = "promoted", "challenger"
+MERGE_TAG = "factory.merge_digest"
+"""Digest of the merge that a full checkpoint was made of."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a registered model as MLflow has it."""
+
+    name: str
+    version: int
+    tags: Mapping[str, str]
+    created: float = 0.0
+    """Seconds since the epoch."""
+
+    @property
+    def key(self) -> str:
+        """Recipe of its artifact."""
+        return self.tags.get(KEY_TAG, "")
+
+    @property
+    def digest(self) -> str:
+        """Of its artifact's bytes."""
+        return self.tags.get(DIGEST_TAG, "")
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether a gate decided on it, or it was rolled back."""
+        return DECISION in self.tags or ROLLED_BACK in self.tags
+
+
+@dataclass(frozen=True)
+class Model:
+    """A registered model with its versions, the newest first."""
+
+    name: str
+    task: str
+    aliases: Mapping[str, int]
+    versions: tuple[Version, ...]
+
+
+def champion(name: str) -> Version | None:
+    """The version that is champion now. Raises RegistryError."""
+    with asking(f"look for the champion of {name!r}"):
+        return aliased(client(), name, CHAMPION)
+
+
+def find_version(name: str, version: int) -> Version | None:
+    """A version by its number. Raises RegistryError."""
+    with asking(f"look for version {version} of {name!r}"):
+        return version_of(client(), name, version)
+
+
+def models_of(suite: str) -> list[Model]:
+    """The registered models of a suite, by name. Raises RegistryError."""
+    mlflow = client()
+    with asking(f"list the models of {suite!r}"):
+        found = [model for model in _registered(mlflow, suite) if _belongs(model, suite)]
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            versions = list(pool.map(lambda model: versions_where(mlflow, f"name = '{model.name}'"), found))
+    models = [
+        Model(model.name, model.tags["factory.task"], {k: int(v) for k, v in model.aliases.items()}, tuple(listed))
+        for model, listed in zip(found, versions, strict=True)
+    ]
+    return sorted(models, key=lambda model: model.name)
+
+
+def _registered(mlflow: MlflowClient, suite: str) -> Iterator[RegisteredModel]:
+    token = None
+    while True:
+        page = mlflow.search_registered_models(f"name LIKE '{suite}.%'", max_results=500, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _belongs(model: RegisteredModel, suite: str) -> bool:
+    """A suite's name may begin like another's."""
+    return model.name == model_name(suite, model.tags.get("factory.task", ""))
+
+
+def versions_where(mlflow: MlflowClient, where: str) -> list[Version]:
+    """Those that a filter of MLflow's names, the newest first."""
+    found: Iterable[ModelVersion] = mlflow.search_model_versions(where, max_results=1000)
+    return sorted((_plain(version) for version in found if version.status == "READY"), key=lambda v: -v.version)
+
+
+def aliased(mlflow: MlflowClient, name: str, alias: str) -> Version | None:
+    """The version with an alias."""
+    return _unless_absent(lambda: _plain(mlflow.get_model_version_by_alias(name, alias)))
+
+
+def version_of(mlflow: MlflowClient, name: str, version: int) -> Version | None:
+    """The version with a number."""
+    return _unless_absent(lambda: _plain(mlflow.get_model_version(name, str(version))))
+
+
+def _unless_absent(get: Callable[[], Version]) -> Version | None:
+    try:
+        return get()
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the latter: no such alias
+            return None
+        raise
+
+
+def _plain(version: ModelVersion) -> Version:
+    return Version(version.name, int(version.version), dict(version.tags), (version.creation_timestamp or 0) / 1000)
+
+
+@contextlib.contextmanager
+def asking(what: str) -> Iterator[None]:
+    """Errors of MLflow's inside become RegistryErrors that name what could not be done."""
+    try:
+        yield
+    except MlflowException as error:
+        raise failed(what, error) from error
+
+
+def gone(store: Store, version: Version) -> str | None:
+    """The URI of a version's bytes if they are no longer in the object store of `store`'s endpoint. Raises
+    StoreError."""
+    for tag in ("factory.adapter_uri", "factory.checkpoint_uri"):
+        if uri := version.tags.get(tag):
+            bucket, name = split_uri(uri)
+            whole = Store(bucket, store.endpoint, "")
+            there = whole.head(name) is not None if "adapter" in tag else any(True for _ in whole.list(f"{name}/"))
+            if not there:
+                return uri
+    return None

@@ -1,0 +1,193 @@
+"""Whom a challenger is compared with: the champion, found again by its registered version, or the base.
+
+A champion is scored as it was made: on its own base, with the prompts and, for a classification, the heads that it was
+trained with; rows, metric and length of answers are today's. But today's gate rows may be rows that the champion was
+trained or validated on, for sizes, seed or data of the splits changed since: no comparison counts them. Not here: what
+is done with the scores (`pipeline.promotion`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from infra.artifacts import Manifest, manifest_name
+from infra.errors import StoreError
+from infra.model_versions import Version
+from infra.store import ObjectMissing, Store
+from pipeline.gate import TaskScores
+from workers.metrics import LabelScores
+from workers.prompt import PromptSpec
+from workers.rows import Row, load_rows, rows_object
+
+_THREADS = 8
+_NAMED = 5  # tasks that a reason names
+_LEAST = 2  # rows of a task that a gate can resample
+
+
+@dataclass(frozen=True)
+class Opponent:
+    """A model to compare with; the defaults are the base, or a classification's untrained heads."""
+
+    version: int | None = None
+    """The champion's."""
+    manifest: Manifest | None = None
+    base_sha256: str | None = None
+    experts: Mapping[str, Manifest] = field(default_factory=dict)
+    """By task: those that a champion merge was made of, or the champion expert itself."""
+    seen: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """By task, numbers of today's gate rows that the champion was trained or validated on; not of tasks without."""
+
+    def __str__(self) -> str:
+        return "base" if self.version is None else f"champion (version {self.version})"
+
+    def prompt(self, task: str, today: PromptSpec) -> PromptSpec:
+        """How the model is asked: as it was trained, or, on a task that is new to it, by today's template in the
+        wrapper that it knows."""
+        if task in self.experts:
+            return _prompt(self.experts[task])
+        for known in self.experts.values():
+            return replace(_prompt(known), template=today.template)
+        return today
+
+
+def _prompt(expert: Manifest) -> PromptSpec:
+    prompt = expert.config["prompt"]
+    return PromptSpec(prompt["template"], prompt["wrapper"], prompt["max_input_tokens"])
+
+
+def find_champion(
+    store: Store,
+    champion: Version,
+    task: str,
+    labels: Mapping[str, Iterable[str]],
+    gate: Mapping[str, str] | None = None,
+) -> Opponent:
+    """The champion of an expert's `task`, or of the merge, with everything that scoring it takes.
+
+    `labels` of a classification: those of each of today's tasks. `gate`: fingerprints of their gate rows; without them
+    nobody asks which of these rows it has seen. Raises StoreError, saying what is missing: something was deleted or
+    replaced, or the champion knows other labels. DataError if stored rows are corrupted.
+    """
+    manifest = _stored(store, champion.key)
+    if manifest.digest != champion.digest:
+        raise StoreError(f"{store.uri(manifest_name(champion.key))} now names other bytes than were registered")
+    _check_files(store, manifest)
+    base = str(manifest.meta["base_sha256"])
+    if store.head(f"bases/{base}/index.json") is None:
+        raise StoreError(f"its base {base} is not in the object store")
+    made_of = [(task, manifest)] if manifest.kind == "expert" else _experts(store, manifest, bool(labels))
+    experts = dict(made_of)
+    for name, wanted in labels.items():
+        if name in experts and list(experts[name].config["labels"]) != list(wanted):
+            raise StoreError(f"it was trained for other labels of the task {name!r} than today's")
+    return Opponent(champion.version, manifest, base, experts, _seen(store, made_of, gate or {}))
+
+
+def _experts(store: Store, merged: Manifest, heads: bool) -> list[tuple[str, Manifest]]:
+    """The experts of a merge, each after its task. Of those that are gone only prompts and rows are missed, unless
+    `heads` are needed."""
+
+    def look(key: str) -> Manifest | None:
+        try:
+            found = _stored(store, key)
+            if heads and found.kind == "expert":
+                if found.digest != merged.inputs[key]:
+                    raise StoreError(f"its expert {key} now has other bytes")
+                _check_files(store, found)
+        except StoreError:
+            if heads:
+                raise
+            return None
+        return found if found.kind == "expert" else None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = [manifest for manifest in pool.map(look, merged.inputs) if manifest is not None]
+    return [(_task(manifest), manifest) for manifest in found]
+
+
+def _seen(store: Store, experts: Iterable[tuple[str, Manifest]], gate: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """By task, which of its gate rows an expert was trained or validated on: one of the same input in an expert of that
+    task, one of the same input and answers in an expert of any other (a task may have been renamed). Rows that are no
+    longer in the store cannot be checked."""
+    used = {(task, str(each)) for task, expert in experts for each in dict(expert.config.get("data", {})).values()}
+
+    def read(fingerprint: str) -> list[Row]:
+        try:
+            return load_rows(store, rows_object(fingerprint))
+        except ObjectMissing:
+            return []
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        today = dict(zip(gate, pool.map(read, gate.values()), strict=True))
+        ids = {row.id for rows in today.values() for row in rows}
+
+        def relevant(use: tuple[str, str]) -> list[tuple[str, str, tuple[str, ...]]]:
+            return [(use[0], row.id, row.targets) for row in read(use[1]) if row.id in ids]
+
+        found = [each for part in pool.map(relevant, sorted(used)) for each in part]
+    own, any_task = {(task, row) for task, row, _ in found}, {(row, targets) for _, row, targets in found}
+    numbers = {
+        task: tuple(at for at, row in enumerate(rows) if (task, row.id) in own or (row.id, row.targets) in any_task)
+        for task, rows in today.items()
+    }
+    return {task: each for task, each in numbers.items() if each}
+
+
+@dataclass(frozen=True)
+class Comparable:
+    """Scores of two models on the rows that neither has seen, and what is to be said about the others."""
+
+    before: dict[str, TaskScores]
+    after: dict[str, TaskScores]
+    remark: str
+    """The end of a sentence, or nothing."""
+
+
+def unseen(
+    before: Mapping[str, TaskScores], after: Mapping[str, TaskScores], seen: Mapping[str, tuple[int, ...]]
+) -> Comparable:
+    """Leave out the rows of the gate that the opponent has seen, and tasks that have fewer than 2 left then."""
+    count = sum(len(seen.get(task, ())) for task in before)
+    if not count:
+        return Comparable(dict(before), dict(after), "")
+    few = sorted(task for task, scores in before.items() if task in seen and len(scores) - len(seen[task]) < _LEAST)
+    kept = [task for task in before if task not in few]
+    rows, them = ("row", "it") if count == 1 else ("rows", "them")
+    remark = f"; {count} gate {rows} left out: the champion was trained on {them}"
+    if few:
+        more = f" and {len(few) - _NAMED} more" if len(few) > _NAMED else ""
+        remark += f"; not compared on {', '.join(map(repr, few[:_NAMED]))}{more}: too few gate rows are left"
+    before, after = ({task: _without(scores[task], seen.get(task, ())) for task in kept} for scores in (before, after))
+    return Comparable(before, after, remark)
+
+
+def _without(scores: TaskScores, rows: Iterable[int]) -> TaskScores:
+    without = set(rows)
+    left = [at for at in range(len(scores)) if at not in without]
+    if isinstance(scores, LabelScores):
+        predicted, target = (tuple(labels[at] for at in left) for labels in (scores.predicted, scores.target))
+        return LabelScores(predicted, target, scores.metric)
+    return [scores[at] for at in left]
+
+
+def _task(expert: Manifest) -> str:
+    meta: dict[str, Any] = expert.meta
+    return str(meta["task"])
+
+
+def _stored(store: Store, key: str) -> Manifest:
+    """The manifest of a key, whatever its inputs are by now."""
+    found = store.get_with_etag(manifest_name(key)) if key else None
+    if found is None:
+        raise StoreError(f"the object store has no artifact {key or 'of it'}")
+    return Manifest.from_json(found[0])
+
+
+def _check_files(store: Store, manifest: Manifest) -> None:
+    for ref in manifest.files.values():
+        info = store.head(ref.name)
+        if info is None or info.size != ref.size:
+            raise StoreError(f"{store.uri(ref.name)} is gone")

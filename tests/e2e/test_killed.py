@@ -1,0 +1,167 @@
+"""Runs and workers that are killed: the next one makes what is missing, under the same keys, and nothing twice."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from infra.artifacts import Manifest
+from infra.leases import Holder
+from tests.e2e.background import ROOT, Factory, start, wait_for, workers
+
+CONFIG = Callable[..., dict[str, Any]]
+EXPIRY_S = 6.0
+
+
+def small(tiny_config: CONFIG, suite: str, lease_s: float, steps: int = 40, **sections: Any) -> dict[str, Any]:
+    """Few candidates and scores; enough steps for a moment to kill in."""
+    merge = {"fan_in": 2, "candidates": [{"method": "mean"}, {"method": "ties", "params": {"density": 0.5}}]}
+    config = tiny_config(suite, held_in=3, held_out={}, **({"merge": merge} | sections))
+    config["train"] |= {"steps": steps}
+    config["evaluate"] |= {"few_shot": 0}
+    config["resources"]["evaluator"] |= {"cpus": 0}  # an idle evaluator keeps no expert waiting
+    config["resources"] |= {"lease_seconds": lease_s}
+    return config
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "report" / "results.json").read_text()))
+
+
+def etags(factory: Factory) -> dict[str, str]:
+    """Entity tags of all manifests by name: what is replaced gets another one."""
+    found = {name: factory.store.head(name) for name in factory.store.list("artifacts/")}
+    return {name: info.etag for name, info in found.items() if info}
+
+
+def until_idle(stack: Any) -> None:
+    """Ray ends the workers of a driver that was killed; until then one may still publish."""
+    deadline = time.monotonic() + 120
+    while workers(stack, ""):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_a_driver_killed_at_any_point_is_continued(stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
+    factory = Factory.fresh(stack.env(), "continued")
+    config = small(tiny_config, "driver-killed", EXPIRY_S)
+    expected = {recipe.key for recipe in factory.planned(config, tmp_path).recipes()}
+
+    def published(kind: str) -> Callable[[], bool]:
+        return lambda: any(manifest.kind == kind for manifest in factory.manifests().values())
+
+    points = {"working": lambda: bool(factory.leases()), "node": published("node"), "merged": published("merged")}
+    kept: dict[str, str] = {}
+    trained: set[str] = set()
+    for name, reached in points.items():
+        process = start(config, tmp_path / name, factory.env)
+        try:
+            wait_for(reached, process, tmp_path / name)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        finally:
+            process.kill()
+        until_idle(stack)
+        assert kept.items() <= etags(factory).items(), "what was published stays what it is"
+        kept = etags(factory)
+        trained |= {key for key, manifest in factory.manifests().items() if manifest.kind == "expert"}
+    assert trained
+    last = tmp_path / "last"
+    process = start(config, last, factory.env)
+    try:
+        assert process.wait(timeout=900) == 0, (last / "log").read_text()[-3000:]
+    finally:
+        process.kill()
+    manifests = factory.manifests()
+    assert kept.items() <= etags(factory).items()
+    assert expected <= set(manifests)
+    assert {manifest.kind for key, manifest in manifests.items() if key not in expected} == {"evaluation"}
+    results = results_of(last)
+    before = {key: Manifest.from_json(factory.store.get(name)).kind for name in kept for key in [name[10:74]]}
+    for counted, kind in (("experts", "expert"), ("evaluations", "evaluation")):
+        there = sum(1 for found in before.values() if found == kind)
+        in_all = sum(1 for manifest in manifests.values() if manifest.kind == kind)
+        assert results["made"][counted] == in_all - there, counted
+    assert factory.leases() == []
+    assert list(factory.store.list("checkpoints/")) == []
+
+
+def test_a_killed_worker_is_replaced_without_waiting_for_its_lease(
+    stack: Any, tiny_config: CONFIG, tmp_path: Path
+) -> None:
+    """The leases would live for an hour. An expert, a merge node and an evaluation lose their worker."""
+    factory = Factory.fresh(stack.env(), "worker")
+    config = small(tiny_config, "worker-killed", 3600.0, steps=120)
+    config["splits"] |= {"test": 40}  # evaluations that last long enough to be caught
+    process, log = start(config, tmp_path, factory.env), tmp_path / "log"
+    try:
+
+        def holders() -> dict[int, str]:
+            found = (factory.store.get_with_etag(name) for name in factory.leases())
+            parsed = [Holder.from_json(each[0]) for each in found if each]
+            return {holder.pid: holder.claim for holder in parsed if holder}
+
+        for title in ("expert", "EvaluationActor.evaluate"):
+
+            def held(title: str = title) -> list[int]:
+                busy = {worker.pid for worker in workers(stack, title)}
+                return [pid for pid in holders() if pid in busy]
+
+            victim = wait_for(held, process, tmp_path)[0]
+            claim = holders().get(victim)
+            for worker in workers(stack, title):
+                if worker.pid == victim:
+                    worker.send_signal(signal.SIGKILL)
+            assert claim
+        assert process.wait(timeout=900) == 0, log.read_text()[-3000:]
+    finally:
+        process.kill()
+    results = results_of(tmp_path)
+    assert results["made"]["experts"] == 3
+    assert factory.leases() == []
+    assert "being made elsewhere" not in log.read_text()
+
+
+@pytest.mark.parametrize("how", ["sigterm", "job stop"])
+def test_a_stopped_run_releases_its_leases(stack: Any, tiny_config: CONFIG, tmp_path: Path, how: str) -> None:
+    """The leases would live for an hour; a run after it would wait for them."""
+    factory = Factory.fresh(stack.env(), "stopped")
+    env = {**os.environ, **factory.env}
+    config = small(tiny_config, f"stopped-{how.replace(' ', '-')}", 3600.0, steps=4000)
+    folder, ray, job = tmp_path / "run", str(Path(sys.executable).with_name("ray")), f"stop-{uuid.uuid4().hex}"
+    if how == "sigterm":
+        process = start(config, folder, factory.env)
+    else:
+        folder.mkdir()
+        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        environment = json.dumps({"env_vars": {"FACTORY_S3_PREFIX": factory.store.prefix}})
+        submit = [ray, "job", "submit", "--submission-id", job, "--working-dir", str(ROOT), "--runtime-env-json"]
+        main = ["--", "python", "pipeline/main.py", "--config", str(folder / "config.yaml")]
+        with (folder / "log").open("w") as out:
+            process = subprocess.Popen(
+                [*submit, environment, *main], cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, text=True
+            )
+    try:
+        wait_for(lambda: re.search(r"in\d: training", (folder / "log").read_text()), process, folder)
+        assert factory.leases()
+        if how == "sigterm":
+            process.send_signal(signal.SIGTERM)
+        else:
+            subprocess.run([ray, "job", "stop", job], env=env, check=True, timeout=120, capture_output=True)
+        process.wait(timeout=60)
+        deadline = time.monotonic() + 10
+        while factory.leases() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert factory.leases() == []
+    finally:
+        process.kill()

@@ -1,0 +1,93 @@
+"""Retraining on a schedule: real ticks, a minute apart, submit real runs; the scheduler is killed on the way."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import yaml
+
+from infra.store import Store
+from tests.e2e.conftest import ROOT, write_task
+from tests.infra.receiver import SECRET, Receiver, receiving
+
+SUITE = "nightly"
+
+
+def until(condition: Callable[[], Any], what: str, log: Path, seconds: float = 300) -> Any:
+    """Poll for something that the schedule does."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"{what}: not within {seconds:.0f} s\n{log.read_text()}")
+
+
+def finished(receiver: Receiver, store: Store) -> list[dict[str, Any]]:
+    """Results of the runs whose end was told, in the order of their ticks. A tick may be skipped on a slow machine."""
+    ran = sorted((told for told in receiver.got if told["status"] != "SKIPPED"), key=lambda told: told["tick"])
+    for told in ran:
+        assert (told["status"], told["exit_code"]) == ("SUCCEEDED", 0), told
+    pages = [re.search(r"/runs/(\w+)", str(told["mlflow_run"])) for told in ran]
+    return [json.loads(store.get(f"runs/{page[1]}/results.json")) for page in pages if page]
+
+
+def test_ticks_retrain_what_changed_and_nothing_else(
+    stack: Any, tiny_config: Any, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    merge = {"fan_in": 2, "candidates": [{"method": "mean"}]}
+    config = tiny_config(SUITE, held_in=2, held_out={}, merge=merge, evaluate={"few_shot": 0})
+    file, log = tmp_path / "nightly.yaml", tmp_path / "log"
+    file.write_text(yaml.safe_dump(config))
+    store, client = Store.from_env(), mlflow.MlflowClient(stack.env()["MLFLOW_TRACKING_URI"])
+
+    def start() -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "pipeline", "schedule", "--cron", "* * * * *", "--config", str(file)]
+        env = {**os.environ, **stack.env(), "FACTORY_WEBHOOK_URL": receiver.url}
+        with open(log, "ab") as output:
+            process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=output)
+        request.addfinalizer(process.kill)
+        return process
+
+    def runs() -> list[str]:
+        """The submission of every run that began."""
+        experiment = client.get_experiment_by_name(SUITE)
+        ids = [experiment.experiment_id] if experiment else []
+        found = client.search_runs(ids, "tags.kind = 'pipeline'") if ids else []
+        return sorted(run.data.tags["ray_submission_id"] for run in found)
+
+    with receiving() as receiver:
+        scheduler = start()
+        until(runs, "the first run", log)
+        scheduler.kill()
+        scheduler.wait()
+        scheduler = start()
+        until(lambda: len(finished(receiver, store)) >= 2, "the second run", log)
+        write_task(Path(config["held_in"]["in1"]["source"].removeprefix("jsonl:")), f"{SUITE}-in1-grown", rows=140)
+        until(lambda: any(run["made"]["experts"] == 1 for run in finished(receiver, store)), "the retraining", log)
+        scheduler.terminate()
+        assert scheduler.wait(30) == 0, log.read_text()
+        first, *others, last = finished(receiver, store)
+
+    assert first["made"]["experts"] == 2
+    assert others
+    for run in others:
+        assert set(run["made"].values()) == {0}, run["made"]
+        assert run["held_in"] == first["held_in"]
+    assert (last["made"]["experts"], last["reused"]["experts"]) == (1, 1)
+    before, now = ({task: row["expert_key"] for task, row in run["held_in"].items()} for run in (first, last))
+    assert before["in0"] == now["in0"]
+    assert before["in1"] != now["in1"]
+    submissions = runs()
+    assert len(submissions) == len(set(submissions))  # no tick ran twice
+    assert {told["submission_id"] for told in receiver.got if told["mlflow_run"]} <= set(submissions)
+    assert all(name.startswith(f"retrain-{SUITE}-") for name in submissions)
+    assert SECRET not in log.read_text()

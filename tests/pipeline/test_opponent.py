@@ -1,0 +1,193 @@
+"""Finding the champion again: its base, prompts and heads as it was made with, and what is missing is said."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.artifacts import Manifest, Recipe, manifest_name, publish
+from infra.errors import StoreError
+from infra.model_versions import Version
+from infra.store import FileRef, Store
+from pipeline.candidates import Candidates
+from pipeline.config import PipelineConfig
+from pipeline.jobs import evaluation_job, opponent_job
+from pipeline.opponent import Opponent, find_champion, unseen
+from pipeline.outcome import Inputs
+from pipeline.tasks import SPLITS, TaskConfig, TaskData
+from workers.base import PreparedBase
+from workers.metrics import LabelScores
+from workers.prompt import PromptSpec
+from workers.rows import Row, fingerprint, rows_object, rows_to_jsonl
+
+BASE = "b" * 64
+OLD = {"template": "Old: {input}", "wrapper": "<{prompt}>", "max_input_tokens": 7, "max_target_tokens": 9}
+TODAY = PromptSpec("New: {input}", "[{prompt}]", 5)
+
+
+def put(store: Store, folder: Path, recipe: Recipe, inputs: dict[str, str], **meta: Any) -> Manifest:
+    """An artifact whose bytes are those of its recipe's name."""
+    file = folder / recipe.key
+    file.write_text(f"{recipe.kind} {recipe.key}")
+    return publish(store, recipe, {"adapter": file}, inputs, {"base_sha256": BASE} | meta)[0]
+
+
+def expert(store: Store, folder: Path, task: str, labels: tuple[str, ...] = ("a", "b"), **data: str) -> Manifest:
+    config = {"prompt": OLD, "labels": list(labels), "task": task, "data": data}
+    return put(store, folder, Recipe("expert", 1, config), {}, task=task)
+
+
+def merge(store: Store, folder: Path, *experts: Manifest) -> Manifest:
+    fisher = put(store, folder, Recipe("fisher", 1, {}), {})
+    made_of = {each.key: each.digest for each in (*experts, fisher)}
+    return put(store, folder, Recipe("merged", 1, {}, tuple(made_of)), made_of)
+
+
+def version(manifest: Manifest, number: int = 3) -> Version:
+    return Version("mine.x", number, {"factory.key": manifest.key, "factory.digest": manifest.digest})
+
+
+@pytest.fixture
+def with_base(store: Store) -> Store:
+    store.put(f"bases/{BASE}/index.json", b"{}")
+    return store
+
+
+def test_an_expert_is_asked_as_it_was_trained(with_base: Store, tmp_path: Path) -> None:
+    made = expert(with_base, tmp_path, "before it was renamed")
+    found = find_champion(with_base, version(made), "task", {})
+    assert (found.version, found.manifest, found.base_sha256, str(found)) == (3, made, BASE, "champion (version 3)")
+    assert found.prompt("task", TODAY) == PromptSpec("Old: {input}", "<{prompt}>", 7)
+
+
+def test_a_merge_is_asked_as_its_experts_and_on_a_new_task_in_its_own_wrapper(with_base: Store, tmp_path: Path) -> None:
+    one, two = (expert(with_base, tmp_path, task) for task in ("one", "two"))
+    merged = merge(with_base, tmp_path, one, two)
+    found = find_champion(with_base, version(merged), "merged", {"one": ("a", "b"), "new": ("x", "y")})
+    assert found.experts == {"one": one, "two": two}
+    assert found.prompt("two", TODAY).template == "Old: {input}"
+    assert found.prompt("new", TODAY) == PromptSpec("New: {input}", "<{prompt}>", 7)
+
+
+def test_a_merge_whose_expert_is_gone_misses_heads_only(with_base: Store, tmp_path: Path) -> None:
+    one, two = (expert(with_base, tmp_path, task) for task in ("one", "two"))
+    merged = merge(with_base, tmp_path, one, two)
+    with_base.delete(manifest_name(two.key))
+    found = find_champion(with_base, version(merged), "merged", {})
+    assert set(found.experts) == {"one"}
+    with pytest.raises(StoreError, match=rf"no artifact {two.key}"):
+        find_champion(with_base, version(merged), "merged", {"one": ("a", "b")})
+    with_base.put(manifest_name(two.key), replace(two, files={"adapter": FileRef(
+        two.files["adapter"].name, "0" * 64, two.files["adapter"].size)}).to_json())  # fmt: skip
+    with pytest.raises(StoreError, match=rf"expert {two.key} now has other bytes"):
+        find_champion(with_base, version(merged), "merged", {"one": ("a", "b")})
+
+
+def test_what_is_missing_is_said(store: Store, tmp_path: Path) -> None:
+    made = expert(store, tmp_path, "task")
+    with pytest.raises(StoreError, match=rf"its base {BASE} is not"):
+        find_champion(store, version(made), "task", {})
+    store.put(f"bases/{BASE}/index.json", b"{}")
+    with pytest.raises(StoreError, match=r"other labels of the task 'task'"):
+        find_champion(store, version(made), "task", {"task": ("a", "c")})
+    other = replace(version(made), tags={"factory.key": made.key, "factory.digest": "0" * 64})
+    with pytest.raises(StoreError, match=r"other bytes than were registered"):
+        find_champion(store, other, "task", {})
+    store.delete(made.files["adapter"].name)
+    with pytest.raises(StoreError, match=r"adapter is gone"):
+        find_champion(store, version(made), "task", {})
+    store.delete(manifest_name(made.key))
+    with pytest.raises(StoreError, match=rf"no artifact {made.key}"):
+        find_champion(store, version(made), "task", {})
+    with pytest.raises(StoreError, match=r"no artifact"):
+        find_champion(store, Version("mine.x", 1, {}), "task", {})
+
+
+def stored(store: Store, *rows: tuple[str, str]) -> str:
+    """Rows of these ids and answers in the store; returns their fingerprint."""
+    made = [Row(name, f"input {name}", (answer,)) for name, answer in rows]
+    store.put(rows_object(fingerprint(made)), rows_to_jsonl(made))
+    return fingerprint(made)
+
+
+def test_gate_rows_that_the_champion_was_trained_or_validated_on_are_found(with_base: Store, tmp_path: Path) -> None:
+    train = stored(with_base, ("1", "yes"), ("2", "yes"), ("3", "yes"))
+    validation = stored(with_base, ("4", "yes"), ("5", "yes"))
+    gone = fingerprint([Row("6", "", ("yes",))])
+    one = expert(with_base, tmp_path, "one", train=train, validation=validation)
+    two = expert(with_base, tmp_path, "two", train=gone, validation=validation)
+    gate = {
+        "one": stored(with_base, ("9", "yes"), ("4", "corrected since"), ("2", "yes")),
+        "two": stored(with_base, ("6", "yes"), ("3", "another answer to the same input"), ("5", "yes")),
+        "new": stored(with_base, ("1", "yes"), ("8", "yes")),  # the task was called otherwise
+        "fresh": stored(with_base, ("7", "yes"), ("8", "yes")),
+    }
+    merged = merge(with_base, tmp_path, one, two)
+    found = find_champion(with_base, version(merged), "merged", {}, gate)
+    assert found.seen == {"one": (1, 2), "two": (2,), "new": (0,)}
+    alone = find_champion(with_base, version(one), "renamed", {}, {"renamed": gate["one"]})
+    assert alone.seen == {"renamed": (1, 2)}
+    assert find_champion(with_base, version(merged), "merged", {}).seen == {}
+
+
+def test_rows_that_were_seen_are_left_out_for_both_models() -> None:
+    labels = LabelScores((0, 1, 2, 0), (0, 1, 1, 2), "f1")
+    before = {"text": [0.0, 0.25, 0.5, 0.75], "labels": labels, "fresh": [1.0, 0.0], "few": [1.0, 1.0, 1.0]}
+    after = {"text": [1.0, 0.5, 0.25, 0.0], "labels": labels, "fresh": [0.0, 1.0], "few": [0.0, 0.0, 0.0]}
+    rows = unseen(before, after, {"text": (0, 2), "labels": (1,), "few": (0, 2), "of another merge": (1,)})
+    kept = LabelScores((0, 2, 0), (0, 1, 2), "f1")
+    assert rows.before == {"text": [0.25, 0.75], "labels": kept, "fresh": [1.0, 0.0]}
+    assert rows.after == {"text": [0.5, 0.0], "labels": kept, "fresh": [0.0, 1.0]}
+    assert rows.remark == (
+        "; 5 gate rows left out: the champion was trained on them; not compared on 'few': too few gate rows are left"
+    )
+
+
+def test_where_nothing_was_seen_nothing_changes_and_where_all_was_nothing_is_left() -> None:
+    one, two = {"a": [0.0, 1.0, 0.5]}, {"a": [1.0, 1.0, 0.5]}
+    same = unseen(one, two, {})
+    assert (same.before, same.after, same.remark) == (one, two, "")
+    single = unseen(one, two, {"a": (1,)})
+    assert single.remark == "; 1 gate row left out: the champion was trained on it"
+    assert unseen(one, two, {"a": (0, 2)}).before == {}
+    many = {f"t{at}": [0.0, 1.0] for at in range(7)}
+    rows = unseen(many, many, dict.fromkeys(many, (0,)))
+    assert rows.before == rows.after == {}
+    assert rows.remark.endswith("not compared on 't0', 't1', 't2', 't3', 't4' and 2 more: too few gate rows are left")
+
+
+def inputs(base: str = BASE, **prompt: Any) -> Inputs:
+    task = {"source": "jsonl:rows.jsonl", "metric": "exact_match", "template": prompt.pop("template", "Old: {input}")}
+    config = PipelineConfig.model_validate(
+        {"suite": "mine", "base": "path:/nowhere", "held_in": {"task": task}, "train": {"steps": 1},
+         "merge": {"candidates": [{"method": "mean"}]},
+         "prompt": {"wrapper": "<{prompt}>", "max_input_tokens": 7} | prompt}
+    )  # fmt: skip
+    rows = (Row("1", "x", ("y",)),)
+    data = TaskData("task", TaskConfig(**task), dict.fromkeys(SPLITS, rows), dict.fromkeys(SPLITS, fingerprint(rows)))
+    prepared = PreparedBase(Path("/nowhere"), "tiny", base, "none")
+    store = Store("bucket", "http://127.0.0.1:9", "suite")
+    return Inputs(config, store, prepared, "x", {"task": data}, {"task": 4}, Candidates(()), "run")
+
+
+def test_a_champion_has_the_scores_that_it_got_as_a_challenger() -> None:
+    """Its key is the same as long as nothing changes for it, whatever changes for others."""
+    made = Manifest("1" * 64, "expert", 1, {"prompt": OLD}, {"adapter": FileRef("adapter", "2" * 64, 1)}, {})
+    champion = Opponent(3, made, BASE, {"task": made})
+    then = evaluation_job(inputs(), "expert", "gate", "task", made, made)
+    assert then.base_sha256 is None
+    for today in (inputs(), inputs(template="New: {input}", wrapper="[{prompt}]", max_input_tokens=5)):
+        job = opponent_job(today, "expert_champion", "task", champion)
+        assert (job.recipe.key, job.split, job.adapter) == (then.recipe.key, "gate", made.files["adapter"])
+        assert job.base_sha256 is None
+    moved = opponent_job(inputs("c" * 64), "expert_champion", "task", champion)
+    assert (moved.recipe.key, moved.base_sha256) == (then.recipe.key, BASE)
+
+
+def test_without_a_champion_the_base_is_asked_as_today() -> None:
+    given = inputs(template="New: {input}")
+    job = opponent_job(given, "base", "task", Opponent())
+    assert str(Opponent()) == "base"
+    assert (job.adapter, job.base_sha256) == (None, None)
+    assert job.recipe.key == evaluation_job(given, "base", "gate", "task", None, None).recipe.key
