@@ -97,12 +97,12 @@ class Pages:
             if picture is not None:
                 picture.parent.mkdir(parents=True, exist_ok=True)
                 self.page.screenshot(path=picture)
-        return self.page.locator("body").inner_text()
+        return self.page.locator("body").inner_text().replace("\u00a0", " ")  # a person sees no difference
 
 
 @contextlib.contextmanager
 def window(chromium: Chromium, storage: Mapping[str, str] = MLFLOW_VIEW) -> Iterator[Pages]:
-    """A window that reaches nothing but this machine; ``storage`` is what pages find stored."""
+    """A window that reaches nothing but this machine; each page loaded finds ``storage`` stored, nothing else."""
     offline = ["--no-proxy-server", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
     env = {**os.environ, **dict(chromium.env)}
     with sync_playwright() as driver:
@@ -127,7 +127,9 @@ def newcomer(pages: Pages) -> Iterator[Pages]:
 def _visitor(browser: Browser, storage: Mapping[str, str]) -> Pages:
     page = browser.new_page(locale="en-GB", viewport={"width": 1440, "height": 900})
     entries = json.dumps(list(storage.items()))
-    page.add_init_script(f"for (const [name, value] of {entries}) localStorage.setItem(name, value);")
+    fill = f"for (const [name, value] of {entries}) localStorage.setItem(name, value);"
+    # Cleared on each load, or what one visit opened (a row of the table, say), the next visit's click would close.
+    page.add_init_script(f"localStorage.clear(); {fill}")
     return Pages(page)
 
 

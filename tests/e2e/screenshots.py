@@ -54,6 +54,7 @@ def stops(run: Run) -> list[Stop]:
     suite = client.get_experiment(experiment).name
     expert = _an_expert(run)
     task, runs = expert.info.run_name, f"experiments/{experiment}/runs"
+    maker = client.get_run(expert.data.tags["mlflow.parentRunId"]).info.run_name
     merged, single = registry.model_name(suite, registry.MERGED), registry.model_name(suite, task)
     version = max(int(each.version) for each in client.search_model_versions(f"name = '{merged}'"))
     first = max(int(each.version) for each in client.search_model_versions(f"name = '{single}'"))
@@ -63,7 +64,7 @@ def stops(run: Run) -> list[Stop]:
         Stop("runs", runs, (name, task, "matching run"), press='[data-component-id*="runnamecellrenderer"]'),
         Stop("run", f"{runs}/{parent}", ("Merged", "report.html", "held_in/merged", "main.py")),
         Stop("run-metrics", f"{runs}/{parent}/model-metrics", ("held_in", "merged"), ready=".js-plotly-plot .bars"),
-        Stop("expert", f"{runs}/{expert.info.run_id}", (f"expert for {task}", "loss/training", "Parent run", "Train")),
+        Stop("expert", f"{runs}/{expert.info.run_id}", (f"expert for {task}", "loss/training", maker, "Train")),
         Stop("expert-loss", f"{runs}/{expert.info.run_id}/model-metrics", ("training", "validation"), ready=curve),
         Stop("report", f"{report}/report.html", ("report/report.html", "loss.png"), ready="iframe.mlflow-html-iframe"),
         Stop("scores", f"{report}/scores.png", ("report/scores.png",), ready="img[alt='report/scores.png']"),

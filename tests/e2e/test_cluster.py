@@ -83,6 +83,8 @@ def store(stack: Any) -> Store:
 
 @pytest.fixture(scope="module")
 def cluster(submitter: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[nodes.Cluster]:
+    if sys.platform != "linux":
+        pytest.skip("nodes have addresses of their own in 127.0.0.0/8, which only Linux gives")
     base = tmp_path_factory.mktemp("cluster")
     hidden = [tmp_path_factory.getbasetemp(), ROOT, Path.home() / ".cache"]
     with nodes.cluster(base, submitter, 3, hidden) as made:

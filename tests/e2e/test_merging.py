@@ -32,6 +32,7 @@ CANDIDATES: list[dict[str, Any]] = [
     {"method": "emr"},
 ]
 BUDGET = 20
+GATE = 3 * 4  # scores of base, experts and merge on gate rows
 
 
 def configuration(tiny_config: CONFIG) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def test_a_run_with_many_methods(pipeline: Any, tiny_config: CONFIG, shared: dic
     assert made["task_masks"] == len(TASKS)
     assert made["checkpoints"] == 1
     expected = 5 + 4 + search["evaluations"] + 5 + 2 * 4  # base, experts, search, merge; emr on validation and test
-    assert made["evaluations"] == expected
+    assert made["evaluations"] == expected + GATE
 
 
 def test_methods_that_need_the_task_stay_apart(shared: dict[str, Any]) -> None:
@@ -144,7 +145,8 @@ def test_the_same_again_makes_nothing(pipeline: Any, tiny_config: CONFIG, shared
     results = finished.results
     assert results is not None
     assert set(results["made"].values()) == {0}
-    assert results["reused"] == shared["made"]
+    judged = shared["made"]["evaluations"] - GATE  # and not judged again
+    assert results["reused"] == {**shared["made"], "evaluations": judged}
     for name in ("held_in", "held_out", "candidates", "search", "per_task", "chosen", "export", "summary"):
         assert results[name] == shared[name], name
 
@@ -160,4 +162,4 @@ def test_a_larger_budget_reuses_every_score(pipeline: Any, tiny_config: CONFIG, 
     assert results["made"]["merge_nodes"] == 0
     more = 8 * len(TASKS) - shared["search"]["evaluations"]
     other_choice = results["chosen"]["key"] != shared["chosen"]["key"]
-    assert results["made"]["evaluations"] == more + 5 * other_choice
+    assert results["made"]["evaluations"] == more + (5 + 4) * other_choice  # on test and gate rows
