@@ -18,6 +18,7 @@ import math
 import re
 import uuid
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ from infra.store import FileRef, ObjectInfo, Store
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _KEY = re.compile(r"[0-9a-f]{64}")
 _ATTEMPTS = 50
+_THREADS = 16
 
 
 def canonical_json(value: Any) -> bytes:
@@ -155,6 +157,18 @@ def find(store: Readable, key: str, inputs: Mapping[str, str]) -> Manifest | Non
     """
     found = store.get_with_etag(manifest_name(key))
     return None if found is None else _usable(store, key, found[0], inputs)
+
+
+def find_published(store: Readable, key: str, inputs: Mapping[str, str]) -> tuple[Manifest, bool] | None:
+    """As `find`, answered as `publish` does: the artifact, and that it was not made now."""
+    found = find(store, key, inputs)
+    return None if found is None else (found, False)
+
+
+def find_each(store: Readable, keys: Iterable[str], inputs: Mapping[str, str]) -> list[Manifest | None]:
+    """As `find` for each of the keys, in their order, several requests at a time: a run asks for thousands."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(lambda key: find(store, key, inputs), keys))
 
 
 def peek(store: Readable, key: str) -> Manifest | None:

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from infra.errors import StoreError
-from infra.model_registry import KEY_TAG
+from infra.model_versions import versions_where
 from infra.registry import client, failed, model_name
 from infra.store import Store
 
@@ -49,9 +49,7 @@ def expert_keys(suite: str, task: str, limit: int = 5) -> list[str]:
 
 
 def _registered(mlflow: MlflowClient, name: str) -> list[str]:
-    versions = mlflow.search_model_versions(f"name = '{name}'", max_results=1000)
-    latest = sorted(versions, key=lambda version: -int(version.version))
-    return [version.tags[KEY_TAG] for version in latest if KEY_TAG in version.tags][:1]
+    return [version.key for version in versions_where(mlflow, f"name = '{name}'") if version.key][:1]
 
 
 def _trained(mlflow: MlflowClient, suite: str, task: str, limit: int) -> list[str]:

@@ -105,7 +105,6 @@ class Lease:
     ) -> None:
         """``confirmed``: when, by ``clock``, the request began that made this process the holder; default now."""
         self.store, self.key, self.owner = store, key, holder.owner
-        self._holder = holder
         self._expiry_s, self._clock = expiry_s, clock
         self._confirmed = clock() if confirmed is None else confirmed
         self._taken = False

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 LINEAGE_FILE = "lineage.json"
+KEY_TAG = "factory.lineage.key"
+"""Tag of a version: the recipe of the merged adapter."""
 TAG_LENGTH = 5000
 """Longest tag value that every MLflow server takes (newer ones take more)."""
 _TEXT_LENGTH = 1000
@@ -53,7 +55,7 @@ class Lineage:
         return {
             "factory.lineage.method": self.method,
             "factory.lineage.parameters": self._parameters(TAG_LENGTH),
-            "factory.lineage.key": self.key,
+            KEY_TAG: self.key,
             "factory.lineage.experts": self._experts(TAG_LENGTH),
         }
 

@@ -31,6 +31,9 @@ from infra.store import FileRef, split_uri
 KEY_TAG, DIGEST_TAG = "factory.key", "factory.digest"
 HEADS_TAG = "factory.heads"
 """How many heads a version's configuration names."""
+ADAPTER_TAG, CHECKPOINT_TAG = "factory.adapter_uri", "factory.checkpoint_uri"
+"""Where a version's bytes are: a version has one of the two."""
+BASE_TAG = "factory.base_sha256"
 VERSION_MARK = "<version>"
 """Stands in a description for the version's number, which is known once the version is made."""
 _ALIASES = """\
@@ -106,7 +109,7 @@ class RegisteredAdapter(Registration):
     code = "adapter_model.py"
 
     def place(self) -> tuple[str, str]:
-        return "factory.adapter_uri", self.adapter_uri
+        return ADAPTER_TAG, self.adapter_uri
 
     def references(self) -> dict[str, Any]:
         return {
@@ -129,7 +132,7 @@ class RegisteredCheckpoint(Registration):
     code = "checkpoint_model.py"
 
     def place(self) -> tuple[str, str]:
-        return "factory.checkpoint_uri", self.checkpoint_uri
+        return CHECKPOINT_TAG, self.checkpoint_uri
 
     def references(self) -> dict[str, Any]:
         return {
@@ -299,7 +302,7 @@ def _tags(model: Registration) -> dict[str, str]:
         "factory.task": model.task,
         **dict([model.place()]),
         "factory.base": model.base_name,
-        "factory.base_sha256": model.base_sha256,
+        BASE_TAG: model.base_sha256,
         HEADS_TAG: str(len(model.heads)),
     }
 

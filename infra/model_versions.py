@@ -12,8 +12,8 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
-from infra.model_registry import DIGEST_TAG, KEY_TAG
-from infra.registry import client, failed, model_name
+from infra.model_registry import ADAPTER_TAG, CHECKPOINT_TAG, DIGEST_TAG, KEY_TAG
+from infra.registry import client, failed, model_name, pages
 from infra.store import Store, split_uri
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -95,13 +95,8 @@ def models_of(suite: str) -> list[Model]:
 
 
 def _registered(mlflow: MlflowClient, suite: str) -> Iterator[RegisteredModel]:
-    token = None
-    while True:
-        page = mlflow.search_registered_models(f"name LIKE '{suite}.%'", max_results=500, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
+    where = f"name LIKE '{suite}.%'"
+    yield from pages(lambda token: mlflow.search_registered_models(where, max_results=500, page_token=token))
 
 
 def _belongs(model: RegisteredModel, suite: str) -> bool:
@@ -150,11 +145,11 @@ def asking(what: str) -> Iterator[None]:
 def gone(store: Store, version: Version) -> str | None:
     """The URI of a version's bytes if they are no longer in the object store of `store`'s endpoint. Raises
     StoreError."""
-    for tag in ("factory.adapter_uri", "factory.checkpoint_uri"):
+    for tag in (ADAPTER_TAG, CHECKPOINT_TAG):
         if uri := version.tags.get(tag):
             bucket, name = split_uri(uri)
             whole = Store(bucket, store.endpoint, "")
-            there = whole.head(name) is not None if "adapter" in tag else any(True for _ in whole.list(f"{name}/"))
+            there = whole.head(name) is not None if tag == ADAPTER_TAG else any(True for _ in whole.list(f"{name}/"))
             if not there:
                 return uri
     return None

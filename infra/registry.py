@@ -11,7 +11,7 @@ import os
 import re
 import time
 import urllib.parse
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -275,6 +275,17 @@ def kill_running_children(parent_run_id: str) -> int:
     except MlflowException as error:
         raise failed(f"mark the children of run {parent_run_id} as killed", error) from error
     return len(runs)
+
+
+def pages(search: Callable[[str | None], Iterable[Any]]) -> Iterator[Any]:
+    """Everything that a search of MLflow's finds, page by page. ``search`` gets the token of the page."""
+    token = None
+    while True:
+        found: Any = search(token)
+        yield from found
+        token = found.token
+        if not token:
+            return
 
 
 def failed(what: str, error: MlflowException) -> RegistryError:

@@ -5,7 +5,7 @@ another server, are not "deleted": the caller decides. What runs used is `infra.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +17,11 @@ from mlflow.entities import Run, ViewType
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from infra.model_registry import HEADS_TAG, KEY_TAG
-from infra.registry import client, failed, tracking_uri
+from infra import lineage
+from infra.model_registry import ADAPTER_TAG, BASE_TAG, CHECKPOINT_TAG, HEADS_TAG, KEY_TAG
+from infra.registry import client, failed, pages, tracking_uri
 from infra.store import Store
 
-LINEAGE_KEY_TAG, BASE_TAG = "factory.lineage.key", "factory.base_sha256"
-PLACE_TAGS = ("factory.adapter_uri", "factory.checkpoint_uri")
 _ATTEMPT = re.compile(r"(objects/[0-9a-f]{64}/[^/]+)(/.*)?")
 _PAGE = 1000
 _EXPERIMENTS = 100  # asked for in one search
@@ -53,7 +52,7 @@ def pipeline_runs() -> dict[str, RunState]:
     try:
         experiments = {
             found.experiment_id: found.lifecycle_stage == "active"
-            for found in _pages(lambda token: mlflow.search_experiments(ViewType.ALL, _PAGE, page_token=token))
+            for found in pages(lambda token: mlflow.search_experiments(ViewType.ALL, _PAGE, page_token=token))
         }
         ids = list(experiments)
         return {
@@ -67,7 +66,7 @@ def pipeline_runs() -> dict[str, RunState]:
 
 def _runs(mlflow: MlflowClient, experiments: list[str]) -> Iterator[Run]:
     where = "tags.`kind` = 'pipeline'"
-    yield from _pages(
+    yield from pages(
         lambda token: mlflow.search_runs(experiments, where, ViewType.ALL, max_results=_PAGE, page_token=token)
     )
 
@@ -90,9 +89,9 @@ def referred(store: Store, known: dict[str, list[str]] | None = None) -> Referre
     """
     mlflow = client()
     try:
-        versions = list(_pages(lambda token: mlflow.search_model_versions(max_results=_PAGE, page_token=token)))
+        versions = list(pages(lambda token: mlflow.search_model_versions(max_results=_PAGE, page_token=token)))
         ours = [version for version in versions if KEY_TAG in version.tags]
-        merges = [v for v in ours if LINEAGE_KEY_TAG in v.tags and v.tags.get(HEADS_TAG) != "0"]
+        merges = [v for v in ours if lineage.KEY_TAG in v.tags and v.tags.get(HEADS_TAG) != "0"]
         known = {} if known is None else known
         new = [version for version in merges if version.source not in known]
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -100,11 +99,11 @@ def referred(store: Store, known: dict[str, list[str]] | None = None) -> Referre
         heads = [head for version in merges for head in known[version.source]]
     except MlflowException as error:
         raise failed("say what its registered models refer to", error) from error
-    tags = [version.tags[tag] for version in ours for tag in PLACE_TAGS if tag in version.tags]
+    tags = [version.tags[tag] for version in ours for tag in (ADAPTER_TAG, CHECKPOINT_TAG) if tag in version.tags]
     places = [*(_name(store, uri) for uri in tags), *heads]
     return Referred(
         len(ours),
-        frozenset(v.tags[tag] for v in ours for tag in (KEY_TAG, LINEAGE_KEY_TAG, BASE_TAG) if tag in v.tags),
+        frozenset(v.tags[tag] for v in ours for tag in (KEY_TAG, lineage.KEY_TAG, BASE_TAG) if tag in v.tags),
         frozenset(found[1] for place in places if (found := _ATTEMPT.fullmatch(place))),
     )
 
@@ -126,14 +125,3 @@ def _heads(version: ModelVersion) -> list[str]:
         return []
     config: dict[str, Any] = yaml.safe_load(text)["flavors"]["python_function"].get("config", {})
     return [str(head["adapter"]) for head in config.get("heads", {}).values()]
-
-
-def _pages(search: Callable[[str | None], Iterable[Any]]) -> Iterator[Any]:
-    """Everything that a paged search finds."""
-    token = None
-    while True:
-        found: Any = search(token)
-        yield from found
-        token = found.token
-        if not token:
-            return

@@ -12,10 +12,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from infra.environment import ROOT
 from infra.errors import ConfigError
 from infra.store_client import is_loopback
 
-ROOT = Path(__file__).resolve().parent.parent
 _READ_CONFIG = """
 import json, sys
 from infra.errors import FactoryError

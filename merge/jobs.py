@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from infra.artifacts import Manifest, Recipe, find, new_attempt, publish
+from infra.artifacts import Manifest, Recipe, find, find_published, new_attempt, publish
 from infra.environment import environment
 from infra.errors import MergeError, StoreError
 from infra.store import FileRef, Store
@@ -168,8 +168,8 @@ def find_made(store: Store, job: KeyedJob) -> Made | None:
         keys = keys_of(job)
         return tuple(found[key] for key in keys) if len(found) == len(keys) else None
     inputs = _mask_inputs(job) if isinstance(job, TaskMaskJob) else consumed(job.children, job.reference)
-    made = find(store, job.recipe.key, inputs)
-    return None if made is None else ((made, False),)
+    made = find_published(store, job.recipe.key, inputs)
+    return None if made is None else (made,)
 
 
 def job_name(job: Job) -> str:

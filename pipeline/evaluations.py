@@ -1,13 +1,12 @@
 """Scores within a run: found, or made by a pool of evaluation actors that take the slots which experts leave."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from infra.artifacts import Manifest, find
+from infra.artifacts import Manifest, find_each, find_published
 from infra.claims import Claim
 from infra.elsewhere import Elsewhere
 from pipeline import jobs, remote
@@ -15,8 +14,6 @@ from pipeline.cluster import ray_options
 from pipeline.outcome import Inputs, Outcome, Problem
 from pipeline.work import ActorItem, ActorPool
 from workers.evaluator import EvaluationJob
-
-_THREADS = 16  # looking for scores: each takes a few requests to the store, and a run may need thousands
 
 
 @dataclass(frozen=True)
@@ -73,8 +70,7 @@ class Evaluations:
         """Find the scores that were asked for, and have made those that do not exist. Raises StoreError."""
         while self._asked:  # what is found may ask for more
             asked, self._asked = self._asked, []
-            with ThreadPoolExecutor(_THREADS) as pool:
-                found = list(pool.map(lambda each: find(self._inputs.store, each.job.recipe.key, {}), asked))
+            found = find_each(self._inputs.store, [each.job.recipe.key for each in asked], {})
             for each, existing in zip(asked, found, strict=True):
                 self._settle(each, existing)
 
@@ -89,10 +85,6 @@ class Evaluations:
             outcome.scores[job.model, job.split, job.task] = found.meta
             outcome.evaluations.add(found.key)
             asked.then()
-
-        def look() -> tuple[Manifest, bool] | None:
-            found = find(inputs.store, job.recipe.key, {})
-            return None if found is None else (found, False)
 
         if existing is not None:
             done((existing, False))
@@ -111,7 +103,8 @@ class Evaluations:
             )
 
         name = f"{job.model} on {job.task}"
-        self._elsewhere.submit(name, [job.recipe.key], enqueue, look, done)
+        key = job.recipe.key
+        self._elsewhere.submit(name, [key], enqueue, lambda: find_published(inputs.store, key, {}), done)
 
     def _create(self) -> Any:
         config = self._inputs.config

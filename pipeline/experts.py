@@ -5,18 +5,17 @@ Those that exist are reported in one call, the others as they finish. What is ma
 
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 
-from infra.artifacts import Manifest, Recipe, find
+from infra.artifacts import Manifest, Recipe, find, find_each
 from infra.elsewhere import Elsewhere
 from pipeline import jobs, recipes, remote
 from pipeline.cluster import ray_options
 from pipeline.display import Display
 from pipeline.outcome import Inputs, Outcome, Problem
-from pipeline.work import Lane, hand_out
+from pipeline.work import Lane, find_or_hand_out, hand_out
 from workers.expert import ExpertOutcome
 from workers.shared_support import SupportRef
 
@@ -54,20 +53,13 @@ class Experts:
         def ready(manifest: Manifest) -> None:
             self._start(jobs.support_ref(config, manifest))
 
-        def look() -> Manifest | None:
-            return find(inputs.store, recipe.key, {})
-
-        found = look()
-        if found is not None:
-            ready(found)
-            return
         job, name = jobs.support_job(inputs, recipe), "shared support"
         options = ray_options(config.resources.expert, config.resources.retries)
         start = remote.support.options(name=name, **options).remote
         failed = self._problem("selecting the shared support")
-        hand_out(
+        find_or_hand_out(
             self._elsewhere, self.lane, name, [recipe.key],
-            lambda claim: start(inputs.store, job, claim), look, ready, failed,
+            lambda claim: start(inputs.store, job, claim), lambda: find(inputs.store, recipe.key, {}), ready, failed,
         )  # fmt: skip
 
     def _start(self, support: SupportRef | None) -> None:
@@ -79,8 +71,7 @@ class Experts:
         planned = {
             t: recipes.expert_recipe(config, inputs.base.sha256, inputs.tasks[t], shared) for t in config.held_in
         }
-        with ThreadPoolExecutor(max_workers=16) as pool:
-            looked = list(pool.map(lambda recipe: find(inputs.store, recipe.key, consumed), planned.values()))
+        looked = find_each(inputs.store, [recipe.key for recipe in planned.values()], consumed)
         for (task, recipe), found in zip(planned.items(), looked, strict=True):
             data = inputs.tasks[task]
             if found is not None:

@@ -168,6 +168,7 @@ def _registered_version(name: str, version: str | None, alias: str | None) -> tu
     from mlflow.exceptions import MlflowException  # seconds of imports, for this kind of source only
 
     from infra import registry
+    from infra.model_registry import ADAPTER_TAG, CHECKPOINT_TAG
 
     mlflow = registry.client()
     try:
@@ -179,7 +180,7 @@ def _registered_version(name: str, version: str | None, alias: str | None) -> tu
         raise RegistryError(
             f"the MLflow server at {registry.tracking_uri()} has no {which} of {name!r}: {error}"
         ) from error
-    uri = found.tags.get("factory.adapter_uri") or found.tags.get("factory.checkpoint_uri")
+    uri = found.tags.get(ADAPTER_TAG) or found.tags.get(CHECKPOINT_TAG)
     if not uri:
         raise RegistryError(
             f"models:/{name}/{found.version} refers to no adapter or checkpoint; was it registered by other software?"

@@ -7,7 +7,7 @@ what exists already, is `merge.schedule`'s business.
 from collections.abc import Callable, Mapping
 from itertools import islice
 
-from infra.artifacts import Manifest, find
+from infra.artifacts import Manifest, find_published
 from infra.claims import Busy, Claim
 from infra.elsewhere import Elsewhere
 from merge.dispatch import Dispatch
@@ -18,7 +18,7 @@ from pipeline import jobs, recipes, remote
 from pipeline.cluster import ray_options
 from pipeline.display import Display
 from pipeline.outcome import Inputs, Outcome, Problem
-from pipeline.work import Item, Lane, hand_out
+from pipeline.work import Item, Lane, find_or_hand_out
 
 
 class Merging:
@@ -87,17 +87,12 @@ class Merging:
             ready(manifest)
 
         def look() -> tuple[Manifest, bool] | None:
-            found = find(inputs.store, recipe.key, {expert.key: expert.digest})
-            return None if found is None else (found, False)
+            return find_published(inputs.store, recipe.key, {expert.key: expert.digest})
 
-        existing = look()
-        if existing is not None:
-            done(existing)
-            return
         job, name = jobs.importance_job(inputs, task, recipe, expert), f"{kind} of {task}"
         resources = inputs.config.resources
         start = remote.importance.options(name=name, **ray_options(resources.expert, resources.retries)).remote
-        hand_out(
+        find_or_hand_out(
             self._elsewhere, self.importances, name, [recipe.key],
             lambda claim: start(inputs.store, job, claim), look, done, self._problem(f"measuring {kind} of {task!r}"),
         )  # fmt: skip

@@ -18,6 +18,7 @@ from infra.errors import StoreError
 from infra.model_versions import Version
 from infra.store import ObjectMissing, Store
 from pipeline.gate import TaskScores
+from workers.base import index_object
 from workers.metrics import LabelScores
 from workers.prompt import PromptSpec
 from workers.rows import Row, load_rows, rows_object
@@ -76,7 +77,7 @@ def find_champion(
         raise StoreError(f"{store.uri(manifest_name(champion.key))} now names other bytes than were registered")
     _check_files(store, manifest)
     base = str(manifest.meta["base_sha256"])
-    if store.head(f"bases/{base}/index.json") is None:
+    if store.head(index_object(base)) is None:
         raise StoreError(f"its base {base} is not in the object store")
     made_of = [(task, manifest)] if manifest.kind == "expert" else _experts(store, manifest, bool(labels))
     experts = dict(made_of)

@@ -19,6 +19,7 @@ from infra.store import ObjectMissing, Store
 from pipeline.forecast import Forecast
 from pipeline.outcome import Inputs
 from pipeline.staleness import SEED, why_lost, why_stale
+from workers.base import index_object
 from workers.rows import Row, load_rows, rows_object
 
 NEW = "new task"
@@ -110,7 +111,7 @@ def stored_rows(store: Store, fingerprint: str) -> Sequence[Row] | None:
 
 def stored_base(store: Store, sha256: str) -> str:
     """Name of a base that an earlier run used. Raises StoreError."""
-    found = store.get_with_etag(f"bases/{sha256}/index.json")
+    found = store.get_with_etag(index_object(sha256))
     with contextlib.suppress(ValueError, KeyError, TypeError):
         return str(json.loads(found[0])["name"]) if found is not None else "another"
     return "another"

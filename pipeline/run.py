@@ -14,7 +14,7 @@ from functools import partial
 
 import ray
 
-from infra.artifacts import Manifest, find
+from infra.artifacts import Manifest, find_published
 from infra.elsewhere import Elsewhere
 from infra.errors import ExpertError, FactoryError
 from merge.export import export_job
@@ -29,7 +29,7 @@ from pipeline.merging import Merging
 from pipeline.outcome import Inputs, Outcome, span
 from pipeline.promotion import Promotion
 from pipeline.search import Race
-from pipeline.work import hand_out, settle
+from pipeline.work import find_or_hand_out, settle
 
 POLL_S = 0.5
 
@@ -230,19 +230,12 @@ class Run:
             outcome.checkpoint, made = result
             (outcome.made if made else outcome.reused).checkpoints += 1
 
-        def look() -> tuple[Manifest, bool] | None:
-            found = find(self.store, job.recipe.key, {})
-            return None if found is None else (found, False)
-
-        existing = look()
-        if existing is not None:
-            done(existing)
-            return
         options = ray_options(self.config.resources.node, self.config.resources.retries)
         start = remote.export.options(name="export", **options).remote
-        hand_out(
+        find_or_hand_out(
             self._elsewhere, self._merging.nodes, "export", [job.recipe.key],
-            lambda claim: start(self.store, job, claim), look, done, self._problem("export"),
+            lambda claim: start(self.store, job, claim), lambda: find_published(self.store, job.recipe.key, {}),
+            done, self._problem("export"),
         )  # fmt: skip
 
     # -- evaluation ---------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The driver's bookkeeping of Ray work: lanes of tasks with bounded concurrency, and a pool of evaluation actors.
 
-Keyed work goes through `hand_out`: it is given to a worker under a claim, or waited for where somebody else makes it.
+Keyed work goes through `hand_out` or `find_or_hand_out`: it is given to a worker under a claim, or waited for where
+somebody else makes it.
 
 Results reach the run through callbacks; nothing here knows what the work is. Only keys, manifests and scores pass
 through the driver, never tensors.
@@ -68,6 +69,24 @@ def hand_out(
         lane.add(Item(name, lambda: start(claim), answered, failed))
 
     elsewhere.submit(name, keys, enqueue, find, done)
+
+
+def find_or_hand_out(
+    elsewhere: Elsewhere,
+    lane: Lane,
+    name: str,
+    keys: Iterable[str],
+    start: Callable[[Claim], ObjectRef],
+    find: Callable[[], Any],
+    done: Callable[[Any], None],
+    failed: Callable[[BaseException], None],
+) -> None:
+    """As `hand_out`, unless `find` gives something at once: then that is `done`."""
+    existing = find()
+    if existing is not None:
+        done(existing)
+    else:
+        hand_out(elsewhere, lane, name, keys, start, find, done, failed)
 
 
 @dataclass

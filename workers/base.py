@@ -318,10 +318,15 @@ def _dequantise(gguf: Path, made: Path, pad_token: str) -> None:
 # -- the object store --
 
 
+def index_object(sha256: str) -> str:
+    """Object name of a stored base's index, which is written last: a base is in the store if its index is."""
+    return f"bases/{sha256}/index.json"
+
+
 def upload_base(store: BaseStore, prepared: PreparedBase) -> None:
     """Put a prepared base at `bases/<identity>/`, `index.json` last; files that are there already are left alone."""
-    prefix = f"bases/{prepared.sha256}"
-    if store.head(f"{prefix}/index.json") is not None:
+    prefix, index_name = f"bases/{prepared.sha256}", index_object(prepared.sha256)
+    if store.head(index_name) is not None:
         return
     recorded = json.loads((prepared.path / IDENTITY).read_text())["files"]
     files = {name: {"sha256": file["sha256"], "size": file["size"]} for name, file in recorded.items()}
@@ -330,7 +335,7 @@ def upload_base(store: BaseStore, prepared: PreparedBase) -> None:
         if found is None or found.size != file["size"]:
             store.upload_file(f"{prefix}/{name}", prepared.path / name)
     index = {"sha256": prepared.sha256, "name": prepared.name, "license": prepared.license, "files": files}
-    store.put_if_absent(f"{prefix}/index.json", json.dumps(index, indent=1, sort_keys=True).encode())
+    store.put_if_absent(index_name, json.dumps(index, indent=1, sort_keys=True).encode())
 
 
 def fetch_base(store: BaseStore, sha256: str, cache_dir: Path) -> Path:
@@ -346,12 +351,12 @@ def fetch_base(store: BaseStore, sha256: str, cache_dir: Path) -> Path:
     with FileLock(str(target) + ".lock"):
         if (target / IDENTITY).is_file():
             return read_base(target).path
-        prefix = f"bases/{sha256}"
-        if store.head(f"{prefix}/index.json") is None:
+        prefix, index_name = f"bases/{sha256}", index_object(sha256)
+        if store.head(index_name) is None:
             raise BaseModelError(
-                f"base {sha256}: not in the object store ({prefix}/index.json); run the pipeline that made it"
+                f"base {sha256}: not in the object store ({index_name}); run the pipeline that made it"
             )
-        index = json.loads(store.get(f"{prefix}/index.json"))
+        index = json.loads(store.get(index_name))
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
             made = Path(temporary) / "base"
             made.mkdir()
