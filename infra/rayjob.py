@@ -2,8 +2,9 @@
 
     python -m infra.rayjob /etc/expert-factory/rayjob.yaml
 
-The RayJob gets the name of the Kubernetes Job that this pod belongs to, which Kubernetes derives from the tick, so a
-pod that replaces a lost one finds the RayJob there and waits for it. Waiting is what makes the CronJob's
+The RayJob is named after the Kubernetes Job that this pod belongs to, whose name Kubernetes derives from the tick, so
+a pod that replaces a lost one finds the RayJob there and waits for it. (The very same name would not do: KubeRay's
+submitter is a Job named as its RayJob.) Waiting is what makes the CronJob's
 ``concurrencyPolicy: Forbid`` mean that two retrainings never overlap. The Job owns the RayJob, so that the CronJob's
 history limits remove both. Covers one RayJob; KubeRay runs it.
 
@@ -28,6 +29,7 @@ from infra.schedule import mlflow_run
 
 SUITE_LABEL = "expert-factory/suite"
 _ENDED = frozenset({"Complete", "Failed", "ValidationFailed"})
+_JOB_ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 _POLL = 15.0  # seconds
 _TIMEOUT = (5.0, 30.0)
 _ATTEMPTS = 5  # of the webhook
@@ -85,9 +87,9 @@ class Cluster:
 
 
 def scheduled(manifest: Mapping[str, Any], job: str, uid: str) -> dict[str, Any]:
-    """The RayJob of one tick: the manifest, named as the Job, and owned by it if ``uid`` is given."""
+    """The RayJob of one tick: the manifest, named after the Job, and owned by it if ``uid`` is given."""
     metadata: dict[str, Any] = {key: value for key, value in manifest["metadata"].items() if key != "generateName"}
-    metadata["name"] = job
+    metadata["name"] = f"{job}-run"
     if uid:
         owner = {"apiVersion": "batch/v1", "kind": "Job", "name": job, "uid": uid, "blockOwnerDeletion": False}
         metadata["ownerReferences"] = [owner]
@@ -114,6 +116,13 @@ def run(cluster: Cluster, body: Mapping[str, Any], wait: Callable[[float], None]
         except requests.RequestException as error:
             _say(f"the Kubernetes API does not answer ({type(error).__name__}); trying again")
         wait(_POLL)
+
+
+def outcome_of(status: Mapping[str, Any]) -> tuple[str, str]:
+    """How an ended RayJob ended, and why. One that KubeRay gave up (its deadline passed) may say RUNNING of its job."""
+    job, deployment = str(status.get("jobStatus", "")), str(status.get("jobDeploymentStatus", ""))
+    words = [str(status[name]) for name in ("reason", "message") if status.get(name)]
+    return (job if job in _JOB_ENDED else deployment.upper()), ": ".join(words)
 
 
 def notify(url: str, document: Mapping[str, Any], wait: Callable[[float], None]) -> None:
@@ -148,8 +157,8 @@ def main(arguments: list[str] | None = None, wait: Callable[[float], None] = tim
     except (FactoryError, OSError, yaml.YAMLError) as error:
         _say(f"error: {error}")
         return 2 if isinstance(error, ConfigError | yaml.YAMLError) else 1
-    outcome = status.get("jobStatus") or str(status.get("jobDeploymentStatus", "")).upper()
-    _say(f"the RayJob {job} ended: {outcome} {status.get('message', '')}")
+    outcome, message = outcome_of(status)
+    _say(f"the RayJob {job}-run ended: {outcome} {message}")
     if url is not None:
         suite, submission = (
             str(manifest["metadata"].get("labels", {}).get(SUITE_LABEL, "")),
@@ -161,7 +170,7 @@ def main(arguments: list[str] | None = None, wait: Callable[[float], None] = tim
             "submission_id": submission,
             "status": outcome,
             "exit_code": None,
-            "message": status.get("message", ""),
+            "message": message,
             "mlflow_run": mlflow_run(suite, submission),
         }
         notify(url, document, wait)

@@ -59,6 +59,11 @@ def templates() -> dict[str, dict[str, Any]]:
     """Every pod template, by where it is."""
     cron, mlflow_server = only("cronjob.yaml", "CronJob"), only("mlflow.yaml", "Deployment")
     found = {"cronjob": cron["spec"]["jobTemplate"]["spec"]["template"], "mlflow": mlflow_server["spec"]["template"]}
+    jobs = {
+        "rayjob.yaml": only("rayjob.yaml", "RayJob")["spec"],
+        "raycronjob.yaml": only("raycronjob.yaml", "RayCronJob")["spec"]["jobTemplate"],
+    }
+    found |= {f"submitter of {name}": job["submitterPodTemplate"] for name, job in jobs.items()}
     for name, cluster in clusters().items():
         found[f"{name} head"] = cluster["headGroupSpec"]["template"]
         found |= {f"{name} {group['groupName']}": group["template"] for group in cluster["workerGroupSpecs"]}
@@ -163,10 +168,27 @@ def test_the_cron_job_does_not_overlap_and_makes_up() -> None:
     run = only("rayjob.yaml", "RayJob")["spec"]
     assert spec["concurrencyPolicy"] == "Forbid"
     assert spec["startingDeadlineSeconds"] > 0
-    assert spec["jobTemplate"]["spec"]["activeDeadlineSeconds"] > run["activeDeadlineSeconds"]
+    # KubeRay's deadline is that of one attempt. The pod outlives them all, and the next tick finds them ended.
+    job, attempts = spec["jobTemplate"]["spec"], run["backoffLimit"] + 1
+    assert attempts * run["activeDeadlineSeconds"] < job["activeDeadlineSeconds"] < 24 * 3600
     assert run["shutdownAfterJobFinishes"] is True
     assert run["ttlSecondsAfterFinished"] > 0
     assert run["backoffLimit"] > 0
+
+
+def test_a_failed_run_is_told_once() -> None:
+    """The pod's exit statuses for a run that failed, and for bad input, start no other pod; a lost pod does."""
+    job = only("cronjob.yaml", "CronJob")["spec"]["jobTemplate"]["spec"]
+    fails, lost = job["podFailurePolicy"]["rules"]
+    assert (fails["action"], fails["onExitCodes"]["operator"], fails["onExitCodes"]["values"]) == (
+        "FailJob",
+        "In",
+        [1, 2],
+    )
+    assert fails["onExitCodes"]["containerName"] == job["template"]["spec"]["containers"][0]["name"]
+    assert (lost["action"], lost["onPodConditions"][0]["type"]) == ("Ignore", "DisruptionTarget")
+    assert job["template"]["spec"]["restartPolicy"] == "Never"  # a failure policy needs it
+    assert job["backoffLimit"] > 0
 
 
 def test_the_service_account_may_do_what_the_pod_does_and_no_more() -> None:
@@ -211,7 +233,10 @@ def test_every_variable_is_one_that_something_reads() -> None:
     names = set(only("configmap.yaml", "ConfigMap")["data"])
     names |= {entry["name"] for container in containers() for entry in container.get("env", ())}
     names |= set(re.findall(r"FACTORY_\w+(?==)", (MANIFESTS / "Dockerfile").read_text()))
+    arguments = [word for container in containers() for word in container.get("command", ())]
     for name in names:
+        if any(f"$({name})" in word for word in arguments):
+            continue  # Kubernetes fills it in
         if name.startswith("MLFLOW_"):
             assert hasattr(mlflow.environment_variables, name) or name in code, name
         else:
@@ -245,7 +270,8 @@ def test_no_secret_is_in_any_file() -> None:
         entry["secretRef"]["name"] for c in containers() for entry in c.get("envFrom", ()) if "secretRef" in entry
     ]
     assert set(references) == {"expert-factory-credentials"}
-    assert len(references) == len(containers())
+    own = [name for name in templates() if not name.startswith("submitter")]  # that pod only talks to Ray's head
+    assert len(references) == len(own)
 
 
 def test_pods_run_without_privileges() -> None:
@@ -256,6 +282,9 @@ def test_pods_run_without_privileges() -> None:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False, name
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, name
             assert container["resources"]["limits"]["memory"], name
+            assert container["imagePullPolicy"] == "Always", (
+                name
+            )  # the tag may be built again, with other configurations
     dockerfile = (MANIFESTS / "Dockerfile").read_text()
     assert re.search(r"^USER 1000:1000$", dockerfile, re.M)
     copied = re.findall(r"^COPY (.+) \S+$", dockerfile, re.M)
@@ -351,7 +380,13 @@ def api() -> Iterator[Api]:
 
 JOB = "expert-factory-retrain-29384120"
 SUCCEEDED = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED", "jobId": "j1"}
-FAILED = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "message": "no", "jobId": "j1"}
+FAILED = {
+    "jobDeploymentStatus": "Failed",
+    "jobStatus": "FAILED",
+    "reason": "AppFailed",
+    "message": "no",
+    "jobId": "j1",
+}
 
 
 @pytest.fixture
@@ -374,7 +409,8 @@ def test_a_tick_creates_its_job_waits_and_tells(api: Api, pod: Callable[[], int]
     assert api.tokens == {"Bearer t0ken"}
     [made] = api.created
     assert made["spec"] == only("rayjob.yaml", "RayJob")["spec"]
-    assert made["metadata"]["name"] == JOB
+    assert made["metadata"]["name"] == f"{JOB}-run" != JOB  # KubeRay's submitter is a Job named as the RayJob
+    assert len(made["metadata"]["name"]) <= 47  # KubeRay's limit
     assert "generateName" not in made["metadata"]
     assert made["metadata"]["ownerReferences"][0]["uid"] == "u-1"
     assert api.told == [
@@ -388,7 +424,15 @@ def test_a_replaced_pod_finds_the_job_of_its_tick(api: Api, pod: Callable[[], in
     api.created.append(scheduled(only("rayjob.yaml", "RayJob"), JOB, "u-1"))
     assert pod() == 1
     assert len(api.created) == 1
-    assert (api.told[0]["status"], api.told[0]["message"]) == ("FAILED", "no")
+    assert (api.told[0]["status"], api.told[0]["message"]) == ("FAILED", "AppFailed: no")
+
+
+def test_a_run_that_its_deadline_ended_has_failed(api: Api, pod: Callable[[], int]) -> None:
+    """KubeRay then leaves the job's status as it was."""
+    status = {"jobDeploymentStatus": "Failed", "jobStatus": "RUNNING", "reason": "DeadlineExceeded", "jobId": "j1"}
+    api.answers = [status]
+    assert pod() == 1
+    assert (api.told[0]["status"], api.told[0]["message"]) == ("FAILED", "DeadlineExceeded")
 
 
 def test_what_kubernetes_refuses_ends_the_pod(
