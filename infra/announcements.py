@@ -67,7 +67,11 @@ def await_removals(store: Store, hashes: Collection[str], expiry_s: float = EXPI
 
 def _condemned(store: Store, journal: StoredObject) -> set[str]:
     found = store.get_with_etag(journal.name)
-    return set(json.loads(found[0])) if found else set()
+    try:
+        return set(json.loads(found[0])) if found else set()
+    except (ValueError, TypeError) as error:
+        where = store.uri(journal.name)
+        raise StoreError(f"{where} is damaged ({error}); delete the object when no gc is running") from error
 
 
 class RootReader:

@@ -165,10 +165,10 @@ def find_published(store: Readable, key: str, inputs: Mapping[str, str]) -> tupl
     return None if found is None else (found, False)
 
 
-def find_each(store: Readable, keys: Iterable[str], inputs: Mapping[str, str]) -> list[Manifest | None]:
-    """As `find` for each of the keys, in their order, several requests at a time: a run asks for thousands."""
+def find_each(store: Readable, wanted: Iterable[tuple[str, Mapping[str, str]]]) -> list[Manifest | None]:
+    """As `find` for each key with its inputs, in their order, several at a time: a run asks for thousands."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(lambda key: find(store, key, inputs), keys))
+        return list(pool.map(lambda each: find(store, *each), wanted))
 
 
 def peek(store: Readable, key: str) -> Manifest | None:

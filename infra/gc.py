@@ -217,7 +217,14 @@ def _recover(store: Store) -> int:
 def _undo(store: Store, journal: str) -> int:
     """Put back the journal's manifests, except those whose data went already; forget the journal."""
     restored = 0
-    for key, text in json.loads(store.get(journal)).items():
+    try:
+        entries = dict(json.loads(store.get(journal)))
+    except (ValueError, TypeError) as error:
+        raise StoreError(
+            f"{store.uri(journal)}, what an interrupted collection had removed, is damaged ({error}); runs make those "
+            "artifacts anew when they want them: delete the object and start again"
+        ) from error
+    for key, text in entries.items():
         body = text.encode("latin-1")
         links = links_of(key, body)
         if links is not None and all(_each(lambda name: store.head(name) is not None, sorted(links.files))):

@@ -4,6 +4,7 @@ Reads only; an experiment or a model that does not exist has no history. Runs an
 and `infra.model_registry` write.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -11,14 +12,14 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from infra.errors import StoreError
 from infra.model_versions import versions_where
 from infra.registry import client, failed, model_name
 from infra.store import Store
 
 
 def results_of_runs(store: Store, suite: str, limit: int = 10) -> Iterator[dict[str, Any]]:
-    """results.json of the suite's finished runs, the latest first. Raises RegistryError, StoreError."""
+    """results.json of the suite's finished runs, the latest first, without damaged ones. Raises RegistryError,
+    StoreError."""
     mlflow = client()
     try:
         experiment = mlflow.get_experiment_by_name(suite)
@@ -31,15 +32,13 @@ def results_of_runs(store: Store, suite: str, limit: int = 10) -> Iterator[dict[
     for run in runs:
         found = store.get_with_etag(f"runs/{run.info.run_id}/results.json")
         if found is not None:
-            try:
+            with contextlib.suppress(ValueError):
                 yield json.loads(found[0])
-            except ValueError as error:
-                raise StoreError(f"runs/{run.info.run_id}/results.json is damaged: {error}") from error
 
 
 def expert_keys(suite: str, task: str, limit: int = 5) -> list[str]:
     """Keys of experts that the task has had, the likeliest present one first: of its latest registered version, then of
-    its latest runs. Raises RegistryError."""
+    its latest finished runs. Raises RegistryError."""
     mlflow = client()
     try:
         found = [*_registered(mlflow, model_name(suite, task)), *_trained(mlflow, suite, task, limit)]
@@ -57,7 +56,8 @@ def _trained(mlflow: MlflowClient, suite: str, task: str, limit: int) -> list[st
     if experiment is None:
         return []
     runs = mlflow.search_runs(
-        [experiment.experiment_id], f"tags.kind = 'expert' and params.task = '{task}'",
+        [experiment.experiment_id],
+        f"tags.kind = 'expert' and params.task = '{task}' and attributes.status = 'FINISHED'",
         max_results=limit, order_by=["attributes.start_time DESC"],
     )  # fmt: skip
     return [run.data.tags["expert_key"] for run in runs if "expert_key" in run.data.tags]

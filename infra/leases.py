@@ -34,7 +34,9 @@ from infra.store_admin import delete_if_match
 EXPIRY_S = 60.0
 """Seconds without a heartbeat after which a lease may be taken over. The same for holders and observers."""
 BEATS_PER_EXPIRY = 6
-"""Heartbeats in that time: five in a row have to fail before anybody takes over."""
+"""Heartbeats in that time: five in a row have to fail before anybody takes over. None waits for an answer for longer
+than the pause between two, so that a connection that hangs costs one of them."""
+_LEAST_PATIENCE_S = 0.5
 _LOOKS = 3  # an observer must have looked at least this often in the time
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _ATTEMPTS = 5
@@ -120,8 +122,9 @@ class Lease:
 
     def beat(self) -> bool:
         """Renew the lease; False once it is known to be lost for good. Raises StoreError, which changes nothing."""
+        store = self.store.hasty(max(_LEAST_PATIENCE_S, self._expiry_s / BEATS_PER_EXPIRY))
         with self._lock:
-            return not self._taken and self._write(lambda held: replace(held, beat=held.beat + 1)) is not None
+            return not self._taken and self._write(store, lambda held: replace(held, beat=held.beat + 1)) is not None
 
     def release(self) -> bool:
         """Make the key free again if it is still ours; False if it is not. Raises StoreError."""
@@ -132,7 +135,7 @@ class Lease:
             self._taken = True  # whatever happens from here on, this object does not hold the key
             return freed
 
-    def _write(self, change: Callable[[Holder], Holder]) -> bytes | None:
+    def _write(self, store: Store, change: Callable[[Holder], Holder]) -> bytes | None:
         """Replace the lease if it is still ours; what was written, or None if it is lost.
 
         What the store holds decides, not what was written last: a write whose answer got lost counts if it arrived.
@@ -140,12 +143,12 @@ class Lease:
         name = lease_name(self.key)
         for _ in range(_ATTEMPTS):
             began = self._clock()
-            found = self.store.get_with_etag(name)
+            found = store.get_with_etag(name)
             held = Holder.from_json(found[0]) if found else None
             if found is None or held is None or held.owner != self.owner:
                 break
             data = change(held).to_json()
-            if self.store.replace_if_match(name, data, found[1]):
+            if store.replace_if_match(name, data, found[1]):
                 self._confirmed = began
                 return data
         self._taken = True

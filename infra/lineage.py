@@ -50,6 +50,12 @@ class Lineage:
         }
         return json.dumps(whole, sort_keys=True, indent=1)
 
+    @classmethod
+    def from_json(cls, text: str) -> "Lineage":
+        """The inverse of `to_json`. Raises ValueError, KeyError or TypeError for anything else."""
+        body = json.loads(text)
+        return cls(body["method"], body["parameters"], body["key"], tuple(Ancestor(**each) for each in body["experts"]))
+
     def tags(self) -> dict[str, str]:
         """Tags of a model version, none longer than ``TAG_LENGTH``."""
         return {

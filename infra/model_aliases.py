@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 from infra.errors import RegistryError
 from infra.leases import Lease, Watcher, holding
 from infra.lineage import TAG_LENGTH
-from infra.model_registry import DIGEST_TAG
+from infra.model_registry import CONFIG_TAG, DIGEST_TAG
 from infra.model_versions import (
     BY_HAND,
     CHALLENGER,
@@ -39,6 +39,7 @@ from infra.model_versions import (
     Version,
     aliased,
     asking,
+    barred,
     gone,
     version_of,
     versions_where,
@@ -58,12 +59,14 @@ _VERDICT_LENGTH = 600
 @dataclass(frozen=True)
 class Standing:
     """Where a version stands. ``judged``: a version of the same bytes, perhaps itself, that needs no gate any more.
-    ``replaced``: the champion whose place it was just given, for that one's bytes, which are the same, are gone."""
+    ``replaced``: the champion whose place it was just given, for that one has the same bytes, but they are gone, or it
+    is asked in another way. ``former``: where there is no champion, another version that was one."""
 
     version: Version
     champion: Version | None
     judged: Version | None
     replaced: int | None = None
+    former: Version | None = None
 
     @property
     def leads(self) -> bool:
@@ -103,40 +106,54 @@ class Conclusion:
 def enter(store: Store, name: str, version: int) -> Standing:
     """Make a registered version the challenger, unless it is the champion, and say where it stands.
 
-    A version with the bytes of a champion that were deleted from where that one refers to takes its place.
+    A version with the bytes of the champion takes its place where that one's were deleted, or it is asked in another
+    way than this one, which is today's. Bytes that were rolled back stay so in a version of their own.
     Raises RegistryError or StoreError.
     """
     mlflow = client()
     with asking(f"make version {version} of {name!r} the challenger"):
+        _bar(mlflow, name, version)
         standing = _standing(mlflow, name, version)
         challenger = aliased(mlflow, name, CHALLENGER)
         known = challenger is not None and challenger.version == version
-        if standing.leads != known and not _lost(store, standing):
+        if standing.leads != known and _succeeds(store, standing) is None:
             return standing
         with _alone(store, name) as lease:
             standing = _standing(mlflow, name, version)
             if standing.leads:
                 _drop_challenger(mlflow, name, version)  # of a change that was interrupted
-            elif _lost(store, standing):
-                return _renew(mlflow, standing, lease)
+            elif (reason := _succeeds(store, standing)) is not None:
+                return _renew(mlflow, standing, lease, reason)
             else:
                 mlflow.set_registered_model_alias(name, CHALLENGER, str(version))
             return standing
 
 
-def _lost(store: Store, standing: Standing) -> bool:
-    """Whether the champion's bytes are gone and the version has the same ones."""
+def _bar(mlflow: MlflowClient, name: str, version: int) -> None:
+    """Mark a version whose bytes were rolled back when they were another version, which may be deleted by now."""
+    own = _existing(mlflow, name, version)
+    if own.digest and ROLLED_BACK not in own.tags:
+        found = mlflow.get_registered_model(name).tags.get(barred(own.digest))
+        if found is not None:
+            mlflow.set_model_version_tag(name, str(version), ROLLED_BACK, found)
+
+
+def _succeeds(store: Store, standing: Standing) -> str | None:
+    """Why a version takes the place of a champion with the same bytes without being compared; None if it does not."""
     leader, own = standing.champion, standing.version
     if leader is None or standing.leads or not own.digest or leader.digest != own.digest or ROLLED_BACK in own.tags:
-        return False
-    return gone(store, leader) is not None and gone(store, own) is None
+        return None
+    anew, was = leader.tags.get(CONFIG_TAG) != own.tags.get(CONFIG_TAG), f"version {leader.version}, the champion then"
+    lost = gone(store, leader) is not None
+    if not (anew or lost) or gone(store, own) is not None:
+        return None
+    return f"same bytes, stored anew: {was}, cannot be loaded" if lost else f"same bytes as {was}, asked as is set now"
 
 
-def _renew(mlflow: MlflowClient, standing: Standing, lease: Lease) -> Standing:
+def _renew(mlflow: MlflowClient, standing: Standing, lease: Lease, reason: str) -> Standing:
     """Make a version champion in place of one with the same bytes, as if it had been that one all the time."""
     leader, own = standing.champion, standing.version
     assert leader is not None
-    reason = f"same bytes, stored anew: those of version {leader.version}, the champion until then, are gone"
     mlflow.set_model_version_tag(own.name, str(own.version), REASON, reason)
     if PREVIOUS in leader.tags:
         mlflow.set_model_version_tag(own.name, str(own.version), PREVIOUS, leader.tags[PREVIOUS])
@@ -161,7 +178,7 @@ def conclude(store: Store, name: str, version: int, opponent: int | None, decisi
             return Conclusion("recorded", _standing(mlflow, name, version))
         if before.leads or before.judged is not None:
             return Conclusion("known", before)
-        if (before.champion.version if before.champion else None) != opponent:
+        if (before.champion.version if before.champion else None) != opponent or before.former is not None:
             return Conclusion("changed", before)
         for tag, value in ((REASON, decision.reason), (OPPONENT, decision.opponent), (RUN, decision.run_id)):
             mlflow.set_model_version_tag(name, str(version), tag, value[:TAG_LENGTH])
@@ -208,6 +225,8 @@ def promote(store: Store, name: str, version: int, reason: str) -> Version | Non
         else:
             _drop_challenger(mlflow, name, version)
         if ROLLED_BACK in chosen.tags:  # last: until the alias moves, the version stays barred
+            if barred(chosen.digest) in mlflow.get_registered_model(name).tags:
+                mlflow.delete_registered_model_tag(name, barred(chosen.digest))
             mlflow.delete_model_version_tag(name, str(version), ROLLED_BACK)
         return before
 
@@ -224,6 +243,8 @@ def rollback(store: Store, name: str, reason: str) -> tuple[Version, Version]:
         if present is None:
             raise RegistryError(f"the model {name!r} has no champion, so there is nothing to roll back")
         former = _former(mlflow, store, present)
+        if present.digest:
+            mlflow.set_registered_model_tag(name, barred(present.digest), _dated(reason))
         mlflow.set_model_version_tag(name, str(present.version), ROLLED_BACK, _dated(reason))
         _describe(mlflow, name, present.version, f"rolled back, {_dated(reason)}")
         _set_champion(mlflow, name, former.version, lease)
@@ -259,7 +280,11 @@ def _standing(mlflow: MlflowClient, name: str, version: int) -> Standing:
     judged = [each for each in same if each.is_judged]
     # Of several the one that says most: rolled back, then the version itself, then the newest.
     judged.sort(key=lambda each: (ROLLED_BACK not in each.tags, each.version != version, -each.version))
-    return Standing(own, leader, judged[0] if judged else None)
+    former = None
+    if leader is None:
+        others = versions_where(mlflow, f"name = '{name}'")
+        former = next((each for each in others if each.was_champion and each.version != version), None)
+    return Standing(own, leader, judged[0] if judged else None, former=former)
 
 
 def _existing(mlflow: MlflowClient, name: str, version: int) -> Version:

@@ -1,13 +1,14 @@
 """Registered models: adapters and full checkpoints, by reference, with what they were made of.
 
-Covers idempotent registration (the same key, digest and place is the same version) with tags, a description and a
-lineage, and finding the version of a key. A card belongs to a version; the registered model says what all of its
-versions are. Which version is champion is `infra.model_aliases`. What a registered model
-does when it is loaded is `infra.adapter_model` and `infra.checkpoint_model`; the server and its runs are
-`infra.registry`.
+Covers idempotent registration (the same key, digest, place and configuration is the same version) with tags, a
+description and a lineage, and finding the version of a key. A card belongs to a version; the registered model says what
+all of its versions are. Which version is champion is `infra.model_aliases`. What a registered model does when it is
+loaded is `infra.adapter_model` and `infra.checkpoint_model`; the server and its runs are `infra.registry`.
 """
 
+import hashlib
 import importlib.metadata
+import json
 import re
 import shutil
 import tempfile
@@ -25,7 +26,7 @@ from mlflow.exceptions import MlflowException
 
 from infra.errors import RegistryError
 from infra.lineage import LINEAGE_FILE, TAG_LENGTH, Lineage
-from infra.registry import client, failed
+from infra.registry import client, failed, tracking_uri
 from infra.store import FileRef, split_uri
 
 KEY_TAG, DIGEST_TAG = "factory.key", "factory.digest"
@@ -34,6 +35,8 @@ HEADS_TAG = "factory.heads"
 ADAPTER_TAG, CHECKPOINT_TAG = "factory.adapter_uri", "factory.checkpoint_uri"
 """Where a version's bytes are: a version has one of the two."""
 BASE_TAG = "factory.base_sha256"
+CONFIG_TAG = "factory.config_sha256"
+"""Tag of a version: SHA-256 of what its code is told (`model_config`), so of how it is asked and answers."""
 VERSION_MARK = "<version>"
 """Stands in a description for the version's number, which is known once the version is made."""
 _ALIASES = """\
@@ -142,9 +145,10 @@ class RegisteredCheckpoint(Registration):
 
 
 def register(model: Registration) -> tuple[int, bool]:
-    """Register the model, or find the version that already has its key, digest and place.
+    """Register the model, or find the version that already has its key, digest, place and configuration.
 
-    Returns the version and whether this call made it. A version keeps the lineage that it was registered with.
+    Returns the version and whether this call made it. A version keeps the lineage that it was registered with. One
+    whose files are gone (`mlflow gc` removes them with the run that made it) is not found: it cannot be loaded.
 
     Raises RegistryError, naming the model.
     """
@@ -168,8 +172,8 @@ def register(model: Registration) -> tuple[int, bool]:
                 raise RegistryError(f"version {made.version} of the model {model.name!r} vanished meanwhile")
             if int(found.version) != int(made.version):
                 mlflow.delete_model_version(model.name, made.version)
-            elif VERSION_MARK in model.description:
-                mlflow.update_model_version(model.name, made.version, numbered(_description(model), made.version))
+        if found.description and VERSION_MARK in found.description:  # made now, or by a call that was interrupted
+            mlflow.update_model_version(model.name, found.version, numbered(found.description, found.version))
     except MlflowException as error:
         raise failed(f"register the model {model.name!r}", error) from error
     return int(found.version), made is not None and int(found.version) == int(made.version)
@@ -183,7 +187,7 @@ def numbered(description: str, version: int | str) -> str:
 def registered_versions(wanted: Mapping[str, tuple[str, str]]) -> dict[str, str]:
     """``models:/<name>/<version>`` of each registered name whose (key, digest) is registered; the others are left out.
 
-    Of several versions of one key and digest the first is meant, as in ``register``. Raises RegistryError.
+    Of several versions of one key and digest the first is meant. Raises RegistryError.
     """
     mlflow = client()
 
@@ -209,7 +213,7 @@ def registered_as(key: str, digest: str) -> str | None:
 
 
 def reuse(model: Registration) -> int | None:
-    """The version that already has this key, digest and place; None where there is none.
+    """The version that already has this key, digest, place and configuration; None where there is none.
 
     As `register` would find it, but nothing is made: ``run_id`` does not matter. Raises RegistryError.
     """
@@ -271,12 +275,37 @@ def _description(model: Registration) -> str:
     return own + lineage
 
 
+def identity(model: Registration) -> dict[str, str]:
+    """The tags by which a version is that of the model: the same bytes, at the same place, asked in the same way."""
+    told = json.dumps(model_config(model), sort_keys=True).encode()
+    return {
+        KEY_TAG: model.key,
+        DIGEST_TAG: model.digest,
+        CONFIG_TAG: hashlib.sha256(told).hexdigest(),
+        **dict([model.place()]),
+    }
+
+
+def has_files(source: str) -> bool:
+    """Whether the files of a version (code, configuration, lineage; not the bytes that they refer to) are there."""
+    import mlflow.artifacts as artifacts
+
+    found = artifacts.list_artifacts(artifact_uri=source, tracking_uri=tracking_uri())
+    return any(file.path.endswith("MLmodel") for file in found)  # some stores keep empty folders
+
+
 def _find(mlflow: MlflowClient, model: Registration) -> ModelVersion | None:
-    return _first(mlflow, model.key, {DIGEST_TAG: model.digest, **dict([model.place()])}, model.name)
+    found = _with(mlflow, model.key, identity(model), model.name)
+    return next((version for version in found if has_files(version.source or "")), None)
 
 
 def _first(mlflow: MlflowClient, key: str, tags: Mapping[str, str], name: str | None = None) -> ModelVersion | None:
-    """The first version of this key that is ready and has these tags; of the named model, or of any."""
+    return next(iter(_with(mlflow, key, tags, name)), None)
+
+
+def _with(mlflow: MlflowClient, key: str, tags: Mapping[str, str], name: str | None) -> list[ModelVersion]:
+    """The versions of this key that are ready and have these tags, the first one first; of the named model, or of
+    any."""
     named = f"name = '{_quoted(name)}' and " if name else ""
     where = f"{named}tags.`{KEY_TAG}` = '{_quoted(key)}'"
     versions = [
@@ -284,7 +313,7 @@ def _first(mlflow: MlflowClient, key: str, tags: Mapping[str, str], name: str | 
         for version in mlflow.search_model_versions(where, max_results=1000)
         if version.status == "READY" and all(version.tags.get(tag) == value for tag, value in tags.items())
     ]
-    return min(versions, key=lambda version: (version.name, int(version.version)), default=None)
+    return sorted(versions, key=lambda version: (version.name, int(version.version)))
 
 
 def _quoted(text: str) -> str:
@@ -297,10 +326,8 @@ def _tags(model: Registration) -> dict[str, str]:
     return {
         **model.tags,
         **(model.lineage.tags() if model.lineage else {}),
-        KEY_TAG: model.key,
-        DIGEST_TAG: model.digest,
+        **identity(model),
         "factory.task": model.task,
-        **dict([model.place()]),
         "factory.base": model.base_name,
         BASE_TAG: model.base_sha256,
         HEADS_TAG: str(len(model.heads)),

@@ -6,13 +6,17 @@ Not here: how aliases and records change (`infra.model_aliases`), and registerin
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import mlflow.artifacts
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
-from infra.model_registry import ADAPTER_TAG, CHECKPOINT_TAG, DIGEST_TAG, KEY_TAG
+from infra import lineage
+from infra.errors import RegistryError
+from infra.lineage import LINEAGE_FILE, Lineage
+from infra.model_registry import ADAPTER_TAG, CHECKPOINT_TAG, DIGEST_TAG, KEY_TAG, has_files
 from infra.registry import client, failed, model_name, pages
 from infra.store import Store, split_uri
 
@@ -26,7 +30,8 @@ PREVIOUS = "factory.gate.previous"
 BY_HAND = "factory.gate.by_hand"
 """When and why a person made the version champion."""
 ROLLED_BACK = "factory.gate.rolled_back"
-"""When and why the version ceased to be champion. No gate looks at its bytes again."""
+"""When and why the version ceased to be champion. No gate looks at its bytes again, for the same stands in a tag of the
+registered model (`barred`), where it stays if the version is deleted."""
 PROMOTED, REFUSED = "promoted", "challenger"
 MERGE_TAG = "factory.merge_digest"
 """Digest of the merge that a full checkpoint was made of."""
@@ -41,6 +46,8 @@ class Version:
     tags: Mapping[str, str]
     created: float = 0.0
     """Seconds since the epoch."""
+    source: str = ""
+    """Where its files are: code, configuration, lineage."""
 
     @property
     def key(self) -> str:
@@ -57,6 +64,12 @@ class Version:
         """Whether a gate decided on it, or it was rolled back."""
         return DECISION in self.tags or ROLLED_BACK in self.tags
 
+    @property
+    def was_champion(self) -> bool:
+        """Whether it became champion, by a gate or by hand, and was not rolled back."""
+        chosen = self.tags.get(DECISION) == PROMOTED or BY_HAND in self.tags
+        return chosen and PREVIOUS in self.tags and ROLLED_BACK not in self.tags
+
 
 @dataclass(frozen=True)
 class Model:
@@ -66,6 +79,7 @@ class Model:
     task: str
     aliases: Mapping[str, int]
     versions: tuple[Version, ...]
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 def champion(name: str) -> Version | None:
@@ -88,7 +102,13 @@ def models_of(suite: str) -> list[Model]:
         with ThreadPoolExecutor(max_workers=8) as pool:
             versions = list(pool.map(lambda model: versions_where(mlflow, f"name = '{model.name}'"), found))
     models = [
-        Model(model.name, model.tags["factory.task"], {k: int(v) for k, v in model.aliases.items()}, tuple(listed))
+        Model(
+            model.name,
+            model.tags["factory.task"],
+            {k: int(v) for k, v in model.aliases.items()},
+            tuple(listed),
+            model.tags,
+        )
         for model, listed in zip(found, versions, strict=True)
     ]
     return sorted(models, key=lambda model: model.name)
@@ -130,7 +150,30 @@ def _unless_absent(get: Callable[[], Version]) -> Version | None:
 
 
 def _plain(version: ModelVersion) -> Version:
-    return Version(version.name, int(version.version), dict(version.tags), (version.creation_timestamp or 0) / 1000)
+    created = (version.creation_timestamp or 0) / 1000
+    return Version(version.name, int(version.version), dict(version.tags), created, version.source or "")
+
+
+def barred(digest: str) -> str:
+    """Tag of a registered model that says when and why these bytes were rolled back."""
+    return f"factory.rolled_back.{digest[:40]}"
+
+
+def lineage_of(version: Version) -> Lineage | None:
+    """What a version was made of when it was registered; None if that was not recorded, or its files are gone.
+
+    Raises RegistryError.
+    """
+    if lineage.KEY_TAG not in version.tags or not version.source:
+        return None
+    with asking(f"say what version {version.version} of {version.name!r} was made of"):
+        if not has_files(version.source):
+            return None
+        text = mlflow.artifacts.load_text(f"{version.source}/{LINEAGE_FILE}")
+    try:
+        return Lineage.from_json(text)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RegistryError(f"{version.source}/{LINEAGE_FILE} is damaged: {error}") from error
 
 
 @contextlib.contextmanager
@@ -143,8 +186,8 @@ def asking(what: str) -> Iterator[None]:
 
 
 def gone(store: Store, version: Version) -> str | None:
-    """The URI of a version's bytes if they are no longer in the object store of `store`'s endpoint. Raises
-    StoreError."""
+    """The URI of a version's bytes if they are no longer in the object store of `store`'s endpoint, or that of the
+    files that load them if MLflow no longer has those. Raises StoreError or RegistryError."""
     for tag in (ADAPTER_TAG, CHECKPOINT_TAG):
         if uri := version.tags.get(tag):
             bucket, name = split_uri(uri)
@@ -152,4 +195,5 @@ def gone(store: Store, version: Version) -> str | None:
             there = whole.head(name) is not None if tag == ADAPTER_TAG else any(True for _ in whole.list(f"{name}/"))
             if not there:
                 return uri
-    return None
+    with asking(f"look for the files of version {version.version} of {version.name!r}"):
+        return None if has_files(version.source) else version.source

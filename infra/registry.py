@@ -225,18 +225,40 @@ def run_page(run_id: str) -> str:
     return f"{tracking_uri()}/{run_path(run_id)}?workflowType=machine_learning"
 
 
-def is_active(run_id: str) -> bool:
-    """Whether the server knows the run and it is not deleted."""
+def run_of_suite(run_id: str, parent_run_id: str, name: str) -> str:
+    """The run, if it is in the parent's experiment and not deleted; else the id of a new, finished child of the parent.
+
+    Raises RegistryError.
+    """
+    mlflow = client()
     try:
-        return client().get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException:
-        return False
+        experiment = mlflow.get_experiment(mlflow.get_run(parent_run_id).info.experiment_id)
+        try:
+            found = mlflow.get_run(run_id).info
+            if found.lifecycle_stage == "active" and found.experiment_id == experiment.experiment_id:
+                return run_id
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+    except MlflowException as error:
+        raise failed(f"find run {run_id}", error) from error
+    made = start_run(experiment.name, name, {"kind": "reused"}, {}, parent_run_id)
+    finish_run(made, "FINISHED")
+    return made
 
 
 def log_folder(run_id: str, folder: Path, name: str) -> None:
     """Store the files of a local folder as artifacts of a run, under ``name``."""
     try:
         client().log_artifacts(run_id, str(folder), name)
+    except MlflowException as error:
+        raise failed(f"store {name!r} with run {run_id}", error) from error
+
+
+def log_text(run_id: str, text: str, name: str) -> None:
+    """Store a text as an artifact of a run."""
+    try:
+        client().log_text(run_id, text, name)
     except MlflowException as error:
         raise failed(f"store {name!r} with run {run_id}", error) from error
 

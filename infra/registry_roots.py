@@ -18,8 +18,8 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from infra import lineage
-from infra.model_registry import ADAPTER_TAG, BASE_TAG, CHECKPOINT_TAG, HEADS_TAG, KEY_TAG
-from infra.registry import client, failed, pages, tracking_uri
+from infra.model_registry import ADAPTER_TAG, BASE_TAG, CHECKPOINT_TAG, HEADS_TAG, KEY_TAG, has_files
+from infra.registry import client, failed, pages
 from infra.store import Store
 
 _ATTEMPT = re.compile(r"(objects/[0-9a-f]{64}/[^/]+)(/.*)?")
@@ -119,8 +119,7 @@ def _heads(version: ModelVersion) -> list[str]:
     try:
         text = mlflow.artifacts.load_text(f"{version.source}/MLmodel")
     except MlflowException:
-        files = mlflow.artifacts.list_artifacts(artifact_uri=version.source, tracking_uri=tracking_uri())
-        if any(file.path.endswith("MLmodel") for file in files):
+        if has_files(version.source or ""):
             raise
         return []
     config: dict[str, Any] = yaml.safe_load(text)["flavors"]["python_function"].get("config", {})

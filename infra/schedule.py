@@ -7,8 +7,9 @@ The submission's id is a function of suite and tick, and Ray refuses an id that 
 by whoever read it last, so a scheduler may be killed at any point, and several for one suite stand in for each other.
 What is running when a scheduler ends keeps running, and the next scheduler reports its outcome.
 
-Covers outcomes (log and webhook), overlap, missed ticks, a lost Ray head. Does not cover starting the scheduler
-itself (systemd, or ``nohup``), nor Kubernetes (``infra/kubernetes``), where a CronJob takes this place.
+Covers outcomes (log and webhook), overlap, missed ticks, a lost Ray head, runs that do not end. Does not cover
+starting the scheduler itself (systemd, or ``nohup``), nor Kubernetes (``infra/kubernetes``), where a CronJob takes
+this place.
 
 Exit status: 0 ended by SIGTERM or SIGINT; 2 bad input.
 """
@@ -44,6 +45,8 @@ from infra.ticks import (
     ahead,
     due,
     first_state,
+    given_up,
+    overdue,
     submission_id,
     tick_of,
 )
@@ -75,6 +78,9 @@ class Jobs(Protocol):
 
     def submit(self, tick: datetime) -> bool:
         """Submit a tick; False if Ray has a submission of that id already. Raises JobApiError."""
+
+    def stop(self, tick: datetime) -> None:
+        """Ask Ray to end a submission, which may take a while. Raises JobApiError."""
 
 
 class SystemClock:
@@ -118,7 +124,8 @@ class RayJobs:
         for detail in details:
             tick = tick_of(self._suite, detail.submission_id or "")
             if tick is not None:
-                jobs[tick] = Job(str(detail.status), detail.driver_exit_code, (detail.message or "")[-500:])
+                started = datetime.fromtimestamp(detail.start_time / 1000, UTC) if detail.start_time else None
+                jobs[tick] = Job(str(detail.status), detail.driver_exit_code, (detail.message or "")[-500:], started)
         return jobs
 
     def submit(self, tick: datetime) -> bool:
@@ -137,6 +144,14 @@ class RayJobs:
             raise self._failed(f"take the submission {name}", error) from error
         return True
 
+    def stop(self, tick: datetime) -> None:
+        """See Jobs."""
+        name = submission_id(self._suite, tick)
+        try:
+            self._client().stop_job(name)
+        except Exception as error:
+            raise self._failed(f"stop {name}", error) from error
+
     def _client(self) -> JobSubmissionClient:
         # A new one each time: it reads the token once, and that changes with a new cluster. The variable is set
         # because Ray prefers it, wherever it comes from, to the address that it is given.
@@ -152,11 +167,13 @@ class Scheduler:
     """One schedule. ``step`` may be called at any time and any number of times."""
 
     def __init__(
-        self, suite: str, cron: Cron, grace: timedelta, jobs: Jobs, store: Store, clock: Clock, url: str | None = None
-    ) -> None:
-        """``store`` keeps the state, as ``schedules/<suite>.json``; ``url`` is the webhook's."""
+        self, suite: str, cron: Cron, grace: timedelta, jobs: Jobs, store: Store, clock: Clock, url: str | None = None,
+        limit: timedelta | None = None,
+    ) -> None:  # fmt: skip
+        """``store`` keeps the state, as ``schedules/<suite>.json``; ``url`` is the webhook's; a run that lasts longer
+        than ``limit`` is stopped."""
         self._suite, self._cron, self._grace = suite, cron, grace
-        self._jobs, self._store, self._clock, self._url = jobs, store, clock, url
+        self._jobs, self._store, self._clock, self._url, self._limit = jobs, store, clock, url, limit
         self._state: State | None = None
         self._etag = ""
         self._trouble = ""
@@ -181,7 +198,10 @@ class Scheduler:
                 return
 
     def step(self) -> None:
-        """Look at clock and jobs, and do what is due. Raises JobApiError or StoreError; then nothing is lost."""
+        """Look at clock and jobs, and do what is due. Raises JobApiError or StoreError; then nothing is lost.
+
+        While Ray does not answer, a tick that is longer ago than the grace time is told all the same.
+        """
         try:
             state = self._known()
             now = self._clock.now()
@@ -191,7 +211,16 @@ class Scheduler:
             self._deliver()
 
     def _advance(self, state: State) -> None:
-        decision = advance(state, self._clock.now(), self._cron, self._grace, self._jobs.list())
+        try:
+            jobs = self._jobs.list()
+        except JobApiError:
+            self._decide(state, given_up(state, self._clock.now(), self._cron, self._grace))
+            raise
+        late = overdue(state, self._clock.now(), jobs, self._limit) if self._limit else None
+        if late is not None:
+            _LOG.warning("%s: runs for longer than %s; stopping it", submission_id(self._suite, late), self._limit)
+            self._jobs.stop(late)
+        decision = advance(state, self._clock.now(), self._cron, self._grace, jobs)
         done, failure = decision.state, None
         if decision.submit is not None:
             name = submission_id(self._suite, decision.submit)
@@ -200,16 +229,22 @@ class Scheduler:
                     _LOG.info("%s: submitted", name)
             except JobApiError as error:
                 done, failure = decision.otherwise, error
-        if done != state:
-            if not self._save(done):
-                return  # another scheduler was faster: the next step goes on from what it decided
-            for notice in done.notices[len(state.notices) :]:
-                level = logging.INFO if notice.status == "SUCCEEDED" else logging.WARNING
-                code = "" if notice.exit_code is None else f", exit status {notice.exit_code}"
-                name = submission_id(self._suite, notice.tick)
-                _LOG.log(level, "%s: %s%s %s", name, notice.status, code, " ".join(notice.message.split()))
-        if failure is not None:
+        if self._decide(state, done) and failure is not None:
             raise failure
+
+    def _decide(self, state: State, done: State) -> bool:
+        """Put a decision in the place of what was known before, and log what is new. False if another scheduler was
+        faster: the next step goes on from what it decided."""
+        if done == state:
+            return True
+        if not self._save(done):
+            return False
+        for notice in done.notices[len(state.notices) :]:
+            level = logging.INFO if notice.status == "SUCCEEDED" else logging.WARNING
+            code = "" if notice.exit_code is None else f", exit status {notice.exit_code}"
+            name = submission_id(self._suite, notice.tick)
+            _LOG.log(level, "%s: %s%s %s", name, notice.status, code, " ".join(notice.message.split()))
+        return True
 
     def _deliver(self) -> None:
         """One attempt for the first notice whose time has come; claimed first, so that only one scheduler does it."""
@@ -301,6 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--timezone", default="UTC", help="of the cron expression, for example Europe/Berlin")
     parser.add_argument("--address", help="Ray's job API (default: $RAY_API_SERVER_ADDRESS)")
     parser.add_argument("--grace-hours", type=float, default=12.0, help="a tick missed longer ago is not run")
+    parser.add_argument("--max-hours", type=float, help="stop a run that lasts longer (default: it may take any time)")
     parser.add_argument("--webhook", help=f"POST outcomes there (default: ${webhook.VARIABLE}, which ps does not show)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
@@ -312,8 +348,9 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"], os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "1", "10"
     try:
         cron, url = Cron(options.cron, options.timezone), webhook.webhook_url(options.webhook)
-        if options.grace_hours <= 0:
-            raise ConfigError(f"--grace-hours {options.grace_hours:g}: more than 0 is accepted")
+        for name, hours in (("--grace-hours", options.grace_hours), ("--max-hours", options.max_hours)):
+            if hours is not None and hours <= 0:
+                raise ConfigError(f"{name} {hours:g}: more than 0 is accepted")
         address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS")
         if not address:
             raise ConfigError('give --address, or set RAY_API_SERVER_ADDRESS (eval "$(python -m infra.stack env)")')
@@ -324,7 +361,8 @@ def main(arguments: list[str] | None = None) -> int:
         jobs = RayJobs(address, suite, job_entrypoint(options.config, options.overrides))
         store = Store.from_env()
         grace = timedelta(hours=options.grace_hours)
-        scheduler = Scheduler(suite, cron, grace, jobs, store, SystemClock(stop), url)
+        limit = timedelta(hours=options.max_hours) if options.max_hours else None
+        scheduler = Scheduler(suite, cron, grace, jobs, store, SystemClock(stop), url, limit)
         jobs.list()  # an address or a token that is wrong is refused now
         store.check()
         scheduler.run()

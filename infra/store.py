@@ -102,7 +102,17 @@ class Store:
         self.prefix = prefix.strip("/")
         self._credentials = credentials
         self._client_: Any = None
+        self._hasty: dict[float, Store] = {}
         self._lock = threading.Lock()
+
+    def hasty(self, seconds: float) -> Store:
+        """The same store for requests that are worth nothing later: each is tried once, and for so long."""
+        with self._lock:
+            if seconds not in self._hasty:
+                twin = type(self)(self.bucket, self.endpoint, self.prefix, self._credentials)
+                twin._client_ = make_client(self.endpoint, self._credentials, attempts=1, read_timeout=seconds)
+                self._hasty[seconds] = twin
+            return self._hasty[seconds]
 
     @classmethod
     def from_env(cls) -> Store:
@@ -119,6 +129,7 @@ class Store:
         self.__dict__.update(state)
         self._credentials = None
         self._client_ = None
+        self._hasty = {}
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:

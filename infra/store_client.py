@@ -10,12 +10,12 @@ import botocore.config
 
 
 def make_client(
-    endpoint: str | None, credentials: tuple[str, ...] | None, attempts: int = 5, read_timeout: int = 60
+    endpoint: str | None, credentials: tuple[str, ...] | None, attempts: int = 5, read_timeout: float = 60
 ) -> Any:
     """A client of boto3 for this endpoint; `read_timeout` in seconds. Its errors are boto3's."""
     options: dict[str, Any] = {"proxies": {}} if endpoint and is_loopback(endpoint) else {}
     config = botocore.config.Config(
-        connect_timeout=5,
+        connect_timeout=min(5, read_timeout),
         read_timeout=read_timeout,
         retries={"mode": "standard", "total_max_attempts": attempts},
         s3={"addressing_style": "path"} if endpoint else {},

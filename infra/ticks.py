@@ -18,6 +18,7 @@ from cronsim import CronSim, CronSimError
 from infra.errors import ConfigError
 
 ACTIVE = frozenset({"PENDING", "RUNNING"})
+TOO_LATE = "no scheduler or no Ray cluster was there in time"
 SUBMISSIONS = 3  # of one tick, when Ray lost the job each time
 DELIVERIES = 5  # attempts to deliver one notice
 _DELIVERY_BACKOFF = timedelta(seconds=30)  # doubles with every attempt
@@ -119,6 +120,7 @@ class Job:
     status: str
     exit_code: int | None = None
     message: str = ""
+    started: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -245,8 +247,7 @@ def advance(state: State, now: datetime, cron: Cron, grace: timedelta, jobs: Map
     if found is not None:
         last = found.tick
         if found.expired:
-            text = "no scheduler or no Ray cluster was there in time"
-            notices.append(Notice(last, "MISSED", message=text))
+            notices.append(Notice(last, "MISSED", message=TOO_LATE))
         elif active:
             text = f"the submission of {max(active).isoformat()} is still active"
             notices.append(Notice(last, "SKIPPED", message=text))
@@ -254,3 +255,20 @@ def advance(state: State, now: datetime, cron: Cron, grace: timedelta, jobs: Map
             submit, watched = last, Watched(last)
     decided = State(last, watched, tuple(notices))
     return Decision(decided, seen if submit else decided, submit)
+
+
+def given_up(state: State, now: datetime, cron: Cron, grace: timedelta) -> State:
+    """What is decided while nobody knows Ray's jobs: a tick whose grace time is over has been missed."""
+    found = due(now, state.last, cron, grace)
+    if found is None or not found.expired:
+        return state
+    return replace(state, last=found.tick, notices=(*state.notices, Notice(found.tick, "MISSED", message=TOO_LATE)))
+
+
+def overdue(state: State, now: datetime, jobs: Mapping[datetime, Job], limit: timedelta) -> datetime | None:
+    """The awaited submission, if it has run for longer than ``limit``."""
+    job = jobs.get(state.watched.tick) if state.watched else None
+    if job is None or job.status not in ACTIVE or job.started is None or now - job.started <= limit:
+        return None
+    assert state.watched is not None
+    return state.watched.tick

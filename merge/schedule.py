@@ -13,7 +13,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from infra.artifacts import Manifest, Readable, Recipe, find
+from infra.artifacts import Manifest, Readable, Recipe, find, find_each
 from infra.errors import MergeError
 from merge.children import Part
 from merge.jobs import (
@@ -279,8 +279,7 @@ class MergeSchedule:
         self.merged[candidate] = manifest
         jobs: list[Job] = []
         if METHODS[candidate.method].per_task:
-            for name in self._leaf_parents:
-                jobs += self._start_mask(candidate, name)
+            jobs += self._start_masks(candidate)
         for number, reduction in enumerate(self._reductions):
             if reduction.spec.reference == candidate:
                 self._references[number] = Ref.of(manifest)
@@ -288,15 +287,19 @@ class MergeSchedule:
                 jobs += self._start([(number, node) for node in self._held.pop(number, [])])
         return jobs
 
-    def _start_mask(self, candidate: Candidate, name: str) -> list[Job]:
-        unified, expert = Ref.of(self.merged[candidate]), self._experts[name]
-        recipe = task_mask_recipe(candidate, unified.key, expert.key)
-        found = find(self._store, recipe.key, {unified.key: unified.digest, expert.key: expert.digest})
-        if found is not None:
-            self._count(MASKS, made=False)
-            self.masks[candidate, name] = found
-            return []
-        return [TaskMaskJob(name, candidate, recipe, unified, expert)]
+    def _start_masks(self, candidate: Candidate) -> list[Job]:
+        unified, experts = Ref.of(self.merged[candidate]), [(name, self._experts[name]) for name in self._leaf_parents]
+        recipes = [task_mask_recipe(candidate, unified.key, expert.key) for _, expert in experts]
+        consumed = [{unified.key: unified.digest, expert.key: expert.digest} for _, expert in experts]
+        looked = find_each(self._store, [(r.key, inputs) for r, inputs in zip(recipes, consumed, strict=True)])
+        jobs: list[Job] = []
+        for (name, expert), recipe, found in zip(experts, recipes, looked, strict=True):
+            if found is None:
+                jobs.append(TaskMaskJob(name, candidate, recipe, unified, expert))
+            else:
+                self._count(MASKS, made=False)
+                self.masks[candidate, name] = found
+        return jobs
 
     # -- parts --------------------------------------------------------------------------------------------------
 

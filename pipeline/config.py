@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from infra.errors import ConfigError
 from pipeline.config_errors import explain
-from pipeline.tasks import TaskConfig
+from pipeline.tasks import LEAST_GATE, TaskConfig
 from workers.masks import MaskSpec
 from workers.metrics import CLASSIFICATION_METRICS, METRICS
 
@@ -59,7 +59,7 @@ class SplitsConfig(Section):
     """Most training rows a task contributes."""
     validation: Positive = 24
     """Rows that choose the best values, the merge method and its parameters."""
-    gate: Annotated[int, Field(ge=2)] = 24
+    gate: Annotated[int, Field(ge=LEAST_GATE)] = 24
     """Rows on which a new version and the champion are compared; used for nothing else."""
     test: Positive = 48
     """Rows that are only reported, never used for a choice."""

@@ -70,7 +70,7 @@ class Evaluations:
         """Find the scores that were asked for, and have made those that do not exist. Raises StoreError."""
         while self._asked:  # what is found may ask for more
             asked, self._asked = self._asked, []
-            found = find_each(self._inputs.store, [each.job.recipe.key for each in asked], {})
+            found = find_each(self._inputs.store, [(each.job.recipe.key, {}) for each in asked])
             for each, existing in zip(asked, found, strict=True):
                 self._settle(each, existing)
 

@@ -71,7 +71,7 @@ class Experts:
         planned = {
             t: recipes.expert_recipe(config, inputs.base.sha256, inputs.tasks[t], shared) for t in config.held_in
         }
-        looked = find_each(inputs.store, [recipe.key for recipe in planned.values()], consumed)
+        looked = find_each(inputs.store, [(recipe.key, consumed) for recipe in planned.values()])
         for (task, recipe), found in zip(planned.items(), looked, strict=True):
             data = inputs.tasks[task]
             if found is not None:

@@ -228,10 +228,16 @@ class _Walk:
         return [None if score.key in self.lacking else score for score in found]
 
     def _missing(self, jobs: Sequence[EvaluationJob]) -> list[bool]:
-        """Whether each score would be made, not counted: whether it is wanted is not known."""
+        """Whether each score would be made, not counted: whether it is wanted is not known.
+
+        Of several that are one (the weights' type may be the type that is computed in) the first is made.
+        """
         self.snapshot.read_ahead(job.recipe.key for job in jobs)
         keys = [job.recipe.key for job in jobs]
-        return [key not in self.expected and find(self.snapshot, key, {}) is None for key in keys]
+        return [
+            key not in self.expected and key not in keys[:at] and find(self.snapshot, key, {}) is None
+            for at, key in enumerate(keys)
+        ]
 
     def _score_base_and_experts(self) -> None:
         config = self.inputs.config
@@ -346,7 +352,8 @@ class _Walk:
     def _enter(self, task: str, artifacts: Sequence[Manifest]) -> None:
         """Count the version of one of these artifacts, and its scores at the gate."""
         model = self.models.get(model_name(self.inputs.config.suite, task))
-        self._count("registrations", 1, [not is_registered(model, artifact) for artifact in artifacts])
+        there = [is_registered(self.inputs, model, task, artifact, self.experts) for artifact in artifacts]
+        self._count("registrations", 1, [not each for each in there])
         if task == CHECKPOINT:
             return
         asked = [gate_jobs(self.inputs, model, task, artifact, self.experts) for artifact in artifacts]

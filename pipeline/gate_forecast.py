@@ -8,27 +8,41 @@ from collections.abc import Mapping, Sequence
 from infra.artifacts import Manifest
 from infra.errors import StoreError
 from infra.model_aliases import Standing
-from infra.model_registry import DIGEST_TAG, KEY_TAG
-from infra.model_versions import CHAMPION, Model, Version
-from infra.registry import MERGED
+from infra.model_registry import DIGEST_TAG, KEY_TAG, Registration, identity
+from infra.model_versions import CHAMPION, Model, Version, barred
+from infra.registry import CHECKPOINT, MERGED
 from pipeline.jobs import evaluation_job, opponent_job
 from pipeline.opponent import Opponent, find_champion
 from pipeline.outcome import Inputs
+from pipeline.registration import plain_checkpoint, plain_expert, plain_merge
 from workers.evaluator import EvaluationJob
 
+Experts = Mapping[str, Manifest]
+"""The held-in tasks' experts."""
 
-def is_registered(model: Model | None, artifact: Manifest) -> bool:
-    """Whether the registered model has a version of this artifact."""
-    return _version_of(model, artifact) is not None
+
+def is_registered(inputs: Inputs, model: Model | None, task: str, artifact: Manifest, experts: Experts) -> bool:
+    """Whether the registered model has the version that a run would register: of this artifact, asked in this way."""
+    if model is None or _version_of(model, artifact) is None:
+        return False
+    plain: Registration
+    if task == MERGED:
+        plain = plain_merge(inputs, artifact, experts)
+    elif task == CHECKPOINT:
+        plain = plain_checkpoint(inputs, artifact, experts)
+    else:
+        plain = plain_expert(inputs, task, artifact)
+    return any(version.tags.items() >= identity(plain).items() for version in model.versions)
 
 
 def gate_jobs(
-    inputs: Inputs, model: Model | None, task: str, subject: Manifest, experts: Mapping[str, Manifest]
+    inputs: Inputs, model: Model | None, task: str, subject: Manifest, experts: Experts
 ) -> list[EvaluationJob]:
     """The scores on gate rows that decide on a version of `subject`, the expert of `task` or the merge: its own and
     then its opponent's; none if nothing has to be decided, or its champion cannot be scored. Raises RegistryError."""
     champion = _champion(model)
-    if not _standing(model, subject, champion).is_open:
+    standing = _standing(model, subject, champion)
+    if not standing.is_open or standing.former is not None:
         return []
     tasks = list(inputs.config.held_in) if task == MERGED else [task]
     name = "merged" if task == MERGED else "expert"
@@ -49,7 +63,7 @@ def _opponent(inputs: Inputs, champion: Version | None, task: str, tasks: Sequen
     if inputs.config.objective == "classification":
         labels = {each: inputs.tasks[each].labels for each in tasks}
     try:
-        return find_champion(inputs.store, champion, task, labels)
+        return find_champion(inputs.store, champion, inputs.config.suite, task, tasks, labels)
     except StoreError:
         return None
 
@@ -68,5 +82,10 @@ def _standing(model: Model | None, subject: Manifest, champion: Version | None) 
     """Where the version stands once it is registered."""
     tags = {KEY_TAG: subject.key, DIGEST_TAG: subject.digest}
     own = _version_of(model, subject) or Version(model.name if model else "", 0, tags)
-    same = [version for version in (model.versions if model else ()) if version.digest == own.digest]
-    return Standing(own, champion, next((version for version in same if version.is_judged), None))
+    versions = model.versions if model else ()
+    same = [version for version in versions if version.digest == own.digest]
+    former = next((each for each in versions if each.was_champion and each.version != own.version), None)
+    judged = next((version for version in same if version.is_judged), None)
+    if model is not None and barred(own.digest) in model.tags:
+        judged = own
+    return Standing(own, champion, judged, former=None if champion else former)

@@ -55,7 +55,8 @@ def gc(keep_days: float | None, min_age_hours: float, forget_unknown_runs: bool,
     rule = Rule(keep_days, min_age_hours * 3600, forget_unknown_runs)
     try:
         store = Store.from_env()
-        store.check()
+        if remove:
+            store.check()  # which writes
         registry.check()
         roots = _roots(store, rule, console)
         plan, _ = collect(store, roots, rule.min_age_s)

@@ -29,7 +29,7 @@ from infra.store import Store
 from pipeline import run_page
 from pipeline.announcing import Announcements
 from pipeline.cluster import connect_to_ray, submission_id
-from pipeline.config import load_config
+from pipeline.config import dump_config, load_config
 from pipeline.display import Display
 from pipeline.preflight import Prepared, check_services, prepare_inputs, upload_inputs
 from pipeline.publishing import publish_report
@@ -111,6 +111,11 @@ def start_run(prepared: Prepared) -> str:
         **run_page.source(_user(), code_version().get("git_commit"), submitted=bool(job)),
     }
     run_id = registry.start_run(suite, time.strftime("%Y%m%d-%H%M%S"), tags, prepared.parameters())
+    try:  # now, and not after hours of training, it is seen whether the server can store files
+        registry.log_text(run_id, dump_config(prepared.config), "report/config.yaml")
+    except FactoryError:
+        registry.finish_run(run_id, "FAILED")
+        raise
     registry.describe_experiment(suite, run_page.experiment(suite))
     return run_id
 

@@ -7,7 +7,7 @@ what exists already, is `merge.schedule`'s business.
 from collections.abc import Callable, Mapping
 from itertools import islice
 
-from infra.artifacts import Manifest, find_published
+from infra.artifacts import Manifest, Recipe, find_each, find_published
 from infra.claims import Busy, Claim
 from infra.elsewhere import Elsewhere
 from merge.dispatch import Dispatch
@@ -18,7 +18,7 @@ from pipeline import jobs, recipes, remote
 from pipeline.cluster import ray_options
 from pipeline.display import Display
 from pipeline.outcome import Inputs, Outcome, Problem
-from pipeline.work import Item, Lane, find_or_hand_out
+from pipeline.work import Item, Lane, hand_out
 
 
 class Merging:
@@ -67,14 +67,21 @@ class Merging:
 
         Those that exist already come best in one call: where their merges exist too, no node is asked for then.
         """
-        for task, manifest in experts.items():
-            for kind in sorted(self._schedule.extras):
-                self._start_importance(task, kind, manifest)
+        kinds = sorted(self._schedule.extras)
+        wanted = [(task, kind, manifest) for task, manifest in experts.items() for kind in kinds]
+        found = find_each(
+            self._inputs.store,
+            [(self._importance(*each).key, {each[2].key: each[2].digest}) for each in wanted],
+        )
+        for (task, kind, manifest), existing in zip(wanted, found, strict=True):
+            self._start_importance(task, kind, manifest, existing)
         self._start(self._schedule.add_experts({task: Ref.of(manifest) for task, manifest in experts.items()}))
 
-    def _start_importance(self, task: str, kind: str, expert: Manifest) -> None:
-        inputs, counters = self._inputs, self._outcome
-        recipe = recipes.importance_recipe(inputs.config, kind, expert.key, inputs.tasks[task])
+    def _importance(self, task: str, kind: str, expert: Manifest) -> Recipe:
+        return recipes.importance_recipe(self._inputs.config, kind, expert.key, self._inputs.tasks[task])
+
+    def _start_importance(self, task: str, kind: str, expert: Manifest, existing: Manifest | None) -> None:
+        inputs, counters, recipe = self._inputs, self._outcome, self._importance(task, kind, expert)
 
         def ready(manifest: Manifest) -> None:
             self._start(self._schedule.add_extra(task, kind, Ref.of(manifest)))
@@ -89,10 +96,13 @@ class Merging:
         def look() -> tuple[Manifest, bool] | None:
             return find_published(inputs.store, recipe.key, {expert.key: expert.digest})
 
+        if existing is not None:
+            done((existing, False))
+            return
         job, name = jobs.importance_job(inputs, task, recipe, expert), f"{kind} of {task}"
         resources = inputs.config.resources
         start = remote.importance.options(name=name, **ray_options(resources.expert, resources.retries)).remote
-        find_or_hand_out(
+        hand_out(
             self._elsewhere, self.importances, name, [recipe.key],
             lambda claim: start(inputs.store, job, claim), look, done, self._problem(f"measuring {kind} of {task!r}"),
         )  # fmt: skip

@@ -1,21 +1,24 @@
 """Whom a challenger is compared with: the champion, found again by its registered version, or the base.
 
 A champion is scored as it was made: on its own base, with the prompts and, for a classification, the heads that it was
-trained with; rows, metric and length of answers are today's. But today's gate rows may be rows that the champion was
+trained with; rows, metric and length of answers are today's. A merge's tasks are those that it was registered with,
+whatever an expert was called when it was trained; one that was made for a task which is none of today's is not compared
+on the others alone. But today's gate rows may be rows that the champion was
 trained or validated on, for sizes, seed or data of the splits changed since: no comparison counts them. Not here: what
 is done with the scores (`pipeline.promotion`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from infra.artifacts import Manifest, manifest_name
 from infra.errors import StoreError
-from infra.model_versions import Version
+from infra.model_versions import Version, lineage_of
+from infra.registry import model_names
 from infra.store import ObjectMissing, Store
 from pipeline.gate import TaskScores
 from workers.base import index_object
@@ -62,15 +65,18 @@ def _prompt(expert: Manifest) -> PromptSpec:
 def find_champion(
     store: Store,
     champion: Version,
+    suite: str,
     task: str,
+    tasks: Collection[str],
     labels: Mapping[str, Iterable[str]],
     gate: Mapping[str, str] | None = None,
 ) -> Opponent:
-    """The champion of an expert's `task`, or of the merge, with everything that scoring it takes.
+    """The champion of an expert's `task`, or of the merge, with everything that scoring it on today's `tasks` takes.
 
     `labels` of a classification: those of each of today's tasks. `gate`: fingerprints of their gate rows; without them
-    nobody asks which of these rows it has seen. Raises StoreError, saying what is missing: something was deleted or
-    replaced, or the champion knows other labels. DataError if stored rows are corrupted.
+    nobody asks which of these rows it has seen. Raises StoreError, saying why it cannot be compared: something was
+    deleted or replaced, the champion knows other labels or does something else, or it was made for a task that is none
+    of today's. RegistryError; DataError if stored rows are corrupted.
     """
     manifest = _stored(store, champion.key)
     if manifest.digest != champion.digest:
@@ -79,17 +85,37 @@ def find_champion(
     base = str(manifest.meta["base_sha256"])
     if store.head(index_object(base)) is None:
         raise StoreError(f"its base {base} is not in the object store")
-    made_of = [(task, manifest)] if manifest.kind == "expert" else _experts(store, manifest, bool(labels))
+    if manifest.kind == "expert":
+        made_of = [(task, manifest)]
+    else:
+        made_of = _experts(store, manifest, bool(labels), _named(champion, suite, tasks))
     experts = dict(made_of)
+    if other := [name for name, each in made_of if ("labels" in each.config) != bool(labels)]:
+        raise StoreError(f"it {'generates' if labels else 'classifies'}, as its expert for {other[0]!r} does")
+    if absent := sorted(experts.keys() - set(tasks)):
+        named = ", ".join(map(repr, absent[:_NAMED]))
+        raise StoreError(f"it was made for {named}{_more(absent)} too, which this run has no task of")
     for name, wanted in labels.items():
         if name in experts and list(experts[name].config["labels"]) != list(wanted):
             raise StoreError(f"it was trained for other labels of the task {name!r} than today's")
     return Opponent(champion.version, manifest, base, experts, _seen(store, made_of, gate or {}))
 
 
-def _experts(store: Store, merged: Manifest, heads: bool) -> list[tuple[str, Manifest]]:
-    """The experts of a merge, each after its task. Of those that are gone only prompts and rows are missed, unless
-    `heads` are needed."""
+def _named(champion: Version, suite: str, tasks: Collection[str]) -> dict[str, list[str]]:
+    """By the keys of a merge's experts, for which tasks they were merged: one of today's by its registered name."""
+    made_of, today = lineage_of(champion), model_names(suite, tasks)
+    names = {registered: task for task, registered in today.items()}
+    found: dict[str, list[str]] = {}
+    for expert in made_of.experts if made_of else ():
+        found.setdefault(expert.key, []).append(names.get(expert.name, expert.name.removeprefix(f"{suite}.")))
+    return found
+
+
+def _experts(
+    store: Store, merged: Manifest, heads: bool, named: Mapping[str, Sequence[str]]
+) -> list[tuple[str, Manifest]]:
+    """The experts of a merge, each after its task: by its key in `named`, else as it was called in training. Of those
+    that are gone only prompts and rows are missed, unless `heads` are needed."""
 
     def look(key: str) -> Manifest | None:
         try:
@@ -106,7 +132,7 @@ def _experts(store: Store, merged: Manifest, heads: bool) -> list[tuple[str, Man
 
     with ThreadPoolExecutor(_THREADS) as pool:
         found = [manifest for manifest in pool.map(look, merged.inputs) if manifest is not None]
-    return [(_task(manifest), manifest) for manifest in found]
+    return [(task, manifest) for manifest in found for task in named.get(manifest.key) or [_task(manifest)]]
 
 
 def _seen(store: Store, experts: Iterable[tuple[str, Manifest]], gate: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
@@ -159,10 +185,13 @@ def unseen(
     rows, them = ("row", "it") if count == 1 else ("rows", "them")
     remark = f"; {count} gate {rows} left out: the champion was trained on {them}"
     if few:
-        more = f" and {len(few) - _NAMED} more" if len(few) > _NAMED else ""
-        remark += f"; not compared on {', '.join(map(repr, few[:_NAMED]))}{more}: too few gate rows are left"
+        remark += f"; not compared on {', '.join(map(repr, few[:_NAMED]))}{_more(few)}: too few gate rows are left"
     before, after = ({task: _without(scores[task], seen.get(task, ())) for task in kept} for scores in (before, after))
     return Comparable(before, after, remark)
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
 
 
 def _without(scores: TaskScores, rows: Iterable[int]) -> TaskScores:

@@ -25,6 +25,7 @@ from pipeline.opponent import Opponent, unseen
 from pipeline.outcome import Inputs, Outcome, Problem, Verdict
 from pipeline.registration import checkpoint_model, expert_model, merge_model
 from pipeline.results import rows_of
+from pipeline.tasks import LEAST_GATE
 from pipeline.work import Item, Lane
 
 
@@ -95,13 +96,19 @@ class Promotion:
             self._verdict(subject.task, settled_verdict(standing))
             return
         if standing.champion is None:
-            self._score(subject, standing, Opponent())
+            if standing.former is None:
+                self._score(subject, standing, Opponent())
+            else:
+                former = f"version {standing.former.version} was, and it or its alias was removed by hand"
+                hand = self._by_hand(subject, standing.former.version)
+                self._undecided(subject, standing, f"not compared: there is no champion, but {former}; {hand}")
             return
         labels = {}
         if self._inputs.config.objective == "classification":
             labels = {task: self._inputs.tasks[task].labels for task in subject.tasks}
         gate = {task: self._inputs.tasks[task].fingerprints["gate"] for task in subject.tasks}
-        arguments = (self._inputs.store, standing.champion, subject.task, labels, gate)
+        suite = self._inputs.config.suite
+        arguments = (self._inputs.store, standing.champion, suite, subject.task, subject.tasks, labels, gate)
         self._ask(
             subject, remote.find_champion, arguments,
             partial(self._score, subject, standing), partial(self._unscorable, subject, standing),
@@ -157,8 +164,8 @@ class Promotion:
             for model in (subject.opponent_model(opponent), subject.model)
         )
         rows = unseen(before, after, opponent.seen)
-        if not rows.before:
-            reason = f"not compared with {opponent}: no task has gate rows enough{rows.remark}"
+        if sum(len(scores) for scores in rows.before.values()) < LEAST_GATE:
+            reason = f"not compared with {opponent}: there are fewer than {LEAST_GATE} gate rows{rows.remark}"
             self._undecided(subject, standing, reason)
             return
         arguments = (
@@ -182,13 +189,16 @@ class Promotion:
     def _unscorable(self, subject: _Subject, standing: Standing, error: BaseException) -> None:
         """The champion cannot be scored any more: a person has to decide."""
         assert standing.champion is not None
-        version = standing.version
-        command = f"python -m pipeline promote {self._inputs.config.suite} --version {version.version}"
-        reason = (
-            f"not compared: champion (version {standing.champion.version}) cannot be scored ({remote.reason(error)}); "
-            f"to make this version champion: {command}{'' if subject.task == MERGED else f' --task {subject.task}'}"
-        )
-        self._undecided(subject, standing, reason)
+        why = f"champion (version {standing.champion.version}) cannot be scored ({remote.reason(error)})"
+        self._undecided(
+            subject, standing, f"not compared: {why}; {self._by_hand(subject, standing.version.version)}"
+        )  # fmt: skip
+
+    def _by_hand(self, subject: _Subject, version: int) -> str:
+        """How a person decides."""
+        command = f"python -m pipeline promote {self._inputs.config.suite} --version {version}"
+        task = "" if subject.task == MERGED else f" --task {subject.task}"
+        return f"to make version {version} champion: {command}{task}"
 
     def _undecided(self, subject: _Subject, standing: Standing, reason: str) -> None:
         """Nothing is decided, so the next run asks again; the version says why."""
@@ -243,7 +253,7 @@ def settled_verdict(standing: Standing) -> Verdict:
     """The verdict on a version that no gate has to look at (`standing` is not open)."""
     judged, champion = standing.judged, standing.champion
     if standing.replaced is not None:
-        reason = f"champion in place of version {standing.replaced}: same bytes, stored anew"
+        reason = f"champion in place of version {standing.replaced}: {standing.version.tags[REASON]}"
     elif standing.leads:
         reason = "champion already"
     elif standing.is_same:

@@ -49,7 +49,7 @@ def publish_report(
         registry.log_folder(run_id, Path(scratch), "report")
     registry.log_history(run_id, [{"step": 0, **run_page.metrics(results)}])
     registry.set_tags(run_id, run_page.tags(results))
-    registry.describe_run(run_id, run_page.description(results, registry.run_path(run_id)))
+    registry.describe_run(run_id, run_page.description(results, registry.run_path(run_id), {**tables, **report}))
     console.print(summary_table(results))
     for line in summary_lines(results):
         console.print(line, highlight=False, markup=False)

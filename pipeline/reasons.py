@@ -65,12 +65,11 @@ class _Lookup:
         keys = [*([last] if last else []), *expert_keys(self._inputs.config.suite, task, 5 * self._seeds)]
         if not keys:
             return Reasons(task, (NEW,))
+        if recipe.key in keys:  # it was made, and `why_lost` found nothing of it
+            return Reasons(task, ("its manifest is gone",))
         known = [before for key in dict.fromkeys(keys) if (before := peek(self.snapshot, key))]
         if not known:
-            gone = (
-                "its manifest is gone" if recipe.key in keys else "the expert before is gone: nothing to compare with"
-            )
-            return Reasons(task, (gone,))
+            return Reasons(task, ("the expert before is gone: nothing to compare with",))
         compared = [Reasons(task, self._why(task, before), before) for before in known]
         of_this_seed = [each for each in compared if not any(why.startswith(SEED) for why in each.why)]
         return (of_this_seed if self._seeds > 1 and of_this_seed else compared)[0]

@@ -1,7 +1,8 @@
 """What is registered in MLflow of an expert, of the merge and of its full checkpoint. Handing it over is
 `pipeline.promotion`; what the descriptions say is `pipeline.model_card`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from infra.artifacts import Manifest
@@ -22,24 +23,35 @@ def expert_model(inputs: Inputs, outcome: Outcome, task: str) -> tuple[Registere
     """One expert, and the metrics that its run gets."""
     manifest, score = outcome.experts[task], outcome.scores["expert", "test", task]
     metrics = {f"test/{score['metric']}": score["score"], "test/format_free": score["format_free"]}
+    about = f"Expert for the task {task} of the suite {inputs.config.suite}."
+    return replace(
+        plain_expert(inputs, task, manifest), description=expert_card(inputs, outcome, task), about=about
+    ), metrics
+
+
+def plain_expert(inputs: Inputs, task: str, manifest: Manifest) -> RegisteredAdapter:
+    """One expert without its card: what loading it gives."""
     common = _common(inputs, task, manifest, str(manifest.meta["run_id"]), {task: manifest}) | {
-        "description": expert_card(inputs, outcome, task),
-        "about": f"Expert for the task {task} of the suite {inputs.config.suite}.",
         "prompt_template": inputs.tasks[task].config.template,
         "max_new_tokens": inputs.max_new_tokens[task],
         "prompts": _prompts(inputs, [task]),
     }
-    return RegisteredAdapter(**common, **_adapter(inputs, manifest)), metrics
+    return RegisteredAdapter(**common, **_adapter(inputs, manifest))
 
 
 def merge_model(inputs: Inputs, outcome: Outcome) -> RegisteredAdapter:
     """The chosen merge. An input that names no task is the whole prompt."""
     assert outcome.chosen is not None
-    manifest = outcome.merged[outcome.chosen]
-    common = _common(inputs, MERGED, manifest, inputs.run_id, outcome.experts) | _of_merge(inputs, outcome)
-    card = merge_card(inputs, outcome, room=_room(common["lineage"]))
+    plain, lineage = plain_merge(inputs, outcome.merged[outcome.chosen], outcome.experts), _lineage(inputs, outcome)
+    card = merge_card(inputs, outcome, room=_room(lineage))
     about = f"The chosen merge of all experts of the suite {inputs.config.suite}, one model for all its tasks."
-    return RegisteredAdapter(**common, **_adapter(inputs, manifest), description=card, about=about)
+    return replace(plain, lineage=lineage, description=card, about=about)
+
+
+def plain_merge(inputs: Inputs, manifest: Manifest, experts: Mapping[str, Manifest]) -> RegisteredAdapter:
+    """A merge of these experts without card and lineage."""
+    common = _common(inputs, MERGED, manifest, inputs.run_id, experts) | _of_merge(inputs)
+    return RegisteredAdapter(**common, **_adapter(inputs, manifest))
 
 
 def checkpoint_model(inputs: Inputs, outcome: Outcome) -> RegisteredCheckpoint:
@@ -47,16 +59,23 @@ def checkpoint_model(inputs: Inputs, outcome: Outcome) -> RegisteredCheckpoint:
     manifest = outcome.checkpoint
     assert manifest is not None
     assert outcome.chosen is not None
-    folder = next(iter(manifest.files.values())).name.rpartition("/")[0]
-    common = _common(inputs, CHECKPOINT, manifest, inputs.run_id, outcome.experts) | _of_merge(inputs, outcome)
-    common["tags"] |= {MERGE_TAG: outcome.merged[outcome.chosen].digest}
-    card = checkpoint_card(inputs, outcome, room=_room(common["lineage"]))
+    plain, lineage = plain_checkpoint(inputs, manifest, outcome.experts), _lineage(inputs, outcome)
+    tags = plain.tags | {MERGE_TAG: outcome.merged[outcome.chosen].digest}
+    card = checkpoint_card(inputs, outcome, room=_room(lineage))
     about = f"The chosen merge of all experts of the suite {inputs.config.suite} as a full checkpoint."
-    uri = inputs.store.uri(folder)
-    return RegisteredCheckpoint(**common, checkpoint_uri=uri, files=manifest.files, description=card, about=about)
+    return replace(plain, tags=tags, lineage=lineage, description=card, about=about)
 
 
-def _common(inputs: Inputs, task: str, manifest: Manifest, run_id: str, experts: dict[str, Manifest]) -> dict[str, Any]:
+def plain_checkpoint(inputs: Inputs, manifest: Manifest, experts: Mapping[str, Manifest]) -> RegisteredCheckpoint:
+    """A merge of these experts as a full checkpoint, without card and lineage."""
+    folder = next(iter(manifest.files.values())).name.rpartition("/")[0]
+    common = _common(inputs, CHECKPOINT, manifest, inputs.run_id, experts) | _of_merge(inputs)
+    return RegisteredCheckpoint(**common, checkpoint_uri=inputs.store.uri(folder), files=manifest.files)
+
+
+def _common(
+    inputs: Inputs, task: str, manifest: Manifest, run_id: str, experts: Mapping[str, Manifest]
+) -> dict[str, Any]:
     """What every kind of registration says."""
     config = inputs.config
     return {
@@ -71,6 +90,7 @@ def _common(inputs: Inputs, task: str, manifest: Manifest, run_id: str, experts:
         "dtype": config.evaluate.compute_dtype,
         "batch_size": config.evaluate.batch_size,
         "run_id": run_id,
+        "description": "",
         "tags": {"suite": config.suite, "kind": manifest.kind, "expert": config.expert},
         "heads": _heads(inputs, experts),
     }
@@ -81,12 +101,11 @@ def _adapter(inputs: Inputs, manifest: Manifest) -> dict[str, Any]:
     return {"adapter_uri": inputs.store.uri(file.name), "adapter_sha256": file.sha256}
 
 
-def _of_merge(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
+def _of_merge(inputs: Inputs) -> dict[str, Any]:
     return {
         "prompt_template": "{input}",
         "max_new_tokens": max(inputs.max_new_tokens.values()),
         "prompts": _prompts(inputs, inputs.tasks),
-        "lineage": _lineage(inputs, outcome),
     }
 
 
@@ -123,7 +142,7 @@ def _lineage(inputs: Inputs, outcome: Outcome) -> Lineage:
     return Lineage(chosen.method, {**chosen.params, **weights}, outcome.merged[chosen].key, tuple(experts))
 
 
-def _heads(inputs: Inputs, experts: dict[str, Manifest]) -> dict[str, dict[str, Any]]:
+def _heads(inputs: Inputs, experts: Mapping[str, Manifest]) -> dict[str, dict[str, Any]]:
     """Where the heads of a classification are, with their labels; nothing for language modelling."""
     if inputs.config.objective != "classification":
         return {}

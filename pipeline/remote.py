@@ -5,7 +5,7 @@ Imports of the heavy libraries happen when Ray unpickles these functions in a wo
 time a task reports is work.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,26 +121,34 @@ class Registered:
 
 
 @ray.remote(num_cpus=0, memory=512 << 20)
-def register(store: Store, model: Registration, metrics: dict[str, float], fallback_run: str) -> Registered:
+def register(store: Store, model: Registration, metrics: dict[str, float], suite_run: str) -> Registered:
     """Register the model as challenger, or find its version; a new version's metrics and description go to its run.
 
-    The run that trained a reused expert may have been deleted since; then `fallback_run` takes its place.
+    The run that trained a reused expert may be another suite's, or deleted since: then it gets one below `suite_run`.
     """
-    if not registry.is_active(model.run_id):
-        model = replace(model, run_id=fallback_run)
-    version, made = model_registry.register(model)
-    if made and metrics:
-        registry.log_history(model.run_id, [{"step": 0, **metrics}])
-        registry.describe_run(model.run_id, model_registry.numbered(model.description, version))
+    version, made = model_registry.reuse(model), False
+    if version is None:
+        model = replace(model, run_id=registry.run_of_suite(model.run_id, suite_run, model.task))
+        if metrics:  # before there is a version: a call that is repeated must not miss them
+            registry.log_history(model.run_id, [{"step": 0, **metrics}])
+        version, made = model_registry.register(model)
+        if made and metrics:
+            registry.describe_run(model.run_id, model_registry.numbered(model.description, version))
     return Registered(model_aliases.enter(store, model.name, version), made)
 
 
 @ray.remote(num_cpus=0, memory=512 << 20)
 def find_champion(
-    store: Store, champion: Version, task: str, labels: Mapping[str, Iterable[str]], gate: Mapping[str, str]
+    store: Store,
+    champion: Version,
+    suite: str,
+    task: str,
+    tasks: Collection[str],
+    labels: Mapping[str, Iterable[str]],
+    gate: Mapping[str, str],
 ) -> Opponent:
     """What scoring a champion takes, and which of the gate rows it has seen."""
-    return opponent.find_champion(store, champion, task, labels, gate)
+    return opponent.find_champion(store, champion, suite, task, tasks, labels, gate)
 
 
 @ray.remote(num_cpus=0, memory=512 << 20)

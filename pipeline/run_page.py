@@ -6,7 +6,7 @@ sections by name: means first (`held_in/…`), then the tasks (`test_expert/…`
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from mlflow.entities import SourceType
@@ -57,8 +57,8 @@ def tags(results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def description(results: dict[str, Any], path: str) -> str:
-    """Markdown of the parent run. `path`: of the run's page (`infra.registry.run_path`).
+def description(results: dict[str, Any], path: str, report: Collection[str]) -> str:
+    """Markdown of the parent run. `path`: of the run's page (`infra.registry.run_path`); `report`: the files in it.
 
     The first lines are what is seen before "Show more". The table is left out where it does not fit.
     """
@@ -74,7 +74,7 @@ def description(results: dict[str, Any], path: str) -> str:
             f"{held_out['base']:.3f}"
         )
     files = ("report.html", "scores.png", "candidates.png", "loss.png", "results.json")
-    links = " · ".join(f"[{name}]({path}/artifacts/report/{name})" for name in files)
+    links = " · ".join(f"[{name}]({path}/artifacts/report/{name})" for name in files if name in report)
     if merge := results["gate"]["models"].get(MERGED):
         links += (
             f" · [{merge['name']} version {merge['version']}](#/models/{merge['name']}/versions/{merge['version']})"

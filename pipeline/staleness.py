@@ -62,6 +62,8 @@ def why_stale(
     found += _seeds(config, now, then)
     if supports is not None and before.inputs and set(recipe.inputs) != set(before.inputs):
         found.append(_support(config, *supports))
+    if not found:  # labels that are not configured follow from the rows of every split, test and gate among them
+        found += _changed({f"labels of {data.name} in its rows:": "labels"}, now, then)
     return found
 
 

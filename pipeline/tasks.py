@@ -33,6 +33,8 @@ SPLITS = ("train", "validation", "gate", "test")
 DEFAULT_SIZES: Mapping[str, int] = {"train": 512, "validation": 24, "gate": 24, "test": 48}
 _KINDS = ("bigbench", "jsonl", "hub")
 _MIN_TRAIN = 8
+LEAST_GATE = 8
+"""Rows that a gate needs: on a few, two models differ by chance more often than its confidence says."""
 _CLOSED = ("choice_accuracy", *CLASSIFICATION_METRICS)
 """Metrics whose answers are among given ones."""
 
@@ -46,7 +48,7 @@ class TaskSizes(BaseModel):
     """Most training rows."""
     validation: Annotated[int, Field(gt=0)] | None = None
     """Validation rows."""
-    gate: Annotated[int, Field(ge=2)] | None = None
+    gate: Annotated[int, Field(ge=LEAST_GATE)] | None = None
     """Gate rows."""
     test: Annotated[int, Field(gt=0)] | None = None
     """Test rows."""

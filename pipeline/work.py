@@ -139,10 +139,16 @@ class ActorPool:
         return list(self._running)
 
     def start_ready(self, allowed: int) -> None:
-        """Give every idle actor a call; create actors up to `allowed` while calls are waiting."""
-        idle = [seat for seat in self._seats if seat.item is None]
+        """Give every idle actor a call; create actors up to `allowed` while calls are waiting.
+
+        Idle actors beyond that are dismissed: an expert waits for their slots.
+        """
         wanted = {item.affinity for item in self.waiting}
-        for seat in sorted(idle, key=lambda seat: seat.affinity not in wanted):  # who has a wanted model chooses first
+        idle = [seat for seat in self._seats if seat.item is None]
+        idle.sort(key=lambda seat: seat.affinity not in wanted)  # who has a wanted model stays, and chooses first
+        for _ in range(min(len(idle), max(0, len(self._seats) - allowed))):
+            self._dismiss_seat(idle.pop())
+        for seat in idle:
             if self.waiting:
                 self._assign(seat)
         while self.waiting and len(self._seats) < allowed:
@@ -153,8 +159,7 @@ class ActorPool:
     def release_idle(self) -> None:
         """Give the slots of actors that had nothing to do for a while back to whatever else waits for them."""
         for seat in [s for s in self._seats if s.item is None and time.monotonic() - s.idle_since > IDLE_S]:
-            self._seats.remove(seat)
-            self._dismiss(seat.actor)
+            self._dismiss_seat(seat)
 
     def close(self) -> None:
         """Dismiss every actor: what follows needs their slots."""
@@ -175,14 +180,17 @@ class ActorPool:
         seat = self._running[ref]
         item = seat.item
         assert item is not None
-        self._seats.remove(seat)  # in any case: the next call on it would fail, too
-        self._dismiss(seat.actor)
+        self._dismiss_seat(seat)  # in any case: the next call on it would fail, too
         item.attempts += 1
         if item.attempts >= MOST_ATTEMPTS:
             return False
         del self._running[ref]
         self.waiting.insert(0, item)
         return True
+
+    def _dismiss_seat(self, seat: _Seat) -> None:
+        self._seats.remove(seat)
+        self._dismiss(seat.actor)
 
     def _assign(self, seat: _Seat) -> None:
         """Same model first; else the same base, and there a model that no other actor is busy with; else whatever

@@ -5,7 +5,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,8 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.e2e.browser import NoBrowser, Pages, chromium, window
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["red", "blue", "green", "cat", "dog", "tree", "runs", "sleeps", "jumps", "the", "a", "small", "big", "old"]
@@ -131,6 +133,19 @@ def pipeline_in(stack: Any) -> Callable[..., Finished]:
         return Finished(done.returncode, done.stdout, json.loads(written.read_text()) if written.is_file() else None)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def pages() -> Iterator[Pages]:
+    """A browser window, fetched on the first use. Without one the tests fail, or are skipped if that was asked for."""
+    try:
+        found = chromium()
+    except NoBrowser as error:
+        if os.environ.get("FACTORY_NO_BROWSER"):
+            pytest.skip(str(error))
+        pytest.fail(f"{error}; FACTORY_NO_BROWSER=1 leaves the tests of pages out")
+    with window(found) as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -63,13 +63,15 @@ def unshare() -> list[str] | None:
 
 class Gateway:
     """A TCP relay between one node and the object store that counts what is read through it, by path: objects that are
-    fetched whole, and reads of a range of one."""
+    fetched whole, and reads of a range of one. The next `swallow` requests never arrive, nor are they refused."""
 
     def __init__(self, address: tuple[str, int], target: tuple[str, int]) -> None:
         self.whole: Counter[str] = Counter()
         self.parts: Counter[str] = Counter()
+        self.swallow = 0
         self._target = target
         self._listener = socket.create_server(address)
+        self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
@@ -89,6 +91,9 @@ class Gateway:
                 if asks:  # a request without a body is one packet
                     for path, headers in _GET.findall(data):
                         (self.parts if b"\r\nrange:" in headers.lower() else self.whole)[path.decode()] += 1
+                    if self.swallow:
+                        self.swallow -= 1
+                        continue
                 target.sendall(data)
         for end in (source, target):
             with contextlib.suppress(OSError):

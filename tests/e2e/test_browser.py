@@ -1,25 +1,13 @@
 """The browser against MLflow's pages of one small logged run."""
 
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from infra import registry
 from infra.stack import StackState
-from tests.e2e.browser import NoBrowser, Pages, chromium, window
-
-
-@pytest.fixture(scope="module")
-def pages() -> Iterator[Pages]:
-    """A browser window; fetched on the first use, and the test skipped where that fails."""
-    try:
-        found = chromium()
-    except NoBrowser as error:
-        pytest.skip(str(error))
-    with window(found) as opened:
-        yield opened
+from tests.e2e.browser import Pages
 
 
 def test_a_run_is_where_a_person_looks_for_it(stack: StackState, pages: Pages, tmp_path: Path) -> None:

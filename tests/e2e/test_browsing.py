@@ -1,7 +1,7 @@
 """MLflow's pages of finished runs, as a person finds them: runs by name, curves, scores, the report, the registry."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +9,10 @@ import pytest
 from mlflow.entities import Run
 
 from infra.stack import StackState
-from tests.e2e.browser import NoBrowser, Pages, chromium, newcomer, window
+from tests.e2e.browser import Pages, newcomer
 from tests.e2e.screenshots import LARGEST, Stop, find_run, stops, take, visit
 
 SUITE = "browsing"
-
-
-@pytest.fixture(scope="module")
-def pages() -> Iterator[Pages]:
-    """A browser window; fetched on the first use, and the test skipped where that fails."""
-    try:
-        found = chromium()
-    except NoBrowser as error:
-        pytest.skip(str(error))
-    with window(found) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

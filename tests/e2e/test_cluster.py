@@ -232,13 +232,23 @@ def test_mlflow_names_the_submission(run: Run, stack: Any) -> None:
     assert tags["ray_submission_id"] == submitted
 
 
-def test_no_secret_is_written_anywhere(run: Run, submitter: dict[str, str], store: Store, stack: Any) -> None:
+def test_no_secret_is_written_anywhere(
+    run: Run,
+    submitter: dict[str, str],
+    store: Store,
+    stack: Any,
+    config: dict[str, Any],
+    tiny_base: Path,
+    tmp_path: Path,
+) -> None:
     """Where the run, Ray and MLflow write, no credential is; that the search finds some is seen on the token files."""
     token = Path(submitter["RAY_AUTH_TOKEN_PATH"]).read_text()
     values = [*SECRETS.values(), token, submitter["AWS_SECRET_ACCESS_KEY"], submitter["AWS_ACCESS_KEY_ID"]]
     secrets = [value.encode() for value in values if value != "nobody"]
-    command = [sys.executable, "-m", "pipeline", "plan", "--config", str(run.cluster.nodes[0].folder / "run.yaml")]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**config, "base": f"path:{tiny_base}"}, sort_keys=False))
+    command = [sys.executable, "-m", "pipeline", "plan", "--config", str(tmp_path / "run.yaml")]
     plan = subprocess.run(command, cwd=ROOT, env={**os.environ, **submitter}, capture_output=True, check=False)
+    assert plan.returncode == 0, plan.stdout + plan.stderr
     client = mlflow.MlflowClient(submitter["MLFLOW_TRACKING_URI"])
     experiment = client.get_experiment_by_name(SUITE)
     assert experiment is not None

@@ -111,7 +111,7 @@ def test_a_killed_worker_is_replaced_without_waiting_for_its_lease(
             parsed = [Holder.from_json(each[0]) for each in found if each]
             return {holder.pid: holder.claim for holder in parsed if holder}
 
-        for title in ("expert", "EvaluationActor.evaluate"):
+        for title in ("expert", "node ", "EvaluationActor.evaluate"):
 
             def held(title: str = title) -> list[int]:
                 busy = {worker.pid for worker in workers(stack, title)}

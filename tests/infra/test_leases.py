@@ -1,6 +1,7 @@
 """Leases against a real store: one winner, life and death of a holder, release, and what a lost holder learns."""
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import given
@@ -20,6 +22,7 @@ from infra.errors import StoreError
 from infra.leases import Holder, Observation, Watcher, holding, lease_name, new_owner, try_acquire
 from infra.store import Store
 from infra.store_admin import list_objects
+from tests.e2e.nodes import Gateway
 
 ROOT = Path(__file__).resolve().parents[2]
 ALICE = Holder("alice", "here", 1, 0.0)
@@ -174,6 +177,9 @@ class Flaky(Store):
 
     broken = ""
 
+    def hasty(self, seconds: float) -> Store:
+        return self
+
     def replace_if_match(self, name: str, data: bytes, etag: str) -> bool:
         if self.broken == "after":
             super().replace_if_match(name, data, etag)
@@ -212,7 +218,29 @@ def test_the_thread_survives_an_outage(store: Store) -> None:
         with holding(store, "k") as other:
             assert other is None
     assert list(list_objects(store, "leases/")) == []
-    assert not [thread for thread in threading.enumerate() if thread.name == "lease k"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "leases"]
+
+
+def test_a_connection_that_hangs_costs_one_beat(store: Store) -> None:
+    """As one does that a router has dropped without a word."""
+    assert store.endpoint
+    place = urlsplit(store.endpoint)
+    assert place.hostname
+    assert place.port
+    gateway = Gateway(("127.0.0.1", 0), (place.hostname, place.port))
+    try:
+        there = Store(store.bucket, f"http://127.0.0.1:{gateway.port}", store.prefix)
+        with holding(there, "k", expiry_s=3.0) as lease:
+            assert lease is not None
+            beats = lambda: json.loads(store.get("leases/k.json"))["beat"]  # noqa: E731
+            _until(lambda: beats() > 0)
+            gateway.swallow = 1
+            before, began = beats(), time.monotonic()
+            _until(lambda: gateway.swallow == 0 and beats() > before)
+            assert time.monotonic() - began < 3.0
+            assert not lease.lost
+    finally:
+        gateway.close()
 
 
 def test_a_failing_block_releases(store: Store) -> None:

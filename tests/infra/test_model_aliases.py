@@ -15,6 +15,7 @@ from infra import model_aliases, registry
 from infra.errors import RegistryError
 from infra.leases import holding
 from infra.model_aliases import Conclusion, Decision, conclude, enter, follow, lease_key, promote, rollback
+from infra.model_registry import CONFIG_TAG
 from infra.model_versions import (
     BY_HAND,
     DECISION,
@@ -42,13 +43,27 @@ def name(stack: StackState) -> str:
     return name
 
 
+@pytest.fixture(scope="module")
+def run_id(stack: StackState) -> str:
+    """A run with the files of versions."""
+    made = registry.start_run("aliases", "run", {}, {})
+    registry.log_text(made, "x", "model/MLmodel")
+    return made
+
+
+@pytest.fixture(scope="module")
+def source(run_id: str) -> str:
+    """Where they are."""
+    return f"{registry.client().get_run(run_id).info.artifact_uri}/model"
+
+
 @pytest.fixture
-def make(name: str) -> MAKE:
+def make(name: str, source: str, run_id: str) -> MAKE:
     """Make a version with a digest of its own, or the given one."""
 
-    def version(digest: str = "", model: str = name, **tags: str) -> int:
+    def version(digest: str = "", model: str = name, files: str = source, **tags: str) -> int:
         tags |= {"factory.key": "1" * 64, "factory.digest": digest or uuid.uuid4().hex}
-        made = registry.client().create_model_version(model, "s3://nowhere/model", tags=tags, description="A card.")
+        made = registry.client().create_model_version(model, files, run_id, tags, description="A card.")
         return int(made.version)
 
     return version
@@ -225,6 +240,69 @@ def test_a_champion_whose_bytes_were_lost_gives_its_place_to_the_same_bytes(
     assert tags(name, third)[REASON].startswith("same bytes, stored anew")
     assert enter(store, name, third).replaced is None
     assert rollback(store, name, "")[0].version == first
+
+
+def test_the_champions_bytes_asked_in_another_way_take_its_place(store: Store, name: str, make: MAKE) -> None:
+    """What serves answers as today's runs score it; and back, if the configuration goes back."""
+    first = make()
+    old, new = (make("d" * 64, **{CONFIG_TAG: letter * 64}) for letter in "ab")
+    for version in (first, old):
+        judge(store, name, version, YES)
+    moved = enter(store, name, new)
+    assert (moved.replaced, moved.leads, moved.is_open) == (old, True, False)
+    assert tags(name, new)[REASON] == f"same bytes as version {old}, the champion then, asked as is set now"
+    assert aliases(name) == {"champion": new}
+    assert enter(store, name, old).replaced == new
+    assert rollback(store, name, "")[0].version == first
+
+
+def test_a_version_whose_files_mlflow_removed_cannot_serve(store: Store, name: str, make: MAKE, source: str) -> None:
+    """`mlflow gc` removes them with a deleted run and asks no registry."""
+    first, second = make(files=f"{source}-gone"), make()
+    for version in (first, second):
+        judge(store, name, version, YES)
+    with pytest.raises(RegistryError, match=r"cannot serve: \S+/model-gone is gone"):
+        rollback(store, name, "")
+    lost, again = make("d" * 64, files=f"{source}-gone"), make("d" * 64)
+    judge(store, name, lost, YES)
+    assert enter(store, name, again).replaced == lost
+    assert aliases(name) == {"champion": again}
+
+
+def test_what_was_rolled_back_stays_so_when_its_version_is_deleted(store: Store, name: str, make: MAKE) -> None:
+    first, second = make(), make("d" * 64)
+    for version in (first, second):
+        judge(store, name, version, YES)
+    rollback(store, name, "it swears")
+    registry.client().delete_model_version(name, str(second))
+    third = make("d" * 64)
+    assert not enter(store, name, third).is_open
+    assert tags(name, third)[ROLLED_BACK].endswith("it swears")
+    assert conclude(store, name, third, first, YES).how == "known"
+    promote(store, name, third, "it does not")
+    assert aliases(name)["champion"] == third
+    registry.client().delete_model_version(name, str(third))
+    assert ROLLED_BACK not in enter(store, name, make("d" * 64)).version.tags
+
+
+@pytest.mark.parametrize("what", ["version", "alias"])
+def test_a_champion_that_was_removed_by_hand_is_not_replaced_unseen(
+    store: Store, name: str, make: MAKE, what: str
+) -> None:
+    first, second, third = (make() for _ in range(3))
+    for version in (first, second):
+        judge(store, name, version, YES)
+    if what == "version":
+        registry.client().delete_model_version(name, str(second))
+    else:
+        registry.client().delete_registered_model_alias(name, "champion")
+    standing = enter(store, name, third)
+    assert standing.former is not None
+    assert standing.former.version == (first if what == "version" else second)
+    assert conclude(store, name, third, None, YES).how == "changed"
+    promote(store, name, third, "by hand")
+    fourth = enter(store, name, make())
+    assert (fourth.former, fourth.is_open) == (None, True)
 
 
 def test_rollback_changes_nothing_where_the_former_champions_bytes_are_gone(

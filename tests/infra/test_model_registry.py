@@ -23,10 +23,12 @@ from infra.model_registry import (
     RegisteredAdapter,
     RegisteredCheckpoint,
     Registration,
+    has_files,
     register,
     registered_versions,
     split_place,
 )
+from infra.model_versions import find_version, lineage_of
 from infra.stack import StackState
 from infra.store import Store
 
@@ -69,6 +71,36 @@ def test_registration_is_idempotent(adapter: RegisteredAdapter) -> None:
     assert second.description == "Better."
     assert register(adapter) == (1, False)
     assert client.get_registered_model(adapter.name).aliases == {}
+
+
+def test_what_is_asked_in_another_way_is_another_version(adapter: RegisteredAdapter) -> None:
+    register(adapter)
+    for number, change in enumerate(({"max_new_tokens": 5}, {"batch_size": 7}, {"prompts": {"other": {}}}), 2):
+        assert register(replace(adapter, **change)) == (number, True)
+        assert register(replace(adapter, **change)) == (number, False)
+    assert register(replace(adapter, description="Another card.", about="…")) == (1, False)
+
+
+def test_a_version_without_files_is_registered_anew(adapter: RegisteredAdapter, store: Store) -> None:
+    """`mlflow gc` removes the files of deleted runs, whatever the registry says of them."""
+    register(adapter)
+    client = registry.client()
+    uri = client.get_model_version(adapter.name, "1").source
+    files = Store("mlflow", store.endpoint, f"artifacts/{uri.removeprefix('mlflow-artifacts:/')}")
+    for name in list(files.list()):
+        files.delete(name)
+    assert not has_files(uri)
+    assert register(adapter) == (2, True)
+    assert register(adapter) == (2, False)
+
+
+def test_a_description_that_was_not_finished_is_finished_later(adapter: RegisteredAdapter) -> None:
+    card = replace(adapter, description="Load models:/x/<version>.")
+    register(card)
+    client = registry.client()
+    client.update_model_version(adapter.name, "1", card.description)  # as if killed before the number was known
+    assert register(card) == (1, False)
+    assert client.get_model_version(adapter.name, "1").description == "Load models:/x/1."
 
 
 def test_a_version_has_its_card_and_the_model_says_what_all_versions_are(adapter: RegisteredAdapter) -> None:
@@ -216,6 +248,9 @@ def test_a_merge_carries_what_it_was_made_of(adapter: RegisteredAdapter, tmp_pat
     assert whole == json.loads(made_of.to_json())
     assert [Ancestor(**expert) for expert in whole["experts"]] == list(made_of.experts)
     assert whole["parameters"] == weights
+    registered = find_version(adapter.name, version)
+    assert registered is not None
+    assert lineage_of(registered) == made_of
 
 
 def test_a_model_without_lineage_has_none(adapter: RegisteredAdapter) -> None:
@@ -223,6 +258,9 @@ def test_a_model_without_lineage_has_none(adapter: RegisteredAdapter) -> None:
     found = registry.client().get_model_version(adapter.name, str(version))
     assert not [tag for tag in found.tags if "lineage" in tag]
     assert found.description == "An expert for tests."
+    registered = find_version(adapter.name, version)
+    assert registered is not None
+    assert lineage_of(registered) is None
 
 
 def test_versions_of_keys(adapter: RegisteredAdapter) -> None:

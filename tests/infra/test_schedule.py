@@ -70,12 +70,13 @@ def ray_jobs() -> dict[str, str]:
     return {job["submission_id"]: job["status"] for job in answer.json() if job["submission_id"]}
 
 
-def submitted_again(suite: str, tick: datetime, folder: Path) -> str:
-    """What `RayJobs.submit` says of a tick, in a process of its own."""
+def ask(what: str, suite: str, tick: datetime, folder: Path) -> str:
+    """What `RayJobs.submit` or `stop` says of a tick, in a process of its own."""
     code = (
         "import os; from datetime import datetime; from pathlib import Path; from infra.schedule import RayJobs; "
         f"jobs = RayJobs(os.environ['RAY_API_SERVER_ADDRESS'], {suite!r}, 'true', Path({str(folder)!r})); "
-        f"print(jobs.submit(datetime.fromisoformat({tick.isoformat()!r})))"
+        f"tick = datetime.fromisoformat({tick.isoformat()!r}); started = jobs.list()[tick].started; "
+        f"assert 0 <= datetime.now().timestamp() - started.timestamp() < 3600; print(jobs.{what}(tick))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout.strip()
@@ -167,15 +168,15 @@ def test_kills_overlap_and_missed_ticks(
     assert (receiver.got[3]["status"], receiver.got[3]["exit_code"]) == ("SUCCEEDED", 0)
     assert receiver.got[3]["mlflow_run"] is None
     assert ids() == [first, second, third]
-    assert submitted_again(suite, NIGHT + 4 * DAY, project) == "False"  # Ray refuses the id
+    assert ask("submit", suite, NIGHT + 4 * DAY, project) == "False"  # Ray refuses the id
 
     until(lambda: json.loads(store.get(state))["watched"] and not json.loads(store.get(state))["notices"], "the state")
     scheduler.send_signal(signal.SIGTERM)
     assert scheduler.wait(timeout=30) == 0, log.read_text()
     assert SECRET not in log.read_text()
     assert not ended(third)  # what runs keeps running
-    (folder / f"{third}.exit").write_text("0")
-    until(lambda: ended(third), "the end of the third job")
+    ask("stop", suite, NIGHT + 4 * DAY, project)
+    until(lambda: ray_jobs()[third] == "STOPPED", "the end of the third job")
 
 
 class Manual:
@@ -197,10 +198,18 @@ class Listed:
     def __init__(self) -> None:
         self.jobs: dict[datetime, Job] = {}
         self.submitted: list[datetime] = []
+        self.stopped: list[datetime] = []
+        self.away = False
         self._lock = threading.Lock()
 
     def list(self) -> Mapping[datetime, Job]:
+        if self.away:
+            raise JobApiError("Ray is away")
         return dict(self.jobs)
+
+    def stop(self, tick: datetime) -> None:
+        self.stopped.append(tick)
+        self.jobs[tick] = Job("STOPPED")
 
     def submit(self, tick: datetime) -> bool:
         with self._lock:
@@ -242,6 +251,44 @@ def test_a_dead_webhook_never_stops_the_schedule(store: Store, receiver: Receive
     ticks = [notice["tick"] for notice in receiver.got]
     assert {ticks.count(tick) for tick in ticks} == {5}  # bounded
     assert json.loads(store.get("schedules/s.json"))["notices"] == []
+
+
+def test_nights_without_ray_are_told_one_by_one(store: Store, receiver: Receiver) -> None:
+    """They do not wait for Ray to come back, when only the latest of them would be told."""
+    clock, jobs = Manual(NIGHT - DAY / 2), Listed()
+    scheduler = Scheduler("s", Cron("0 2 * * *"), DAY / 2, jobs, store, clock, receiver.url)
+    scheduler.step()
+    jobs.away = True
+    for night in range(3):
+        for hours in (0, 11, 13):
+            clock.moment = NIGHT + night * DAY + timedelta(hours=hours)
+            with pytest.raises(JobApiError, match="Ray is away"):
+                scheduler.step()
+            assert len(receiver.got) == night + (hours > 12)
+    assert [(each["tick"], each["status"]) for each in receiver.got] == [
+        ((NIGHT + night * DAY).isoformat(), "MISSED") for night in range(3)
+    ]
+    jobs.away, clock.moment = False, NIGHT + 3 * DAY
+    scheduler.step()
+    assert jobs.submitted == [NIGHT + 3 * DAY]
+
+
+def test_a_run_that_does_not_end_is_stopped(store: Store, receiver: Receiver) -> None:
+    clock, jobs = Manual(NIGHT - DAY / 2), Listed()
+    limit = timedelta(hours=6)
+    scheduler = Scheduler("s", Cron("0 2 * * *"), DAY / 2, jobs, store, clock, receiver.url, limit)
+    scheduler.step()
+    clock.moment = NIGHT + timedelta(minutes=5)
+    scheduler.step()
+    jobs.jobs[NIGHT] = Job("RUNNING", started=clock.moment)
+    clock.moment += limit
+    scheduler.step()
+    assert jobs.stopped == []
+    clock.moment += timedelta(seconds=1)
+    for _ in range(3):
+        scheduler.step()
+    assert jobs.stopped == [NIGHT]
+    assert [(each["tick"], each["status"]) for each in receiver.got] == [(NIGHT.isoformat(), "STOPPED")]
 
 
 # -- parts -------------------------------------------------------------------------------------------------------
@@ -333,6 +380,7 @@ def test_a_clock_that_was_ahead_does_not_stop_the_schedule(store: Store, receive
         ({"--config": "nowhere.yaml"}, "no such configuration file"),
         ({"--webhook": "ftp://token@host/"}, "no http"),
         ({"--grace-hours": "0"}, "more than 0"),
+        ({"--max-hours": "-1"}, "--max-hours -1: more than 0"),
         ({"--address": "http://127.0.0.1:9"}, "Ray at http://127.0.0.1:9 could not list its jobs"),
         ({"--address": ""}, "give --address"),
         ({"--address": "http://192.0.2.1:9", "--config": "outside.yaml"}, "is a file of this machine"),

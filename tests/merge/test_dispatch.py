@@ -13,8 +13,10 @@ import pytest
 import merge.local
 from infra.artifacts import Manifest
 from infra.claims import Claim, claimed
+from infra.elsewhere import Elsewhere
 from infra.leases import holding, new_owner, try_acquire
 from infra.store import Store
+from merge.dispatch import Dispatch
 from merge.jobs import FinishJob, Job, JobResult, NodeJob, RootJob, keys_of, run_job
 from merge.local import run_threads
 from merge.schedule import NODES, MergeSchedule
@@ -134,6 +136,31 @@ def test_a_root_takes_the_leases_of_all_its_merges(experts: Experts, store: Stor
         assert busy is not None
     assert list(store.list("leases/")) == []
     drive(experts, schedule_of(experts, candidates))
+
+
+def test_a_node_whose_part_failed_makes_room_for_the_next(experts: Experts) -> None:
+    """The driver gives its lease back and hands out another node's parts; only one is open at a time here."""
+    store, handed = experts.store, list[Job]()
+    schedule = schedule_of(experts, CANDIDATES[:1], 2)
+    dispatch = Dispatch(store, schedule, Elsewhere(store), lambda job, *_: handed.append(job), lambda *_: None, 1)
+
+    def nodes() -> list[str]:
+        return list(dict.fromkeys(job.label for job in handed if isinstance(job, NodeJob)))
+
+    try:
+        dispatch.start(schedule.add_experts(experts.refs))
+        (first,) = nodes()
+        held = list(store.list("leases/"))
+        assert len(held) == 1
+        dispatch.failed(handed[0])
+        assert nodes() == [first, nodes()[1]]
+        assert list(store.list("leases/")) != held
+        assert len(list(store.list("leases/"))) == 1
+        dispatch.failed(handed[1])  # the other part of the first: nothing is held for it any more
+        assert len(nodes()) == 2
+    finally:
+        dispatch.close()
+    assert list(store.list("leases/")) == []
 
 
 def test_a_failing_part_gives_the_node_back(experts: Experts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from infra.artifacts import Manifest, Recipe, manifest_name, publish
 from infra.errors import StoreError
+from infra.lineage import Ancestor, Lineage
 from infra.model_versions import Version
 from infra.store import FileRef, Store
 from pipeline.candidates import Candidates
@@ -33,8 +34,9 @@ def put(store: Store, folder: Path, recipe: Recipe, inputs: dict[str, str], **me
     return publish(store, recipe, {"adapter": file}, inputs, {"base_sha256": BASE} | meta)[0]
 
 
-def expert(store: Store, folder: Path, task: str, labels: tuple[str, ...] = ("a", "b"), **data: str) -> Manifest:
-    config = {"prompt": OLD, "labels": list(labels), "task": task, "data": data}
+def expert(store: Store, folder: Path, task: str, labels: tuple[str, ...] = (), **data: str) -> Manifest:
+    """Of a classification if it has labels."""
+    config = {"prompt": OLD, "task": task, "data": data, **({"labels": list(labels)} if labels else {})}
     return put(store, folder, Recipe("expert", 1, config), {}, task=task)
 
 
@@ -56,15 +58,17 @@ def with_base(store: Store) -> Store:
 
 def test_an_expert_is_asked_as_it_was_trained(with_base: Store, tmp_path: Path) -> None:
     made = expert(with_base, tmp_path, "before it was renamed")
-    found = find_champion(with_base, version(made), "task", {})
+    found = find_champion(with_base, version(made), "mine", "task", ["task"], {})
     assert (found.version, found.manifest, found.base_sha256, str(found)) == (3, made, BASE, "champion (version 3)")
     assert found.prompt("task", TODAY) == PromptSpec("Old: {input}", "<{prompt}>", 7)
 
 
 def test_a_merge_is_asked_as_its_experts_and_on_a_new_task_in_its_own_wrapper(with_base: Store, tmp_path: Path) -> None:
-    one, two = (expert(with_base, tmp_path, task) for task in ("one", "two"))
+    one, two = (expert(with_base, tmp_path, task, ("a", "b")) for task in ("one", "two"))
     merged = merge(with_base, tmp_path, one, two)
-    found = find_champion(with_base, version(merged), "merged", {"one": ("a", "b"), "new": ("x", "y")})
+    found = find_champion(
+        with_base, version(merged), "mine", "merged", ["one", "two", "new"], {"one": ("a", "b"), "new": ("x", "y")}
+    )
     assert found.experts == {"one": one, "two": two}
     assert found.prompt("two", TODAY).template == "Old: {input}"
     assert found.prompt("new", TODAY) == PromptSpec("New: {input}", "<{prompt}>", 7)
@@ -74,34 +78,75 @@ def test_a_merge_whose_expert_is_gone_misses_heads_only(with_base: Store, tmp_pa
     one, two = (expert(with_base, tmp_path, task) for task in ("one", "two"))
     merged = merge(with_base, tmp_path, one, two)
     with_base.delete(manifest_name(two.key))
-    found = find_champion(with_base, version(merged), "merged", {})
+    found = find_champion(with_base, version(merged), "mine", "merged", ["one", "two", "new", "fresh"], {})
     assert set(found.experts) == {"one"}
+    one, two = (expert(with_base, tmp_path, task, ("a", "b")) for task in ("one", "two"))
+    merged = merge(with_base, tmp_path, one, two)
+    with_base.delete(manifest_name(two.key))
     with pytest.raises(StoreError, match=rf"no artifact {two.key}"):
-        find_champion(with_base, version(merged), "merged", {"one": ("a", "b")})
+        find_champion(with_base, version(merged), "mine", "merged", ["one", "two", "new", "fresh"], {"one": ("a", "b")})
     with_base.put(manifest_name(two.key), replace(two, files={"adapter": FileRef(
         two.files["adapter"].name, "0" * 64, two.files["adapter"].size)}).to_json())  # fmt: skip
     with pytest.raises(StoreError, match=rf"expert {two.key} now has other bytes"):
-        find_champion(with_base, version(merged), "merged", {"one": ("a", "b")})
+        find_champion(with_base, version(merged), "mine", "merged", ["one", "two", "new", "fresh"], {"one": ("a", "b")})
 
 
 def test_what_is_missing_is_said(store: Store, tmp_path: Path) -> None:
     made = expert(store, tmp_path, "task")
     with pytest.raises(StoreError, match=rf"its base {BASE} is not"):
-        find_champion(store, version(made), "task", {})
+        find_champion(store, version(made), "mine", "task", ["task"], {})
     store.put(f"bases/{BASE}/index.json", b"{}")
+    labelled = expert(store, tmp_path, "task", ("a", "b"))
     with pytest.raises(StoreError, match=r"other labels of the task 'task'"):
-        find_champion(store, version(made), "task", {"task": ("a", "c")})
+        find_champion(store, version(labelled), "mine", "task", ["task"], {"task": ("a", "c")})
+    with pytest.raises(StoreError, match=r"it generates, as its expert for 'task' does"):
+        find_champion(store, version(made), "mine", "task", ["task"], {"task": ("a", "b")})
+    with pytest.raises(StoreError, match=r"it classifies, as its expert for 'task' does"):
+        find_champion(store, version(labelled), "mine", "task", ["task"], {})
     other = replace(version(made), tags={"factory.key": made.key, "factory.digest": "0" * 64})
     with pytest.raises(StoreError, match=r"other bytes than were registered"):
-        find_champion(store, other, "task", {})
+        find_champion(store, other, "mine", "task", ["task"], {})
     store.delete(made.files["adapter"].name)
     with pytest.raises(StoreError, match=r"adapter is gone"):
-        find_champion(store, version(made), "task", {})
+        find_champion(store, version(made), "mine", "task", ["task"], {})
     store.delete(manifest_name(made.key))
     with pytest.raises(StoreError, match=rf"no artifact {made.key}"):
-        find_champion(store, version(made), "task", {})
+        find_champion(store, version(made), "mine", "task", ["task"], {})
     with pytest.raises(StoreError, match=r"no artifact"):
-        find_champion(store, Version("mine.x", 1, {}), "task", {})
+        find_champion(store, Version("mine.x", 1, {}), "mine", "task", ["task"], {})
+
+
+def named(monkeypatch: pytest.MonkeyPatch, *experts: tuple[str, Manifest]) -> None:
+    """Say under which names the champion's experts were registered."""
+    made_of = tuple(Ancestor(name, each.key, each.digest) for name, each in experts)
+    monkeypatch.setattr("pipeline.opponent.lineage_of", lambda _: Lineage("mean", {}, "k", made_of))
+
+
+def test_a_merges_tasks_are_those_it_was_registered_with(
+    with_base: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An expert may have been trained for another suite, under another name, or be that of two tasks."""
+    one, two = (expert(with_base, tmp_path, task, ("a", "b")) for task in ("old name", "two"))
+    merged = merge(with_base, tmp_path, one, two)
+    named(monkeypatch, ("mine.one", one), ("mine.two-too", two), ("mine.two", two))
+    tasks, labels = ["one", "two", "two/too"], dict.fromkeys(("one", "two", "two/too"), ("a", "b"))
+    found = find_champion(with_base, version(merged), "mine", "merged", tasks, labels)
+    assert found.experts == {"one": one, "two": two, "two/too": two}
+    with pytest.raises(StoreError, match="other labels of the task 'one'"):
+        find_champion(with_base, version(merged), "mine", "merged", tasks, labels | {"one": ("b", "a")})
+
+
+def test_a_merge_for_more_tasks_is_not_compared_on_some(
+    with_base: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (expert(with_base, tmp_path, task) for task in ("one", "two"))
+    merged = merge(with_base, tmp_path, one, two)
+    named(monkeypatch, ("mine.one", one), ("mine.dropped", two))
+    with pytest.raises(StoreError, match="it was made for 'dropped' too, which this run has no task of"):
+        find_champion(with_base, version(merged), "mine", "merged", ["one", "two"], {})
+    named(monkeypatch, ("mine.one", one))
+    found = find_champion(with_base, version(merged), "mine", "merged", ["one", "two", "new"], {})
+    assert set(found.experts) == {"one", "two"}, "of one that is not in the lineage, the name that it was trained under"
 
 
 def stored(store: Store, *rows: tuple[str, str]) -> str:
@@ -124,11 +169,11 @@ def test_gate_rows_that_the_champion_was_trained_or_validated_on_are_found(with_
         "fresh": stored(with_base, ("7", "yes"), ("8", "yes")),
     }
     merged = merge(with_base, tmp_path, one, two)
-    found = find_champion(with_base, version(merged), "merged", {}, gate)
+    found = find_champion(with_base, version(merged), "mine", "merged", ["one", "two", "new", "fresh"], {}, gate)
     assert found.seen == {"one": (1, 2), "two": (2,), "new": (0,)}
-    alone = find_champion(with_base, version(one), "renamed", {}, {"renamed": gate["one"]})
+    alone = find_champion(with_base, version(one), "mine", "renamed", ["renamed"], {}, {"renamed": gate["one"]})
     assert alone.seen == {"renamed": (1, 2)}
-    assert find_champion(with_base, version(merged), "merged", {}).seen == {}
+    assert find_champion(with_base, version(merged), "mine", "merged", ["one", "two", "new", "fresh"], {}).seen == {}
 
 
 def test_rows_that_were_seen_are_left_out_for_both_models() -> None:

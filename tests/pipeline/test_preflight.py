@@ -341,7 +341,7 @@ def test_inputs_are_prepared_without_a_store_and_uploaded_once(store: Store, tmp
     chosen = config(
         base=f"path:{folder}",
         held_in={"one": {**TASK, "source": f"jsonl:{rows}"}},
-        splits={"train": 16, "validation": 4, "gate": 4, "test": 4},
+        splits={"train": 16, "validation": 4, "gate": 8, "test": 4},
     )
     ready = prepare_inputs(chosen, Store("bucket", "http://127.0.0.1:9"), Console(file=StringIO()))
     ready = replace(ready, store=store)

@@ -38,8 +38,8 @@ def version(number: int, digest: str = "a", **tags: str) -> Version:
          "not compared again: version 1 was rolled back (today: rude)", None),
         (Standing(version(2), version(1), version(1, **{DECISION: "promoted"} | GATED)),
          "not compared: the same bytes as the champion, version 1", 1),
-        (Standing(version(2), version(2), version(1, **{DECISION: "promoted"} | GATED), 1),
-         "champion in place of version 1: same bytes, stored anew", 2),
+        (Standing(version(2, **{REASON: "same bytes, and so on"}), version(2), version(1, **{DECISION: "promoted"}), 1),
+         "champion in place of version 1: same bytes, and so on", 2),
         (Standing(version(2), version(1), None), "not compared: the same bytes as the champion, version 1", 1),
     ],
 )  # fmt: skip
@@ -48,6 +48,37 @@ def test_why_a_version_is_not_compared(standing: Standing, reason: str, champion
     verdict = settled_verdict(standing)
     assert (verdict.reason, verdict.champion, verdict.promoted) == (reason, champion, False)
     assert (verdict.name, verdict.version, verdict.opponent, verdict.decision) == ("mine.x", 2, None, None)
+
+
+def promotion_of(done: list[str]) -> tuple[Promotion, _Subject]:
+    inputs, outcome = make(2)
+    found = Promotion(inputs, outcome, cast(Display, None), lambda what: lambda _: None, cast(Evaluations, Asked()))
+    found._undecided = lambda subject, standing, reason: done.append(reason)  # type: ignore[method-assign]
+    return found, _Subject("merged", next(iter(outcome.merged.values())), TASKS)
+
+
+def test_without_a_champion_that_there_was_a_person_decides() -> None:
+    """The base is no opponent for what follows a champion that was deleted."""
+    done: list[str] = []
+    promotion, subject = promotion_of(done)
+    promotion._entered(subject, Standing(version(3), None, None, former=version(1, "b")))
+    (reason,) = done
+    assert reason.startswith("not compared: there is no champion, but version 1 was")
+    assert reason.endswith("to make version 1 champion: python -m pipeline promote mine --version 1")
+
+
+@pytest.mark.parametrize(("rows", "judges"), [(3, False), (4, True)])
+def test_a_few_rows_decide_nothing(rows: int, judges: bool) -> None:
+    done: list[str] = []
+    promotion, subject = promotion_of(done)
+    promotion._ask = lambda *_: done.append("judged")  # type: ignore[method-assign]
+    score = {"rows": {"metric": [1.0] * rows}, "metric": "exact_match"}
+    for model, task in [(model, task) for model in ("merged", "base") for task in TASKS]:
+        promotion._outcome.scores[model, "gate", task] = score
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.promotion.rows_of", lambda found: found["rows"]["metric"])
+        promotion._judge(subject, Standing(version(2), None, None), Opponent())
+    assert done == (["judged"] if judges else ["not compared with base: there are fewer than 8 gate rows"])
 
 
 class Asked:

@@ -7,6 +7,8 @@ from mlflow.utils.validation import MAX_TAG_VAL_LENGTH, _validate_metric_name
 
 from pipeline import run_page
 
+REPORT = ("report.html", "scores.png", "results.json")
+
 
 def results(tasks: int = 3, held_out: int = 1, retention: float | None = 0.5) -> dict[str, Any]:
     """A results.json with what the page reads."""
@@ -61,19 +63,20 @@ def test_names_stay_apart() -> None:
 
 
 def test_the_description_starts_with_the_scores_and_links_the_report() -> None:
-    text = run_page.description(results(), "#/experiments/3/runs/abc")
+    text = run_page.description(results(), "#/experiments/3/runs/abc", REPORT)
     first, second = text.split("\n\n")[:2]
     assert first.startswith("**Merged 0.500** (95 % interval 0.400 to 0.600), experts 0.750, base 0.250")
     assert "of 1 held-out tasks" in first
     assert "[report.html](#/experiments/3/runs/abc/artifacts/report/report.html)" in second
+    assert "loss.png" not in second  # of no expert is there a history
     assert "[s.merged version 7](#/models/s.merged/versions/7)" in second
     assert "| task 2 | rouge_l | 0.25 | 0.30 | 0.75 | 0.50 |" in text
-    assert "held-out" not in run_page.description(results(held_out=0), "#").split("\n\n")[0]
+    assert "held-out" not in run_page.description(results(held_out=0), "#", REPORT).split("\n\n")[0]
 
 
 @pytest.mark.parametrize("tasks", [20, 100, 2000])
 def test_the_description_fits_and_loses_the_table_first(tasks: int) -> None:
-    text = run_page.description(results(tasks), "#/experiments/3/runs/abc")
+    text = run_page.description(results(tasks), "#/experiments/3/runs/abc", REPORT)
     assert len(text) <= min(5000, MAX_TAG_VAL_LENGTH)
     assert ("| task 19 |" in text) == (tasks == 20)
     assert f"means of {tasks} held-in tasks" in text

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,22 @@ def test_nothing_changed() -> None:
 )  # fmt: skip
 def test_a_field_is_named_as_in_the_configuration(sections: dict[str, Any], expected: list[str]) -> None:
     assert sorted(why(config(**sections))) == expected
+
+
+def test_labels_count_in_whatever_split_they_occur() -> None:
+    """They are those of the head. Of a label that only a test row has, nothing else tells."""
+    classifies = config(
+        objective="classification", held_in={name: TASK | {"metric": "accuracy"} for name in ("one", "two")}
+    )
+    train = [*map(row, range(20)), row(20, "no")]
+    before = data(train, metric="accuracy")
+    after = replace(before, splits=before.splits | {"test": (*before.splits["test"], row(70, "perhaps"))})
+    assert why(classifies, classifies, after, before) == [
+        'labels of one in its rows: ["no", "yes"] → ["no", "perhaps", "yes"]'
+    ]
+    listed = data(train, metric="accuracy", labels=["yes", "no"])
+    assert why(classifies, classifies, listed, before) == ['held_in.one.labels ["no", "yes"] → ["yes", "no"]']
+    assert why(classifies, classifies, before, listed) == ['labels of one in its rows: ["yes", "no"] → ["no", "yes"]']
 
 
 def test_a_default_learning_rate_follows_the_kind_of_expert() -> None:

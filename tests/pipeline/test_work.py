@@ -123,6 +123,22 @@ def test_keyed_work_that_somebody_else_holds_leaves_its_lane_until_the_key_is_fr
     assert claims[0].id != claims[1].id
 
 
+def test_idle_actors_beyond_what_is_allowed_go_before_they_get_another_call(bench: Bench) -> None:
+    """An expert waits for their slots, however many scores are still to be made."""
+    bench.add("a1", "b1", "c1")
+    running = bench.start(3)
+    assert len(running) == 3
+    bench.add("b2", "x1", "y1")
+    for ref in running[:2]:
+        bench.pool.finish(ref)
+    assert bench.start(2) == [(1, "b2")], "the one that has the model stays"
+    assert bench.dismissed == [0]
+    bench.pool.finish(running[2])
+    assert bench.start(1) == []
+    assert bench.dismissed == [0, 2]
+    assert bench.start(2) == [(3, "x1")]
+
+
 def test_nothing_to_settle_without_running_work(bench: Bench) -> None:
     lane, _ = lane_of(1, "a")
     bench.add("a1")
