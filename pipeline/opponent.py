@@ -85,16 +85,14 @@ def find_champion(
     base = str(manifest.meta["base_sha256"])
     if store.head(index_object(base)) is None:
         raise StoreError(f"its base {base} is not in the object store")
-    if manifest.kind == "expert":
-        made_of = [(task, manifest)]
-    else:
-        made_of = _experts(store, manifest, bool(labels), _named(champion, suite, tasks))
-    experts = dict(made_of)
+    named = {} if manifest.kind == "expert" else _named(champion, suite, tasks)
+    made_of = [(task, manifest)] if manifest.kind == "expert" else _experts(store, manifest, bool(labels), named)
+    experts, made_for = dict(made_of), {name for names in named.values() for name in names}
     if other := [name for name, each in made_of if ("labels" in each.config) != bool(labels)]:
         raise StoreError(f"it {'generates' if labels else 'classifies'}, as its expert for {other[0]!r} does")
-    if absent := sorted(experts.keys() - set(tasks)):
-        named = ", ".join(map(repr, absent[:_NAMED]))
-        raise StoreError(f"it was made for {named}{_more(absent)} too, which this run has no task of")
+    if absent := sorted((made_for | experts.keys()) - set(tasks)):
+        listed = ", ".join(map(repr, absent[:_NAMED]))
+        raise StoreError(f"it was made for {listed}{_more(absent)} too, which this run has no task of")
     for name, wanted in labels.items():
         if name in experts and list(experts[name].config["labels"]) != list(wanted):
             raise StoreError(f"it was trained for other labels of the task {name!r} than today's")

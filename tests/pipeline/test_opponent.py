@@ -144,6 +144,10 @@ def test_a_merge_for_more_tasks_is_not_compared_on_some(
     named(monkeypatch, ("mine.one", one), ("mine.dropped", two))
     with pytest.raises(StoreError, match="it was made for 'dropped' too, which this run has no task of"):
         find_champion(with_base, version(merged), "mine", "merged", ["one", "two"], {})
+    with_base.delete(manifest_name(two.key))  # whether its expert is still there makes no difference
+    with pytest.raises(StoreError, match="it was made for 'dropped' too"):
+        find_champion(with_base, version(merged), "mine", "merged", ["one", "two"], {})
+    with_base.put(manifest_name(two.key), two.to_json())
     named(monkeypatch, ("mine.one", one))
     found = find_champion(with_base, version(merged), "mine", "merged", ["one", "two", "new"], {})
     assert set(found.experts) == {"one", "two"}, "of one that is not in the lineage, the name that it was trained under"
