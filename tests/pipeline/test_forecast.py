@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from infra.artifacts import Manifest, Recipe, publish
-from infra.model_registry import DIGEST_TAG, KEY_TAG
-from infra.model_versions import CHAMPION, DECISION, PROMOTED, Model, Version
+from infra.model_registry import CONFIG_TAG, identity
+from infra.model_versions import CHAMPION, DECISION, PREVIOUS, PROMOTED, Model, Version
 from infra.snapshot import Snapshot
 from infra.store import Store
 from merge.jobs import NodeJob, Ref, RootJob, TaskMaskJob, consumed
@@ -19,6 +19,7 @@ from pipeline.forecast import Count, Forecast, forecast
 from pipeline.jobs import base_models, evaluation_job
 from pipeline.outcome import Inputs
 from pipeline.planning import plan_recipes
+from pipeline.registration import plain_expert
 from pipeline.search import plan_rungs, task_order
 from tests.pipeline.test_planning import inputs
 
@@ -47,7 +48,7 @@ class World:
         support = self.put(planned.support, {}, "support") if planned.support else None
         used = {support.key: support.digest} if support else {}
         self.experts = {
-            task: self.put(planned.experts[task], used, "adapter", base_sha256=self.given.base.sha256)
+            task: self.put(planned.experts[task], used, "adapter", base_sha256=self.given.base.sha256, run_id="run1")
             for task in tasks or planned.experts
         }
 
@@ -185,12 +186,12 @@ def test_seeds_share_the_scores_of_the_base(world: World) -> None:
     assert second.counts["registrations"] == Count()
 
 
-def registered(name: str, *versions: tuple[Manifest, dict[str, str]], champion: int | None) -> Model:
+def registered(given: Inputs, *versions: tuple[Manifest, dict[str, str]], champion: int | None) -> Model:
     found = [
-        Version(name, number, {KEY_TAG: manifest.key, DIGEST_TAG: manifest.digest, **tags})
+        Version("mine.task0", number, identity(plain_expert(given, "task0", manifest)) | tags)
         for number, (manifest, tags) in enumerate(versions, 1)
     ]
-    return Model(name, "task0", {CHAMPION: champion} if champion else {}, tuple(reversed(found)))
+    return Model("mine.task0", "task0", {CHAMPION: champion} if champion else {}, tuple(reversed(found)))
 
 
 @pytest.mark.parametrize(
@@ -200,6 +201,8 @@ def registered(name: str, *versions: tuple[Manifest, dict[str, str]], champion: 
         (["own"], 1, 0, "settled"),
         (["own"], None, 0, "base"),
         (["judged"], None, 0, "settled"),
+        (["asked otherwise"], 1, 1, "settled"),
+        (["was champion", "own"], None, 0, "settled"),
     ],
 )
 def test_what_the_gate_asks_for_follows_from_the_registered_versions(
@@ -207,8 +210,15 @@ def test_what_the_gate_asks_for_follows_from_the_registered_versions(
 ) -> None:
     world.train()
     own = world.experts["task0"]
-    listed = {"own": (own, {}), "judged": (own, {DECISION: PROMOTED}), "other": (world.experts["task1"], {})}
-    model = registered("mine.task0", *(listed[name] for name in versions), champion=champion)
+    other, was = world.experts["task1"], {DECISION: PROMOTED, PREVIOUS: ""}
+    listed = {
+        "own": (own, {}),
+        "judged": (own, {DECISION: PROMOTED}),
+        "asked otherwise": (own, {CONFIG_TAG: "before"}),
+        "other": (other, {}),
+        "was champion": (other, was),
+    }
+    model = registered(world.given, *(listed[name] for name in versions), champion=champion)
     found, plain = world.forecast({"mine.task0": model}), world.forecast()
     assert plain.counts["registrations"].make - found.counts["registrations"].make == 1 - registrations
     spared = plain.counts["evaluations"].make - found.counts["evaluations"].make
