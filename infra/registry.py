@@ -24,6 +24,9 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_I
 
 from infra.errors import ConfigError, RegistryError
 
+# What is read are files of a few KB; MLflow reads this variable whenever it downloads one.
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
 _BATCH = 1000  # MLflow's limit of metrics in one log_batch call
 _PARAMS = 100  # and of parameters or tags
 _DIGEST = 12  # characters of a data set's digest: what its page has room for

@@ -7,7 +7,6 @@ has announced nothing for three days. Exit status: 0 done, 1 a removal failed ha
 input. Rules and safety: `infra/gc.py`.
 """
 
-import os
 import sys
 from dataclasses import dataclass, field
 
@@ -50,7 +49,6 @@ _KINDS = {
 @click.option("--remove", is_flag=True, help="Remove what the table says goes.")
 def gc(keep_days: float | None, min_age_hours: float, forget_unknown_runs: bool, listed: bool, remove: bool) -> None:
     """Remove what no kept run and no registered version needs. Without --remove: only say what."""
-    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     rule = Rule(keep_days, min_age_hours * 3600, forget_unknown_runs)
     try:

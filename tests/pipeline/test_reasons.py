@@ -13,10 +13,12 @@ from pipeline.forecast import Forecast
 from pipeline.reasons import NEW, Reasons, find_reasons
 from pipeline.recipes import expert_recipe
 from tests.pipeline.test_staleness import BASE, config, data, row
+from workers.rows import rows_object, rows_to_jsonl
 
 NOW = expert_recipe(config(), BASE, data())
 FASTER = expert_recipe(config(train={"steps": 20, "batch_size": 4, "learning_rate": 0.04}), BASE, data())
-OTHER_ROWS = expert_recipe(config(), BASE, data([row(number) for number in range(19)]))
+FEWER = data([row(number) for number in range(19)])
+OTHER_ROWS = expert_recipe(config(), BASE, FEWER)
 
 
 @pytest.fixture
@@ -47,6 +49,7 @@ def test_a_task_that_never_had_an_expert_is_new(ask: Any) -> None:
 def test_the_expert_of_the_latest_run_is_the_one_before(ask: Any, store: Store, tmp_path: Path) -> None:
     for recipe in (FASTER, OTHER_ROWS):
         put(store, tmp_path, recipe)
+    store.put(rows_object(FEWER.fingerprints["train"]), rows_to_jsonl(FEWER.splits["train"]))
     assert ask(OTHER_ROWS.key, FASTER.key).why == ("data: 1 row added to train",)
     assert ask(OTHER_ROWS.key, latest=FASTER.key).why == ("train.learning_rate 0.04 → 0.02",)
 
