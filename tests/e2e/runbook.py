@@ -12,6 +12,7 @@ Exit status: 0 every command succeeded; otherwise that of the one that failed.
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -59,13 +60,14 @@ def blocks(page: str) -> list[Block]:
 
 
 def script(chosen: Iterable[Block]) -> str:
-    """What `bash -ev` is given: it prints each command before it runs it."""
-    parts = [". .venv/bin/activate\n"]
+    """What `bash -e` is given. Each block is printed before it is run; `set -v` would also print what `eval` is given,
+    credentials among it."""
+    parts = [". .venv/bin/activate"]
     for block in chosen:
         why = block.left_out()
-        parts.append(f"\n# line {block.line}, {block.section}" + (f": left out, {why}\n" if why else "\n"))
-        parts.append("" if why else block.text)
-    return "".join(parts)
+        shown = f"\n── line {block.line}, {block.section}{f': left out, {why}' if why else ''}\n{block.text.rstrip()}\n"
+        parts += [f"printf '%s\\n' {shlex.quote(shown)}", "" if why else block.text]
+    return "\n".join(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         file.flush()
         # the activated environment is the page's, so that of this process must not stand before it
         env = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
-        code = subprocess.run(["bash", "-ev", file.name], cwd=ROOT, env=env, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(["bash", "-e", file.name], cwd=ROOT, env=env, stderr=subprocess.STDOUT).returncode
     left_out = sum(block.left_out() is not None for block in chosen)
     print(
         f"\n{options.page}: {len(chosen) - left_out} blocks run, {left_out} left out, exit status {code}, "
