@@ -17,6 +17,7 @@ import yaml
 
 from infra.artifacts import Manifest
 from infra.leases import Holder
+from infra.model_versions import models_of
 from tests.e2e.background import ROOT, Factory, start, wait_for, workers
 
 CONFIG = Callable[..., dict[str, Any]]
@@ -60,7 +61,16 @@ def test_a_driver_killed_at_any_point_is_continued(stack: Any, tiny_config: CONF
     def published(kind: str) -> Callable[[], bool]:
         return lambda: any(manifest.kind == kind for manifest in factory.manifests().values())
 
-    points = {"working": lambda: bool(factory.leases()), "node": published("node"), "merged": published("merged")}
+    def at_the_gate() -> bool:
+        found = factory.manifests().values()
+        return any(manifest.kind == "evaluation" and manifest.config["split"] == "gate" for manifest in found)
+
+    points = {
+        "working": lambda: bool(factory.leases()),
+        "node": published("node"),
+        "merged": published("merged"),
+        "gate": at_the_gate,
+    }
     kept: dict[str, str] = {}
     trained: set[str] = set()
     for name, reached in points.items():
@@ -94,13 +104,17 @@ def test_a_driver_killed_at_any_point_is_continued(stack: Any, tiny_config: CONF
         assert results["made"][counted] == in_all - there, counted
     assert factory.leases() == []
     assert list(factory.store.list("checkpoints/")) == []
+    models = {model.task: model for model in models_of(config["suite"])}
+    assert set(models) == {*config["held_in"], "merged"}
+    assert all(len(model.versions) == 1 for model in models.values()), "each is registered once"
+    assert all(model.aliases for model in models.values())
 
 
 def test_a_killed_worker_is_replaced_without_waiting_for_its_lease(
     stack: Any, tiny_config: CONFIG, tmp_path: Path
 ) -> None:
-    """The leases would live for an hour. An expert and an evaluation lose their worker; a merge node of this size is made
-    too fast to be caught (tests/merge/test_dispatch.py has a dead holder of one)."""
+    """The leases would live for an hour. An expert and an evaluation lose their worker; a merge node of this size is
+    made too fast to be caught (tests/merge/test_dispatch.py has a dead holder of one)."""
     factory = Factory.fresh(stack.env(), "worker")
     config = small(tiny_config, "worker-killed", 3600.0, steps=120)
     config["splits"] |= {"test": 40}  # evaluations that last long enough to be caught
