@@ -30,7 +30,6 @@ def small(tiny_config: CONFIG, suite: str, lease_s: float, steps: int = 40, **se
     config = tiny_config(suite, held_in=3, held_out={}, **({"merge": merge} | sections))
     config["train"] |= {"steps": steps}
     config["evaluate"] |= {"few_shot": 0}
-    config["resources"]["evaluator"] |= {"cpus": 0}  # an idle evaluator keeps no expert waiting
     config["resources"] |= {"lease_seconds": lease_s}
     return config
 
