@@ -34,9 +34,10 @@ from infra.store_admin import delete_if_match
 EXPIRY_S = 60.0
 """Seconds without a heartbeat after which a lease may be taken over. The same for holders and observers."""
 BEATS_PER_EXPIRY = 6
-"""Heartbeats in that time: five in a row have to fail before anybody takes over. None waits for an answer for longer
-than the pause between two, so that a connection that hangs costs one of them."""
-_LEAST_PATIENCE_S = 0.5
+"""Heartbeats in that time: five in a row have to fail before anybody takes over."""
+_PATIENCE = 1 / 3
+"""Part of that time for which a heartbeat's request waits for an answer: a connection that hangs costs no lease."""
+_LEAST_PATIENCE_S = 1.0
 _LOOKS = 3  # an observer must have looked at least this often in the time
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _ATTEMPTS = 5
@@ -122,7 +123,7 @@ class Lease:
 
     def beat(self) -> bool:
         """Renew the lease; False once it is known to be lost for good. Raises StoreError, which changes nothing."""
-        store = self.store.hasty(max(_LEAST_PATIENCE_S, self._expiry_s / BEATS_PER_EXPIRY))
+        store = self.store.hasty(max(_LEAST_PATIENCE_S, self._expiry_s * _PATIENCE))
         with self._lock:
             return not self._taken and self._write(store, lambda held: replace(held, beat=held.beat + 1)) is not None
 
