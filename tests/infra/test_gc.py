@@ -86,6 +86,18 @@ def test_only_what_nothing_reaches_goes(store: Store, tmp_path: Path) -> None:
     assert collect(store, lambda: kept, min_age_s=-1.0, remove=True)[1] is not None
 
 
+@pytest.mark.parametrize("damage", [b"{", b"[1]", b"\xff"])
+def test_a_damaged_journal_is_named(store: Store, tmp_path: Path, damage: bytes) -> None:
+    made(store, tmp_path, "a")
+    store.put("gc/broken.json", damage)
+    with pytest.raises(StoreError, match=r"gc/broken.json, what an interrupted collection.*delete the object"):
+        execute(store, plan_later(store, roots()), roots)
+    store.put("gc/shared-broken.json", damage)
+    if damage != b"[1]":  # that is a list
+        with pytest.raises(StoreError, match=r"gc/shared-broken.json is damaged"):
+            await_removals(store, {USED})
+
+
 # -- races -------------------------------------------------------------------------------------------------------
 
 

@@ -55,6 +55,25 @@ def test_runs_and_history(run_id: str) -> None:
         registry.finish_run(run_id, "RUNNING")
 
 
+def test_a_run_of_another_experiment_or_a_deleted_one_is_replaced_by_a_child(run_id: str) -> None:
+    client = registry.client()
+    own, other = registry.start_run("tests", "own", {}, {}), registry.start_run("tests-elsewhere", "other", {}, {})
+    assert registry.run_of_suite(own, run_id, "task") == own
+    client.delete_run(own)
+    for replaced in (own, other, "0" * 32):
+        child = client.get_run(registry.run_of_suite(replaced, run_id, "task"))
+        assert (child.info.run_name, child.info.status) == ("task", "FINISHED")
+        assert child.info.experiment_id == client.get_run(run_id).info.experiment_id
+        assert child.data.tags["mlflow.parentRunId"] == run_id
+
+
+def test_a_text_is_stored_or_the_reason_said(run_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.log_text(run_id, "a: 1", "report/config.yaml")
+    assert [file.path for file in registry.client().list_artifacts(run_id, "report")] == ["report/config.yaml"]
+    with pytest.raises(RegistryError, match=r"could not store 'x' with run 0000"):
+        registry.log_text("0" * 32, "a", "x")
+
+
 def test_histories_of_several_runs(run_id: str) -> None:
     other = registry.start_run("tests", "other", {}, {})
     registry.log_history(run_id, [{"step": step, "loss": 2.0 * step} for step in (3, 1, 2)])

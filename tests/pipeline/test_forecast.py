@@ -100,6 +100,15 @@ def test_of_nothing_everything_is_made(world: World) -> None:
     }
 
 
+def test_scores_that_are_one_are_made_once(store: Store, tmp_path: Path) -> None:
+    """Where weights are served in the type that is computed in, the chosen merge's two scores are the same."""
+    evaluate = {"few_shot": 0, "compute_dtype": "float32", "serving_dtype": "float32"}
+    found = World(inputs(store, 5, **SMALL | {"evaluate": evaluate}), tmp_path).forecast()
+    plain = World(inputs(store, 5, **SMALL | {"evaluate": evaluate | {"serving_dtype": None}}), tmp_path).forecast()
+    assert found.counts["evaluations"].make == plain.counts["evaluations"].make
+    assert found.counts["evaluations"].reuse > plain.counts["evaluations"].reuse == 0
+
+
 def test_what_exists_is_reused_and_a_stale_expert_takes_its_path_along(world: World) -> None:
     world.train()
     world.merge()

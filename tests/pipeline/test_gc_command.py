@@ -5,6 +5,7 @@ import uuid
 from datetime import timedelta
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from infra import registry
@@ -22,6 +23,17 @@ def roots_of(store: Store, rule: Rule) -> tuple[gc_command.RootReader, str]:
     console = Console(file=io.StringIO(), soft_wrap=True, width=120)
     reader = gc_command._roots(store, rule, console)
     return reader, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_without_remove_it_only_looks(store: Store, stack: StackState, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be run with credentials that cannot write."""
+    monkeypatch.setenv("FACTORY_S3_PREFIX", store.prefix)
+    for write in ("put", "put_if_absent", "replace_if_match", "delete", "check"):
+        monkeypatch.setattr(Store, write, None)
+    done = CliRunner().invoke(gc_command.gc, [])
+    assert done.exit_code == 0, done.output
+    assert "nothing to remove" in done.output
+    assert CliRunner().invoke(gc_command.gc, ["--remove"]).exception is not None
 
 
 def test_a_version_registered_and_a_run_finished_meanwhile_are_seen(store: Store, stack: StackState) -> None:
