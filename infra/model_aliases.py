@@ -40,6 +40,7 @@ from infra.model_versions import (
     aliased,
     asking,
     barred,
+    former_champion,
     gone,
     version_of,
     versions_where,
@@ -112,8 +113,9 @@ def enter(store: Store, name: str, version: int) -> Standing:
     """
     mlflow = client()
     with asking(f"make version {version} of {name!r} the challenger"):
-        _bar(mlflow, name, version)
         standing = _standing(mlflow, name, version)
+        if _bar(mlflow, standing.version):
+            standing = _standing(mlflow, name, version)
         challenger = aliased(mlflow, name, CHALLENGER)
         known = challenger is not None and challenger.version == version
         if standing.leads != known and _succeeds(store, standing) is None:
@@ -129,13 +131,15 @@ def enter(store: Store, name: str, version: int) -> Standing:
             return standing
 
 
-def _bar(mlflow: MlflowClient, name: str, version: int) -> None:
-    """Mark a version whose bytes were rolled back when they were another version, which may be deleted by now."""
-    own = _existing(mlflow, name, version)
-    if own.digest and ROLLED_BACK not in own.tags:
-        found = mlflow.get_registered_model(name).tags.get(barred(own.digest))
-        if found is not None:
-            mlflow.set_model_version_tag(name, str(version), ROLLED_BACK, found)
+def _bar(mlflow: MlflowClient, own: Version) -> bool:
+    """Mark a version whose bytes were rolled back when they were another version, which may be deleted by now; whether
+    it was one."""
+    if not own.digest or ROLLED_BACK in own.tags:
+        return False
+    found = mlflow.get_registered_model(own.name).tags.get(barred(own.digest))
+    if found is not None:
+        mlflow.set_model_version_tag(own.name, str(own.version), ROLLED_BACK, found)
+    return found is not None
 
 
 def _succeeds(store: Store, standing: Standing) -> str | None:
@@ -280,10 +284,7 @@ def _standing(mlflow: MlflowClient, name: str, version: int) -> Standing:
     judged = [each for each in same if each.is_judged]
     # Of several the one that says most: rolled back, then the version itself, then the newest.
     judged.sort(key=lambda each: (ROLLED_BACK not in each.tags, each.version != version, -each.version))
-    former = None
-    if leader is None:
-        others = versions_where(mlflow, f"name = '{name}'")
-        former = next((each for each in others if each.was_champion and each.version != version), None)
+    former = former_champion(versions_where(mlflow, f"name = '{name}'"), version) if leader is None else None
     return Standing(own, leader, judged[0] if judged else None, former=former)
 
 

@@ -154,6 +154,11 @@ def _plain(version: ModelVersion) -> Version:
     return Version(version.name, int(version.version), dict(version.tags), created, version.source or "")
 
 
+def former_champion(versions: Iterable[Version], but: int) -> Version | None:
+    """Of a model without a champion, the newest version that was one, ``but`` left out; the newest come first."""
+    return next((each for each in versions if each.was_champion and each.version != but), None)
+
+
 def barred(digest: str) -> str:
     """Tag of a registered model that says when and why these bytes were rolled back."""
     return f"factory.rolled_back.{digest[:40]}"

@@ -153,12 +153,13 @@ def main(arguments: list[str] | None = None, wait: Callable[[float], None] = tim
             )
         url, cluster = webhook.webhook_url(None), Cluster.of_this_pod()
         manifest = yaml.safe_load(options.manifest.read_text())
-        status = run(cluster, scheduled(manifest, job, uid), wait)
+        body = scheduled(manifest, job, uid)
+        status = run(cluster, body, wait)
     except (FactoryError, OSError, yaml.YAMLError) as error:
         _say(f"error: {error}")
         return 2 if isinstance(error, ConfigError | yaml.YAMLError) else 1
     outcome, message = outcome_of(status)
-    _say(f"the RayJob {job}-run ended: {outcome} {message}")
+    _say(f"the RayJob {body['metadata']['name']} ended: {outcome} {message}")
     if url is not None:
         suite, submission = (
             str(manifest["metadata"].get("labels", {}).get(SUITE_LABEL, "")),

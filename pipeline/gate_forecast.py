@@ -9,7 +9,7 @@ from infra.artifacts import Manifest
 from infra.errors import StoreError
 from infra.model_aliases import Standing
 from infra.model_registry import DIGEST_TAG, KEY_TAG, Registration, identity
-from infra.model_versions import CHAMPION, Model, Version, barred
+from infra.model_versions import CHAMPION, Model, Version, barred, former_champion
 from infra.registry import CHECKPOINT, MERGED
 from pipeline.jobs import evaluation_job, opponent_job
 from pipeline.opponent import Opponent, find_champion
@@ -84,8 +84,7 @@ def _standing(model: Model | None, subject: Manifest, champion: Version | None) 
     own = _version_of(model, subject) or Version(model.name if model else "", 0, tags)
     versions = model.versions if model else ()
     same = [version for version in versions if version.digest == own.digest]
-    former = next((each for each in versions if each.was_champion and each.version != own.version), None)
     judged = next((version for version in same if version.is_judged), None)
     if model is not None and barred(own.digest) in model.tags:
         judged = own
-    return Standing(own, champion, judged, former=None if champion else former)
+    return Standing(own, champion, judged, former=None if champion else former_champion(versions, own.version))

@@ -11,7 +11,6 @@ Exit status: 0 every command succeeded; otherwise that of the one that failed.
 """
 
 import argparse
-import os
 import shlex
 import subprocess
 import sys
@@ -85,9 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.NamedTemporaryFile("w", suffix=".sh", encoding="utf-8") as file:
         file.write(script(chosen))
         file.flush()
-        # the activated environment is the page's, so that of this process must not stand before it
-        env = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
-        code = subprocess.run(["bash", "-e", file.name], cwd=ROOT, env=env, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(["bash", "-e", file.name], cwd=ROOT, stderr=subprocess.STDOUT).returncode
     left_out = sum(block.left_out() is not None for block in chosen)
     print(
         f"\n{options.page}: {len(chosen) - left_out} blocks run, {left_out} left out, exit status {code}, "
