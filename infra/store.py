@@ -5,8 +5,8 @@ on), multi-part file transfer with our own SHA-256, listing and a preflight chec
 object piece by piece (`infra.store_source`), writing a file while it is being made (`infra.store_writer`), nor creating
 buckets, access policies or life-cycle rules: the bucket must exist and the credentials come from boto3's usual chain.
 
-All names are relative to the store's prefix. Retries are bounded (botocore's standard mode); what still fails is a
-``StoreError`` that names the endpoint and the bucket.
+All names are relative to the store's prefix. Retries are bounded: an endpoint that has answered this process is given
+a minute to come back, one that never did a second. What still fails is a ``StoreError`` that names endpoint and bucket.
 """
 
 from __future__ import annotations
@@ -15,46 +15,38 @@ import contextlib
 import os
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import botocore.exceptions as bexc
-from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 
 from infra.digests import file_sha256
 from infra.errors import StoreError
-from infra.store_client import make_client
+from infra.store_client import OUTAGE_S, Answer, make_client, passes, patiently
+from infra.store_errors import (
+    CONFLICT,
+    LOST_RACE,
+    MISSING,
+    ObjectCorrupted,
+    ObjectMissing,
+    code_of,
+    explained,
+    no_bucket,
+    retries_of,
+    where,
+)
 
 if TYPE_CHECKING:
     from infra.store_writer import StoreWriter
 
 _MIB = 1 << 20
 _TRANSFER = TransferConfig(multipart_threshold=32 * _MIB, multipart_chunksize=16 * _MIB, max_concurrency=4)
-_REFUSED = frozenset(
-    {
-        "AccessDenied",
-        "InvalidAccessKeyId",
-        "SignatureDoesNotMatch",
-        "ExpiredToken",
-        "InvalidToken",
-        "InvalidClientTokenId",
-        "401",
-        "403",
-    }
-)
-_MISSING = frozenset({"NoSuchKey", "NotFound", "404"})
-_LOST_RACE = frozenset({"PreconditionFailed", "412"})
-_CONFLICT = frozenset({"ConditionalRequestConflict", "409"})
 _STREAM_ATTEMPTS = 4
 _CONFLICT_ATTEMPTS = 20
-
-
-class ObjectMissing(StoreError):
-    """The named object does not exist."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +93,13 @@ class Store:
         self.endpoint = endpoint or None
         self.prefix = prefix.strip("/")
         self._credentials = credentials
+        self._reset()
+
+    def _reset(self) -> None:
+        """What no copy takes along."""
         self._client_: Any = None
+        self._answered = False
+        self._patience = OUTAGE_S
         self._hasty: dict[float, Store] = {}
         self._lock = threading.Lock()
 
@@ -111,6 +109,7 @@ class Store:
             if seconds not in self._hasty:
                 twin = type(self)(self.bucket, self.endpoint, self.prefix, self._credentials)
                 twin._client_ = make_client(self.endpoint, self._credentials, attempts=1, read_timeout=seconds)
+                twin._patience = 0.0
                 self._hasty[seconds] = twin
             return self._hasty[seconds]
 
@@ -128,9 +127,7 @@ class Store:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._credentials = None
-        self._client_ = None
-        self._hasty = {}
-        self._lock = threading.Lock()
+        self._reset()
 
     def __repr__(self) -> str:
         return f"Store({self.uri('')!r}, endpoint={self.endpoint!r})"
@@ -171,9 +168,9 @@ class Store:
     def head(self, name: str) -> ObjectInfo | None:
         """Size and entity tag, or None if there is no such object."""
         try:
-            answer = self._client().head_object(Bucket=self.bucket, Key=self._key(name))
+            answer = self._ask(lambda client: client.head_object(Bucket=self.bucket, Key=self._key(name)))
         except Exception as error:
-            if _code(error) in _MISSING:
+            if code_of(error) in MISSING:
                 return None
             raise self._error("look at", name, error) from error
         return ObjectInfo(int(answer["ContentLength"]), str(answer["ETag"]))
@@ -197,21 +194,25 @@ class Store:
     def delete(self, name: str) -> None:
         """Delete the object; deleting what does not exist is fine."""
         try:
-            self._client().delete_object(Bucket=self.bucket, Key=self._key(name))
+            self._ask(lambda client: client.delete_object(Bucket=self.bucket, Key=self._key(name)))
         except Exception as error:
-            if _code(error) not in _MISSING:
+            if code_of(error) not in MISSING:
                 raise self._error("delete", name, error) from error
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """Names (relative to the store) that start with ``prefix``, in the endpoint's order."""
         cut = len(self.prefix) + 1 if self.prefix else 0
-        try:
-            pages = self._client().get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self.bucket, Prefix=self._key(prefix)):
-                for entry in page.get("Contents", ()):
-                    yield entry["Key"][cut:]
-        except Exception as error:
-            raise self._error("list", prefix, error) from error
+        listed = {"Bucket": self.bucket, "Prefix": self._key(prefix)}
+        while True:
+            try:
+                page = self._ask(lambda client: client.list_objects_v2(**listed))
+            except Exception as error:
+                raise self._error("list", prefix, error) from error
+            for entry in page.get("Contents", ()):
+                yield entry["Key"][cut:]
+            if not page.get("IsTruncated"):
+                return
+            listed["ContinuationToken"] = page["NextContinuationToken"]
 
     # -- files ---------------------------------------------------------------------------------------------------
 
@@ -219,7 +220,7 @@ class Store:
         """Store a file (in parts when large) and return its reference; the stored size is checked."""
         try:
             size, sha256 = os.stat(path).st_size, file_sha256(path)
-            self._client().upload_file(str(path), self.bucket, self._key(name), Config=_TRANSFER)
+            self._ask(lambda client: client.upload_file(str(path), self.bucket, self._key(name), Config=_TRANSFER))
         except OSError as error:
             raise StoreError(f"cannot read {path} to store it as {self.uri(name)}: {error}") from error
         except Exception as error:
@@ -249,12 +250,15 @@ class Store:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self._client().download_file(self.bucket, self._key(name), str(part), Config=_TRANSFER)
+                self._ask(
+                    lambda client: client.download_file(self.bucket, self._key(name), str(part), Config=_TRANSFER)
+                )
             except Exception as error:
                 raise self._error("read", name, error) from error
             if expected is not None and (found := file_sha256(part)) != expected:
-                raise StoreError(
-                    f"{self.uri(name)} at {self._where()} is corrupted: SHA-256 {found}, expected {expected}; "
+                raise ObjectCorrupted(
+                    f"{self.uri(name)} at {where(self.endpoint, self.bucket)} is corrupted: SHA-256 {found}, "
+                    f"expected {expected}; "
                     "delete the object (it will be made again) and check the disk behind the store"
                 )
             os.replace(part, target)
@@ -270,11 +274,12 @@ class Store:
         """Prove that the endpoint answers, accepts the credentials, has the bucket and honours conditional writes."""
         probe = Store(self.bucket, self.endpoint, self.prefix)
         probe._client_ = make_client(self.endpoint, self._credentials, attempts=2, read_timeout=10)
+        probe._patience = 0.0
         try:
             probe._client().head_bucket(Bucket=self.bucket)
         except Exception as error:
-            if _code(error) in _MISSING | {"NoSuchBucket"}:
-                raise self._no_bucket() from error
+            if code_of(error) in MISSING | {"NoSuchBucket"}:
+                raise no_bucket(self.endpoint, self.bucket) from error
             raise self._error("reach", "", error) from error
         name = f"checks/{uuid.uuid4().hex}"
         try:
@@ -282,9 +287,9 @@ class Store:
             replaced = probe.replace_if_match(name, b"third", '"00000000000000000000000000000000"')
             if not first or second or replaced or probe.get(name) != b"first":
                 raise StoreError(
-                    f"the object store at {self._where()} ignores conditional writes (If-None-Match, If-Match), "
-                    "without which two runs could overwrite each other; use an S3 server that honours them "
-                    "(AWS S3, SeaweedFS, MinIO, Ceph from Tentacle on)"
+                    f"the object store at {where(self.endpoint, self.bucket)} ignores conditional writes "
+                    "(If-None-Match, If-Match), without which two runs could overwrite each other; "
+                    "use an S3 server that honours them (AWS S3, SeaweedFS, MinIO, Ceph from Tentacle on)"
                 )
         finally:
             with contextlib.suppress(StoreError):
@@ -293,7 +298,9 @@ class Store:
     def call(self, operation: str, verb: str, name: str, **arguments: Any) -> Any:
         """One request of the S3 client about one object; where it fails, a StoreError: "cannot <verb> <name>"."""
         try:
-            return getattr(self._client(), operation)(Bucket=self.bucket, Key=self._key(name), **arguments)
+            return self._ask(
+                lambda client: getattr(client, operation)(Bucket=self.bucket, Key=self._key(name), **arguments)
+            )
         except Exception as error:
             raise self._error(verb, name, error) from error
 
@@ -309,11 +316,22 @@ class Store:
                         raise self._error("use", "", error) from error
         return self._client_
 
+    def _ask(self, request: Callable[[Any], Answer]) -> Answer:
+        """The answer to a request; an endpoint that has answered before is given time to come back."""
+        client = self._client()
+        try:
+            answer = patiently(lambda: request(client), self._patience if self._answered else 0.0)
+        except bexc.ClientError as error:
+            self._answered = self._answered or not passes(error)
+            raise
+        self._answered = True
+        return answer
+
     def _read(self, name: str, byte_range: str | None) -> tuple[bytes, str]:
         extra = {} if byte_range is None else {"Range": byte_range}
         for attempt in range(_STREAM_ATTEMPTS):
             try:
-                answer = self._client().get_object(Bucket=self.bucket, Key=self._key(name), **extra)
+                answer = self._ask(lambda client: client.get_object(Bucket=self.bucket, Key=self._key(name), **extra))
                 with contextlib.closing(answer["Body"]) as body:
                     return body.read(), str(answer["ETag"])
             except (bexc.IncompleteReadError, bexc.ResponseStreamingError, bexc.ReadTimeoutError) as error:
@@ -324,70 +342,28 @@ class Store:
         raise AssertionError("unreachable")
 
     def _conditional_put(self, name: str, data: bytes, condition: dict[str, str]) -> bool:
+        asked = 0
+
+        def put(client: Any) -> None:
+            nonlocal asked
+            asked += 1
+            client.put_object(Bucket=self.bucket, Key=self._key(name), Body=data, **condition)
+
         for attempt in range(_CONFLICT_ATTEMPTS):
             try:
-                self._client().put_object(Bucket=self.bucket, Key=self._key(name), Body=data, **condition)
+                self._ask(put)
                 return True
             except Exception as error:
-                code = _code(error)
-                if code in _CONFLICT and attempt < _CONFLICT_ATTEMPTS - 1:
+                code = code_of(error)
+                if code in CONFLICT and attempt < _CONFLICT_ATTEMPTS - 1:
                     continue
-                if code in _LOST_RACE:
-                    # The first try may have been applied and its answer lost: then what is there is ours.
-                    return _retries(error) > 0 and (self.get_with_etag(name) or (None,))[0] == data
-                if "IfMatch" in condition and code in _MISSING:
+                if code in LOST_RACE:
+                    # An earlier try may have been applied and its answer lost: then what is there is ours.
+                    return asked + retries_of(error) > 1 and (self.get_with_etag(name) or (None,))[0] == data
+                if "IfMatch" in condition and code in MISSING:
                     return False
                 raise self._error("write", name, error) from error
         raise AssertionError("unreachable")
 
-    def _where(self) -> str:
-        return f"{self.endpoint or 'the default AWS endpoint'}, bucket {self.bucket!r}"
-
-    def _no_bucket(self) -> StoreError:
-        return StoreError(
-            f"the object store at {self.endpoint or 'the default AWS endpoint'} has no bucket {self.bucket!r}; "
-            "create it, or name an existing one in FACTORY_S3_BUCKET"
-        )
-
     def _error(self, verb: str, name: str, error: Exception) -> StoreError:
-        if isinstance(error, StoreError):
-            return error
-        code = _code(error)
-        text = str(error)
-        what = f"cannot {verb} {self.uri(name)}"
-        if code == "NoSuchBucket" or "NoSuchBucket" in text:
-            return self._no_bucket()
-        if code in _MISSING or "(404)" in text:
-            return ObjectMissing(f"{what}: no such object at {self._where()}")
-        if code in _REFUSED or "Forbidden" in text:
-            return StoreError(
-                f"{what}: the object store at {self._where()} refused the credentials ({code or 'forbidden'}); "
-                "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and what that identity may do"
-            )
-        if isinstance(error, bexc.NoCredentialsError | bexc.PartialCredentialsError):
-            return StoreError(
-                f"{what}: no credentials for the object store at {self._where()}; "
-                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or configure an AWS profile"
-            )
-        if isinstance(error, bexc.HTTPClientError | bexc.ConnectionError):
-            return StoreError(
-                f"{what}: the object store at {self._where()} is unreachable ({text}); "
-                "start it (make up), or correct FACTORY_S3_ENDPOINT"
-            )
-        if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
-            return StoreError(f"{what}: {text}; FACTORY_S3_ENDPOINT must look like http://host:port")
-        if code == "InvalidRange":
-            return StoreError(f"{what}: the range lies outside the object")
-        if isinstance(error, bexc.BotoCoreError | bexc.ClientError | Boto3Error):
-            return StoreError(f"{what} at {self._where()}: {text}")
-        raise error
-
-
-def _code(error: Exception) -> str:
-    return str(error.response.get("Error", {}).get("Code", "")) if isinstance(error, bexc.ClientError) else ""
-
-
-def _retries(error: Exception) -> int:
-    if not isinstance(error, bexc.ClientError):
-        return 0
-    return int(error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0))
+        return explained(f"cannot {verb} {self.uri(name)}", self.endpoint, self.bucket, error)

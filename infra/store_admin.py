@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import botocore.exceptions as bexc
-
 from infra.errors import StoreError
 from infra.store import Store
+from infra.store_errors import code_of
 
 _CHANGED = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchKey", "NotFound", "404"})
 _NO_UPLOAD = frozenset({"NoSuchUpload", "NoSuchKey", "NotFound", "404"})
@@ -42,7 +41,7 @@ class PendingUpload:
 def server_time(store: Store) -> datetime:
     """The store's present time, from the Date header of an answer (whole seconds). Raises StoreError."""
     try:
-        answer = store._client().head_bucket(Bucket=store.bucket)
+        answer = store._ask(lambda client: client.head_bucket(Bucket=store.bucket))
     except Exception as error:
         raise store._error("reach", "", error) from error
     date = answer["ResponseMetadata"]["HTTPHeaders"].get("date", "")
@@ -71,7 +70,7 @@ def upload_size(store: Store, upload: PendingUpload) -> int:
         pages = store._client().get_paginator("list_parts").paginate(**_where(store, upload))
         return sum(int(part["Size"]) for page in pages for part in page.get("Parts", ()))
     except Exception as error:
-        if _code(error) in _NO_UPLOAD:
+        if code_of(error) in _NO_UPLOAD:
             return 0
         raise store._error("list the parts of", upload.name, error) from error
 
@@ -79,9 +78,9 @@ def upload_size(store: Store, upload: PendingUpload) -> int:
 def abort_upload(store: Store, upload: PendingUpload) -> None:
     """Give up an unfinished upload and its parts; one that is over already is fine. Raises StoreError."""
     try:
-        store._client().abort_multipart_upload(**_where(store, upload))
+        store._ask(lambda client: client.abort_multipart_upload(**_where(store, upload)))
     except Exception as error:
-        if _code(error) not in _NO_UPLOAD:
+        if code_of(error) not in _NO_UPLOAD:
             raise store._error("abort the upload of", upload.name, error) from error
 
 
@@ -92,10 +91,10 @@ def delete_if_match(store: Store, name: str, etag: str) -> bool:
     callers must survive that.
     """
     try:
-        store._client().delete_object(Bucket=store.bucket, Key=store._key(name), IfMatch=etag)
+        store._ask(lambda client: client.delete_object(Bucket=store.bucket, Key=store._key(name), IfMatch=etag))
         return True
     except Exception as error:
-        if _code(error) in _CHANGED:
+        if code_of(error) in _CHANGED:
             return False
         raise store._error("delete", name, error) from error
 
@@ -115,7 +114,3 @@ def _relative(store: Store, key: str) -> str:
 
 def _where(store: Store, upload: PendingUpload) -> dict[str, str]:
     return {"Bucket": store.bucket, "Key": store._key(upload.name), "UploadId": upload.upload_id}
-
-
-def _code(error: Exception) -> str:
-    return str(error.response.get("Error", {}).get("Code", "")) if isinstance(error, bexc.ClientError) else ""

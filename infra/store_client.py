@@ -1,12 +1,25 @@
-"""How an object store's endpoint is reached: boto3's client, with bounded retries and no proxy to this machine."""
+"""How an object store's endpoint is reached: boto3's client, with bounded retries and no proxy to this machine.
+
+boto3 gives up after a second of refused connections; `patiently` is for what is worth waiting for a server to restart.
+"""
 
 import ipaddress
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
 import botocore.config
+import botocore.exceptions as bexc
+import tenacity
+from boto3.exceptions import Boto3Error, RetriesExceededError
+
+Answer = TypeVar("Answer")
+
+OUTAGE_S = 60.0
+"""How long an endpoint that has answered is waited for."""
+_NOT_NOW = frozenset({"SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "Throttling", "503", "500"})
 
 
 def make_client(
@@ -26,6 +39,28 @@ def make_client(
     # A session of our own: boto3's default session is not safe to create clients from in several threads.
     session = boto3.session.Session(*(credentials or ()))
     return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
+
+
+def patiently(ask: Callable[[], Answer], seconds: float) -> Answer:
+    """What `ask` returns; while the endpoint does not answer, or says that it cannot now, it is asked again for so
+    long."""
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(passes),
+        stop=tenacity.stop_after_delay(seconds),
+        wait=tenacity.wait_random_exponential(multiplier=0.5, max=5),
+        reraise=True,
+    )
+    return retrying(ask)
+
+
+def passes(error: BaseException) -> bool:
+    """Whether an error of boto3 is one that passes: no answer, or a fault of the server's own."""
+    if isinstance(error, Boto3Error) and error.__context__ is not None:  # of a transfer: what went wrong is below it
+        return passes(error.__context__)
+    if isinstance(error, bexc.ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or error.response.get("Error", {}).get("Code") in _NOT_NOW
+    return isinstance(error, bexc.HTTPClientError | bexc.ConnectionError | RetriesExceededError)
 
 
 def is_loopback(address: str) -> bool:

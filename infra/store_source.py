@@ -5,7 +5,8 @@ Not here: whole objects and files (`infra.store`), writing (`infra.store_writer`
 
 from __future__ import annotations
 
-from infra.store import ObjectMissing, Store
+from infra.store import Store
+from infra.store_errors import ObjectMissing
 
 
 class StoreSource:

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from infra.artifacts import Manifest, manifest_name
 from infra.errors import ConfigError, RegistryError
-from infra.store import ObjectMissing, Store, split_uri
+from infra.store import Store, split_uri
+from infra.store_errors import ObjectMissing
 from workers.peft_folder import CONFIG as PEFT_CONFIG
 
 ACCEPTED = (

@@ -15,7 +15,8 @@ from infra.artifacts import Manifest, peek
 from infra.errors import DataError
 from infra.history import expert_keys
 from infra.snapshot import Snapshot
-from infra.store import ObjectMissing, Store
+from infra.store import Store
+from infra.store_errors import ObjectMissing
 from pipeline.forecast import Forecast
 from pipeline.outcome import Inputs
 from pipeline.staleness import SEED, why_lost, why_stale

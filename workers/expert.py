@@ -46,6 +46,7 @@ from workers.rows import Row, load_rows
 from workers.shared_support import SupportRef, load_support
 from workers.train import StepReport, TrainedExpert, TrainSpec, train_expert
 
+_LOG = logging.getLogger(__name__)
 TRAINING_LOSS, VALIDATION_LOSS = "loss/training", "loss/validation"
 """Metrics of an expert's run, by step."""
 
@@ -123,7 +124,7 @@ def make_expert(
         registry.log_data(run_id, job.task, Path(job.train_rows).stem, job.tags.get("source", ""), "train")
         with _algorithms(job.deterministic):
             trained = _train(store, job, devices, on_step)
-        registry.log_history(run_id, _curves(as_rows(trained.history)))
+        untold = _untold(run_id, _curves(as_rows(trained.history)))
         meta = _meta(job, trained, run_id, devices)
         with tempfile.TemporaryDirectory(prefix="factory-expert-") as folder:
             file = Path(folder) / "adapter.safetensors"
@@ -132,16 +133,19 @@ def make_expert(
             meta["seconds"] = time.time() - started_at
             manifest, made = publish(store, job.recipe, {"adapter": file}, consumed, meta)
         drop_checkpoint(store, job.recipe.key)
+        status = "FINISHED"
         final = (
             "best_step", "trainable", "density", "delta_norm", "adapter_bytes", "train_seconds", "reselections",
             "peak_rss_bytes",
         )  # fmt: skip
         numbers = {"best_validation_loss": meta["validation_loss"], **{name: meta[name] for name in final}}
-        registry.log_history(run_id, [{f"result/{name}": value for name, value in numbers.items()}])
-        registry.set_tags(
-            run_id, {"adapter_uri": store.uri(manifest.files["adapter"].name), "adapter_digest": manifest.digest}
-        )
-        status = "FINISHED"
+        untold = _untold(run_id, [*untold, {f"result/{name}": value for name, value in numbers.items()}])
+        with contextlib.suppress(RegistryError):
+            registry.set_tags(
+                run_id, {"adapter_uri": store.uri(manifest.files["adapter"].name), "adapter_digest": manifest.digest}
+            )
+        if untold:
+            _LOG.warning("the expert of %r is made, but MLflow does not have all of its curves", job.task)
         return ExpertOutcome(manifest, made, started_at, time.time())
     except ExpertError as error:
         with contextlib.suppress(RegistryError):
@@ -157,6 +161,15 @@ def make_expert(
             registry.finish_run(run_id, status)
         if devices[0].startswith("cuda"):
             torch.cuda.empty_cache()
+
+
+def _untold(run_id: str, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Log metrics; returns them if MLflow did not take them, which must not cost a finished training."""
+    try:
+        registry.log_history(run_id, history)
+    except RegistryError:
+        return history
+    return []
 
 
 def _curves(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -222,7 +235,7 @@ def _save_state(store: Store, key: str, state: TrainState) -> None:
     try:
         save_checkpoint(store, key, state)
     except StoreError as error:
-        logging.getLogger(__name__).warning("the state after step %d could not be saved: %s", state.step, error)
+        _LOG.warning("the state after step %d could not be saved: %s", state.step, error)
 
 
 def _save(file: Path, job: ExpertJob, trained: TrainedExpert) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from infra import processes
 from infra.errors import StoreError
-from infra.store import ObjectMissing, Store, split_uri
+from infra.store import Store, split_uri
+from infra.store_errors import ObjectMissing
 from infra.store_source import StoreSource
 
 

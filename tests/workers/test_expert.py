@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from infra.artifacts import Recipe
+from infra import registry
+from infra.artifacts import Recipe, find
+from infra.errors import RegistryError
 from infra.store import Store
 from tests.workers.tiny import tiny_model, tiny_tokenizer
 from workers.base import prepare_base, upload_base
-from workers.expert import ExpertJob, make_expert
+from workers.expert import TRAINING_LOSS, ExpertJob, make_expert
 from workers.kinds import FullSpec, LoraSpec
 from workers.masks import MaskSpec
 from workers.prompt import PromptSpec
@@ -75,8 +77,6 @@ def work(prefix: str, kind: str, base: str) -> None:
 def test_a_killed_worker_costs_only_the_steps_since_its_last_state(
     store: Store, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from infra import registry
-
     monkeypatch.setenv("FACTORY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PARENT_RUN", registry.start_run("resume", "parent", {}, {}))
     base = fill(store, tmp_path / "base")
@@ -102,6 +102,37 @@ def test_a_killed_worker_costs_only_the_steps_since_its_last_state(
     torch.set_num_threads(threads)
     assert made[1].manifest.meta["resumed_after"] == 0
     assert made[0].manifest.digest == made[1].manifest.digest
+
+
+@pytest.mark.parametrize("away", ["for a while", "to the end"])
+def test_an_mlflow_that_does_not_answer_costs_no_training(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, away: str
+) -> None:
+    monkeypatch.setenv("FACTORY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PARENT_RUN", registry.start_run("outage", "parent", {}, {}))
+    calls, history = [0], registry.log_history
+
+    def gone(*_: Any) -> None:
+        raise RegistryError("MLflow does not answer")
+
+    def log_history(run_id: str, rows: list[dict[str, Any]]) -> None:
+        calls[0] += 1
+        if away == "to the end" or calls[0] == 1:
+            gone()
+        history(run_id, rows)
+
+    monkeypatch.setattr(registry, "log_history", log_history)
+    if away == "to the end":
+        for name in ("set_tags", "finish_run"):
+            monkeypatch.setattr(registry, name, gone)
+    mine, threads = job("full", fill(store, tmp_path / "base")), torch.get_num_threads()
+    made = make_expert(store, mine, ["cpu"], 1, lambda report: None)
+    torch.set_num_threads(threads)
+    assert made.made
+    assert find(store, mine.recipe.key, {}) == made.manifest
+    assert ("does not have all of its curves" in caplog.text) == (away == "to the end")
+    run = registry.client().get_run(made.manifest.meta["run_id"])
+    assert ({TRAINING_LOSS, "result/best_step"} <= set(run.data.metrics)) == (away == "for a while")
 
 
 def test_a_state_that_cannot_be_read_is_ignored(store: Store) -> None:
