@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import DynamicLayer
 
 from infra.errors import ConfigError
 from workers.prompt import tokenize
@@ -127,6 +126,8 @@ def _join(parts: Sequence[_Prompted]) -> list[_Prompted]:
     Shorter caches are padded on the left. Caches with other layers than plain ones (sliding windows, recurrent
     states) stay apart.
     """
+    from transformers.cache_utils import DynamicLayer
+
     plain = all(type(layer) is DynamicLayer for part in parts for layer in part.cache.layers)
     if len(parts) == 1 or not plain:
         return list(parts)

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from infra.errors import FactoryError
@@ -27,6 +25,9 @@ class LoraAdapter:
     """LoRA factors A [rank, in] and B [out, rank] in the modules that `spec` names; B starts at 0."""
 
     def __init__(self, model: nn.Module, spec: LoraSpec) -> None:
+        from peft import LoraConfig, get_peft_model  # seconds of imports, for this kind of expert only
+        from peft.tuners.lora import LoraLayer
+
         targets = find_targets(model, spec.modules)
         names = list(targets)
         for name, target in targets.items():

@@ -19,8 +19,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import get_scheduler
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from infra.errors import ConfigError, ExpertError, FactoryError
 from workers.adapter import LowRank
@@ -333,6 +331,8 @@ def _selects_again(kind: MaskSpec, step: int, done: int) -> bool:
 
 def _schedule(spec: TrainSpec, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
     """Learning rate of each step, counted from 1: the first is already above 0, the last not yet 0."""
+    from transformers import get_scheduler  # seconds of imports, for who trains
+
     warm = math.ceil(spec.warmup_ratio * spec.steps)
     shape = get_scheduler(spec.schedule, optimizer, warm, spec.steps + 1).lr_lambdas[0]
     return lambda step: float(spec.learning_rate * shape(step))
@@ -343,6 +343,8 @@ def recompute_layers(model: nn.Module) -> Callable[[], None]:
 
     Only the layers themselves are put into training mode, not their parts, so that no dropout becomes active.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(
