@@ -26,6 +26,8 @@ COMMIT_VARIABLE = "FACTORY_GIT_COMMIT"
 STORE_VARIABLES = ("FACTORY_S3_BUCKET", "FACTORY_S3_PREFIX")
 """Which factory of an object store is meant (see ``infra.store``). Names, no secrets; the endpoint stays the cluster's,
 which may reach the store under another address."""
+STOP_VARIABLES = {"RAY_JOB_STOP_WAIT_TIME_S": "30"}
+"""How long Ray lets a stopped job release its leases and mark its runs in MLflow; its own default is 3."""
 _CODE = ("infra", "workers", "merge", "pipeline")
 _GIT_SECONDS = 10.0
 
@@ -67,7 +69,7 @@ def job_variables() -> dict[str, str]:
     """
     commit = _commit()  # never the cached one: a scheduler lives through many commits
     factory = {name: os.environ[name] for name in STORE_VARIABLES if os.environ.get(name)}
-    return {**({COMMIT_VARIABLE: commit} if commit else {}), **factory}
+    return {**({COMMIT_VARIABLE: commit} if commit else {}), **factory, **STOP_VARIABLES}
 
 
 def _commit() -> str:

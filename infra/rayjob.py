@@ -78,7 +78,7 @@ class Cluster:
         return requests.request(method, url, headers=headers, verify=verify, timeout=_TIMEOUT, **options)
 
     def _check(self, answer: requests.Response, verb: str, name: str) -> None:
-        if answer.status_code == 429 or answer.status_code >= 500:
+        if answer.status_code in (401, 429) or answer.status_code >= 500:  # 401: of a token that was just replaced
             answer.raise_for_status()
         if not answer.ok:
             raise KubernetesError(
@@ -136,6 +136,19 @@ def notify(url: str, document: Mapping[str, Any], wait: Callable[[float], None])
             wait(5.0 * 2**attempt)
 
 
+def _document(suite: str, job: str, submission: str, status: str, message: str) -> dict[str, Any]:
+    """What the webhook is told of a tick; `submission` is empty if there was none."""
+    return {
+        "suite": suite,
+        "tick": tick_of_job(job),
+        "submission_id": submission,
+        "status": status,
+        "exit_code": None,
+        "message": message,
+        "mlflow_run": mlflow_run(suite, submission) if submission else None,
+    }
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -145,6 +158,7 @@ def main(arguments: list[str] | None = None, wait: Callable[[float], None] = tim
     parser = argparse.ArgumentParser(prog="python -m infra.rayjob", description="Run a RayJob to its end.")
     parser.add_argument("manifest", type=Path)
     options = parser.parse_args(arguments)
+    url, suite = None, ""
     try:
         job, uid = os.environ.get("FACTORY_JOB_NAME", ""), os.environ.get("FACTORY_JOB_UID", "")
         if not job:
@@ -153,28 +167,18 @@ def main(arguments: list[str] | None = None, wait: Callable[[float], None] = tim
             )
         url, cluster = webhook.webhook_url(None), Cluster.of_this_pod()
         manifest = yaml.safe_load(options.manifest.read_text())
+        suite = str(manifest["metadata"].get("labels", {}).get(SUITE_LABEL, ""))
         body = scheduled(manifest, job, uid)
         status = run(cluster, body, wait)
     except (FactoryError, OSError, yaml.YAMLError) as error:
         _say(f"error: {error}")
+        if url is not None:
+            notify(url, _document(suite, job, "", "FAILED", str(error)), wait)
         return 2 if isinstance(error, ConfigError | yaml.YAMLError) else 1
     outcome, message = outcome_of(status)
     _say(f"the RayJob {body['metadata']['name']} ended: {outcome} {message}")
     if url is not None:
-        suite, submission = (
-            str(manifest["metadata"].get("labels", {}).get(SUITE_LABEL, "")),
-            str(status.get("jobId", "")),
-        )
-        document = {
-            "suite": suite,
-            "tick": tick_of_job(job),
-            "submission_id": submission,
-            "status": outcome,
-            "exit_code": None,
-            "message": message,
-            "mlflow_run": mlflow_run(suite, submission),
-        }
-        notify(url, document, wait)
+        notify(url, _document(suite, job, str(status.get("jobId", "")), outcome, message), wait)
     return 0 if outcome == "SUCCEEDED" else 1
 
 

@@ -213,14 +213,14 @@ class Scheduler:
     def _advance(self, state: State) -> None:
         try:
             jobs = self._jobs.list()
-        except JobApiError:
-            self._decide(state, given_up(state, self._clock.now(), self._cron, self._grace))
+        except JobApiError as error:
+            self._decide(state, given_up(state, self._clock.now(), self._cron, self._grace, str(error)))
             raise
         late = overdue(state, self._clock.now(), jobs, self._limit) if self._limit else None
         if late is not None:
             _LOG.warning("%s: runs for longer than %s; stopping it", submission_id(self._suite, late), self._limit)
             self._jobs.stop(late)
-        decision = advance(state, self._clock.now(), self._cron, self._grace, jobs)
+        decision = advance(state, self._clock.now(), self._cron, self._grace, jobs, self._trouble)
         done, failure = decision.state, None
         if decision.submit is not None:
             name = submission_id(self._suite, decision.submit)

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from infra import processes
+from infra.environment import STOP_VARIABLES
 from infra.errors import FactoryError, StoreError
 from infra.stack_home import (
     STORE_BUCKET,
@@ -267,7 +268,7 @@ def _service_env(state: StackState, name: str) -> dict[str, str]:
     # Merge nodes and registrations ask for no CPU, and Ray ends idle workers beyond one a CPU after a second: every
     # such task would start a process and import torch anew (10 s of a core).
     env["RAY_num_workers_soft_limit"] = "6"
-    env["RAY_JOB_STOP_WAIT_TIME_S"] = "30"  # for a stopped job to mark its runs in MLflow; the default is 3
+    env |= STOP_VARIABLES
     if name == "mlflow":
         env["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
         del env["MLFLOW_TRACKING_URI"]

@@ -207,14 +207,16 @@ class Decision:
     submit: datetime | None = None
 
 
-def advance(state: State, now: datetime, cron: Cron, grace: timedelta, jobs: Mapping[datetime, Job]) -> Decision:
+def advance(
+    state: State, now: datetime, cron: Cron, grace: timedelta, jobs: Mapping[datetime, Job], trouble: str = ""
+) -> Decision:
     """What a schedule does now.
 
     ``jobs`` are this schedule's submissions that Ray knows, by tick. A submission that Ray no longer knows (its head
     was restarted) is submitted again while it is within the grace time, at most ``SUBMISSIONS`` times: a run goes on
     where the lost one was. A tick that falls due while a submission is active is skipped; of several missed ticks the
     latest is run; one longer ago than ``grace`` is not run. A last tick far in the future is told and becomes now: the
-    schedule goes on with the next tick.
+    schedule goes on with the next tick. ``trouble``: what went wrong until now, for the notice of a missed tick.
     """
     last, watched, notices, again = state.last, state.watched, list(state.notices), None
     if ahead(now, last, cron):
@@ -247,22 +249,28 @@ def advance(state: State, now: datetime, cron: Cron, grace: timedelta, jobs: Map
     if found is not None:
         last = found.tick
         if found.expired:
-            notices.append(Notice(last, "MISSED", message=TOO_LATE))
+            notices.append(_missed(last, trouble))
         elif active:
             text = f"the submission of {max(active).isoformat()} is still active"
             notices.append(Notice(last, "SKIPPED", message=text))
         else:  # also in place of a lost submission: the latest tick stands for those before it
             submit, watched = last, Watched(last)
+    if watched is None and active:  # submitted by a scheduler that stood in for this one, and saved nothing
+        watched = Watched(max(active))
     decided = State(last, watched, tuple(notices))
     return Decision(decided, seen if submit else decided, submit)
 
 
-def given_up(state: State, now: datetime, cron: Cron, grace: timedelta) -> State:
-    """What is decided while nobody knows Ray's jobs: a tick whose grace time is over has been missed."""
-    found = due(now, state.last, cron, grace)
-    if found is None or not found.expired:
+def given_up(state: State, now: datetime, cron: Cron, grace: timedelta, trouble: str) -> State:
+    """What is decided while Ray cannot be asked: the latest tick whose grace time is over was missed."""
+    tick = cron.latest(now - grace)
+    if tick is None or tick <= state.last:
         return state
-    return replace(state, last=found.tick, notices=(*state.notices, Notice(found.tick, "MISSED", message=TOO_LATE)))
+    return replace(state, last=tick, notices=(*state.notices, _missed(tick, trouble)))
+
+
+def _missed(tick: datetime, trouble: str) -> Notice:
+    return Notice(tick, "MISSED", message=f"{TOO_LATE}: {trouble}" if trouble else TOO_LATE)
 
 
 def overdue(state: State, now: datetime, jobs: Mapping[datetime, Job], limit: timedelta) -> datetime | None:

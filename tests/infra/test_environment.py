@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from infra import environment as module
-from infra.environment import STORE_VARIABLES, environment, git_commit, job_variables, source_sha256
+from infra.environment import STOP_VARIABLES, STORE_VARIABLES, environment, git_commit, job_variables, source_sha256
 from infra.store import Store
 
 
@@ -61,11 +61,11 @@ def test_a_copy_believes_its_submitter(checkout: Path, monkeypatch: pytest.Monke
 
     try:
         assert found(checkout, "")["git_commit"] == commit
-        assert job_variables() == {"FACTORY_GIT_COMMIT": commit}
+        assert job_variables() == {"FACTORY_GIT_COMMIT": commit, **STOP_VARIABLES}
         assert found(copy, commit) == {"git_commit": commit, "source_sha256": source_sha256(checkout)}
         assert found(checkout, "0" * 40)["git_commit"] == commit  # git knows better
         assert found(copy, "") == {"source_sha256": source_sha256(checkout)}
-        assert job_variables() == {}
+        assert job_variables() == STOP_VARIABLES
     finally:
         module.code_version.cache_clear()
 
@@ -75,10 +75,10 @@ def test_a_job_works_in_the_factory_of_the_shell_that_submits_it(monkeypatch: py
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FACTORY_S3_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cret")
-    assert set(job_variables()) <= {"FACTORY_GIT_COMMIT"}  # the cluster's own apply
+    assert set(job_variables()) <= {"FACTORY_GIT_COMMIT", *STOP_VARIABLES}  # the cluster's own apply
     monkeypatch.setenv("FACTORY_S3_PREFIX", "team/a")
     monkeypatch.setenv("FACTORY_S3_BUCKET", "models")
-    given = {name: value for name, value in job_variables().items() if name != "FACTORY_GIT_COMMIT"}
+    given = {name: value for name, value in job_variables().items() if name in STORE_VARIABLES}
     assert given == {"FACTORY_S3_PREFIX": "team/a", "FACTORY_S3_BUCKET": "models"}
     assert Store.from_env().uri("x") == "s3://models/team/a/x"
 

@@ -444,6 +444,15 @@ def test_what_kubernetes_refuses_ends_the_pod(
     api.answers = [{"code": 404}]
     assert pod() == 1
     assert "did not look at" in capsys.readouterr().err
+    assert [(told["suite"], told["tick"], told["status"], told["submission_id"]) for told in api.told] == [
+        ("flan20", "2025-11-13T15:20:00+00:00", "FAILED", "")
+    ] * 2
+    assert "did not create" in api.told[0]["message"]
+
+
+def test_a_token_that_was_just_replaced_ends_nothing(api: Api, pod: Callable[[], int]) -> None:
+    api.refuse, api.answers = [401], [{"code": 401}, SUCCEEDED]
+    assert pod() == 0
 
 
 def test_outside_a_pod(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from infra.ticks import (
     ahead,
     due,
     first_state,
+    given_up,
     submission_id,
     tick_of,
 )
@@ -143,6 +144,32 @@ def test_an_expired_tick_is_told_and_not_run() -> None:
     decision = advance(State(START), NIGHT + 13 * HOUR, DAILY, GRACE, {})
     assert decision.submit is None
     assert [(n.tick, n.status) for n in decision.state.notices] == [(NIGHT, "MISSED")]
+
+
+def test_an_outage_is_told_tick_by_tick_however_close_they_are() -> None:
+    hourly, state = Cron("0 * * * *"), State(START)
+    for hours in range(1, 49):
+        state = given_up(state, START + hours * HOUR, hourly, GRACE, "no route to Ray")
+    assert [notice.tick for notice in state.notices] == [START + hours * HOUR for hours in range(1, 37)]
+    assert {(notice.status, notice.message) for notice in state.notices} == {
+        ("MISSED", "no scheduler or no Ray cluster was there in time: no route to Ray")
+    }
+    back = advance(state, START + 48 * HOUR, hourly, GRACE, {})
+    assert back.submit == START + 48 * HOUR
+
+
+def test_a_missed_tick_says_what_was_in_its_way() -> None:
+    decision = advance(State(START), NIGHT + 13 * HOUR, DAILY, GRACE, {}, "Ray could not take it: too large")
+    assert decision.state.notices[0].message.endswith("in time: Ray could not take it: too large")
+
+
+def test_a_run_that_another_scheduler_submitted_and_did_not_write_down_is_watched() -> None:
+    """It decided with an older state, and failed to save."""
+    jobs = {NIGHT: Job("RUNNING")}
+    decision = advance(State(NIGHT), NIGHT + HOUR, DAILY, GRACE, jobs)
+    assert (decision.submit, decision.state.watched) == (None, Watched(NIGHT))
+    ended = advance(decision.state, NIGHT + 2 * HOUR, DAILY, GRACE, {NIGHT: Job("FAILED", 1)})
+    assert [(notice.tick, notice.status) for notice in ended.state.notices] == [(NIGHT, "FAILED")]
 
 
 def test_a_lost_submission_is_submitted_again_a_bounded_number_of_times() -> None:
