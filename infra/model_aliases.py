@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -28,6 +28,7 @@ from infra.model_versions import (
     CHALLENGER,
     CHAMPION,
     DECISION,
+    LEADER,
     MERGE_TAG,
     OPPONENT,
     PREVIOUS,
@@ -61,13 +62,13 @@ _VERDICT_LENGTH = 600
 class Standing:
     """Where a version stands. ``judged``: a version of the same bytes, perhaps itself, that needs no gate any more.
     ``replaced``: the champion whose place it was just given, for that one has the same bytes, but they are gone, or it
-    is asked in another way. ``former``: where there is no champion, another version that was one."""
+    is asked in another way. ``former``: where there is no champion, the version that was one last."""
 
     version: Version
     champion: Version | None
     judged: Version | None
     replaced: int | None = None
-    former: Version | None = None
+    former: int | None = None
 
     @property
     def leads(self) -> bool:
@@ -114,16 +115,21 @@ def enter(store: Store, name: str, version: int) -> Standing:
     mlflow = client()
     with asking(f"make version {version} of {name!r} the challenger"):
         standing = _standing(mlflow, name, version)
-        if _bar(mlflow, standing.version):
+        model = mlflow.get_registered_model(name).tags
+        if _bar(mlflow, standing, model):
             standing = _standing(mlflow, name, version)
         challenger = aliased(mlflow, name, CHALLENGER)
         known = challenger is not None and challenger.version == version
-        if standing.leads != known and _succeeds(store, standing) is None:
+        if standing.leads != known and _succeeds(store, standing) is None and not _untold(standing, model):
             return standing
         with _alone(store, name) as lease:
             standing = _standing(mlflow, name, version)
-            if standing.leads:
-                _drop_challenger(mlflow, name, version)  # of a change that was interrupted
+            if standing.leads:  # what a change that was interrupted left to do
+                _drop_challenger(mlflow, name, version)
+                mlflow.set_registered_model_tag(name, LEADER, str(version))
+                if _is_undecided(standing.version):
+                    mlflow.set_model_version_tag(name, str(version), DECISION, PROMOTED)
+                    standing = _standing(mlflow, name, version)
             elif (reason := _succeeds(store, standing)) is not None:
                 return _renew(mlflow, standing, lease, reason)
             else:
@@ -131,12 +137,23 @@ def enter(store: Store, name: str, version: int) -> Standing:
             return standing
 
 
-def _bar(mlflow: MlflowClient, own: Version) -> bool:
+def _untold(standing: Standing, model: Mapping[str, str]) -> bool:
+    """Whether it is champion by a change that was interrupted before all was written down."""
+    return standing.leads and (model.get(LEADER) != str(standing.version.version) or _is_undecided(standing.version))
+
+
+def _is_undecided(leader: Version) -> bool:
+    """Whether a gate made it champion and was interrupted before it said so."""
+    return RUN in leader.tags and DECISION not in leader.tags and BY_HAND not in leader.tags
+
+
+def _bar(mlflow: MlflowClient, standing: Standing, model: Mapping[str, str]) -> bool:
     """Mark a version whose bytes were rolled back when they were another version, which may be deleted by now; whether
     it was one."""
-    if not own.digest or ROLLED_BACK in own.tags:
+    own = standing.version
+    if standing.leads or not own.digest or ROLLED_BACK in own.tags:
         return False
-    found = mlflow.get_registered_model(own.name).tags.get(barred(own.digest))
+    found = model.get(barred(own.digest))
     if found is not None:
         mlflow.set_model_version_tag(own.name, str(own.version), ROLLED_BACK, found)
     return found is not None
@@ -159,8 +176,9 @@ def _renew(mlflow: MlflowClient, standing: Standing, lease: Lease, reason: str) 
     leader, own = standing.champion, standing.version
     assert leader is not None
     mlflow.set_model_version_tag(own.name, str(own.version), REASON, reason)
-    if PREVIOUS in leader.tags:
-        mlflow.set_model_version_tag(own.name, str(own.version), PREVIOUS, leader.tags[PREVIOUS])
+    for tag in (PREVIOUS, OPPONENT, RUN, DECISION, BY_HAND):
+        if tag in leader.tags:
+            mlflow.set_model_version_tag(own.name, str(own.version), tag, leader.tags[tag])
     _describe(mlflow, own.name, own.version, reason)
     _set_champion(mlflow, own.name, own.version, lease)
     return replace(_standing(mlflow, own.name, own.version), replaced=leader.version)
@@ -204,10 +222,14 @@ def _begun(standing: Standing, decision: Decision) -> bool:
     return standing.leads and decision.promoted
 
 
-def note(name: str, version: int, reason: str) -> None:
-    """Say in the version's tags and description why no gate could decide on it. Raises RegistryError."""
+def note(store: Store, name: str, version: int, reason: str) -> None:
+    """Say in the version's tags and description why no gate could decide on it, unless somebody has decided meanwhile.
+    Raises RegistryError or StoreError."""
     mlflow = client()
-    with asking(f"tag version {version} of {name!r}"):
+    with asking(f"tag version {version} of {name!r}"), _alone(store, name):
+        standing = _standing(mlflow, name, version)
+        if standing.leads or standing.judged is not None:
+            return
         mlflow.set_model_version_tag(name, str(version), REASON, reason[:TAG_LENGTH])
         _describe(mlflow, name, version, reason)
 
@@ -228,24 +250,32 @@ def promote(store: Store, name: str, version: int, reason: str) -> Version | Non
             _move(mlflow, name, version, before, lease)
         else:
             _drop_challenger(mlflow, name, version)
-        if ROLLED_BACK in chosen.tags:  # last: until the alias moves, the version stays barred
-            if barred(chosen.digest) in mlflow.get_registered_model(name).tags:
-                mlflow.delete_registered_model_tag(name, barred(chosen.digest))
+        # Last: until the alias moves, the version and its bytes, which may be another version's too, stay barred.
+        if chosen.digest and barred(chosen.digest) in mlflow.get_registered_model(name).tags:
+            mlflow.delete_registered_model_tag(name, barred(chosen.digest))
+        if ROLLED_BACK in chosen.tags:
             mlflow.delete_model_version_tag(name, str(version), ROLLED_BACK)
         return before
 
 
-def rollback(store: Store, name: str, reason: str) -> tuple[Version, Version]:
+def rollback(store: Store, name: str, reason: str, version: int | None = None) -> tuple[Version, Version]:
     """Restore the champion before the present one; returns both, the restored one first.
 
-    The version that goes is marked, so that no gate promotes the same bytes again. Raises RegistryError, which says
-    what to do, where there is nothing to go back to, or its bytes are gone; StoreError.
+    The version that goes is marked, so that no gate promotes the same bytes again. A call that names that ``version``
+    may be repeated: it does what is left, and takes no other version away. Raises RegistryError, which says what to do,
+    where there is nothing to go back to, or its bytes are gone; StoreError.
     """
     mlflow = client()
     with asking(f"roll {name!r} back"), _alone(store, name) as lease:
         present = aliased(mlflow, name, CHAMPION)
         if present is None:
             raise RegistryError(f"the model {name!r} has no champion, so there is nothing to roll back")
+        if version is not None and present.version != version:
+            went = version_of(mlflow, name, version)
+            if went is None or ROLLED_BACK not in went.tags or went.tags.get(PREVIOUS) != str(present.version):
+                raise RegistryError(f"version {version} of {name!r} is not its champion; version {present.version} is")
+            _set_champion(mlflow, name, present.version, lease)  # as it is, with all that belongs to it
+            return present, went
         former = _former(mlflow, store, present)
         if present.digest:
             mlflow.set_registered_model_tag(name, barred(present.digest), _dated(reason))
@@ -284,7 +314,10 @@ def _standing(mlflow: MlflowClient, name: str, version: int) -> Standing:
     judged = [each for each in same if each.is_judged]
     # Of several the one that says most: rolled back, then the version itself, then the newest.
     judged.sort(key=lambda each: (ROLLED_BACK not in each.tags, each.version != version, -each.version))
-    former = former_champion(versions_where(mlflow, f"name = '{name}'"), version) if leader is None else None
+    former = None
+    if leader is None:
+        tags = mlflow.get_registered_model(name).tags
+        former = former_champion(tags, versions_where(mlflow, f"name = '{name}'"), version)
     return Standing(own, leader, judged[0] if judged else None, former=former)
 
 
@@ -328,6 +361,7 @@ def _set_champion(mlflow: MlflowClient, name: str, version: int, lease: Lease) -
     if lease.lost:
         raise RegistryError(f"somebody else changes the aliases of {name!r} meanwhile; try again")
     mlflow.set_registered_model_alias(name, CHAMPION, str(version))
+    mlflow.set_registered_model_tag(name, LEADER, str(version))
     _drop_challenger(mlflow, name, version)
 
 

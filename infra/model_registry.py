@@ -49,7 +49,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("infra", "workers")
 _REQUIREMENTS = (
     "mlflow", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "boto3", "filelock",
-    "psutil", "requests", "rouge-score",
+    "psutil", "requests", "rouge-score", "tenacity",
 )  # fmt: skip
 _SAVE_LOCK = threading.Lock()  # MLflow's loader of models from code keeps global state
 

@@ -32,6 +32,8 @@ BY_HAND = "factory.gate.by_hand"
 ROLLED_BACK = "factory.gate.rolled_back"
 """When and why the version ceased to be champion. No gate looks at its bytes again, for the same stands in a tag of the
 registered model (`barred`), where it stays if the version is deleted."""
+LEADER = "factory.champion"
+"""Tag of a registered model: its last champion, which stays known if that version or its alias is removed by hand."""
 PROMOTED, REFUSED = "promoted", "challenger"
 MERGE_TAG = "factory.merge_digest"
 """Digest of the merge that a full checkpoint was made of."""
@@ -154,9 +156,12 @@ def _plain(version: ModelVersion) -> Version:
     return Version(version.name, int(version.version), dict(version.tags), created, version.source or "")
 
 
-def former_champion(versions: Iterable[Version], but: int) -> Version | None:
-    """Of a model without a champion, the newest version that was one, ``but`` left out; the newest come first."""
-    return next((each for each in versions if each.was_champion and each.version != but), None)
+def former_champion(tags: Mapping[str, str], versions: Iterable[Version], but: int) -> int | None:
+    """The last champion of a model that has none, by its tags. One from before there was such a tag: the newest of its
+    versions that was champion, ``but`` left out; the newest come first."""
+    if LEADER in tags:
+        return int(tags[LEADER])
+    return next((each.version for each in versions if each.was_champion and each.version != but), None)
 
 
 def barred(digest: str) -> str:

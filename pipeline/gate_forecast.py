@@ -6,13 +6,12 @@ The counterpart of `pipeline.promotion`, which asks for them. Nothing is registe
 from collections.abc import Mapping, Sequence
 
 from infra.artifacts import Manifest
-from infra.errors import StoreError
 from infra.model_aliases import Standing
 from infra.model_registry import DIGEST_TAG, KEY_TAG, Registration, identity
 from infra.model_versions import CHAMPION, Model, Version, barred, former_champion
 from infra.registry import CHECKPOINT, MERGED
 from pipeline.jobs import evaluation_job, opponent_job
-from pipeline.opponent import Opponent, find_champion
+from pipeline.opponent import Incomparable, Opponent, find_champion
 from pipeline.outcome import Inputs
 from pipeline.registration import plain_checkpoint, plain_expert, plain_merge
 from workers.evaluator import EvaluationJob
@@ -64,7 +63,7 @@ def _opponent(inputs: Inputs, champion: Version | None, task: str, tasks: Sequen
         labels = {each: inputs.tasks[each].labels for each in tasks}
     try:
         return find_champion(inputs.store, champion, inputs.config.suite, task, tasks, labels)
-    except StoreError:
+    except Incomparable:
         return None
 
 
@@ -87,4 +86,5 @@ def _standing(model: Model | None, subject: Manifest, champion: Version | None) 
     judged = next((version for version in same if version.is_judged), None)
     if model is not None and barred(own.digest) in model.tags:
         judged = own
-    return Standing(own, champion, judged, former=None if champion else former_champion(versions, own.version))
+    former = former_champion(model.tags, versions, own.version) if model is not None and champion is None else None
+    return Standing(own, champion, judged, former=former)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 if str(Path(__file__).resolve().parent.parent) not in sys.path:  # `python pipeline/main.py` puts only pipeline/ there
@@ -24,7 +25,7 @@ from rich.console import Console
 
 from infra import registry
 from infra.environment import code_version
-from infra.errors import ConfigError, FactoryError
+from infra.errors import ConfigError, FactoryError, RegistryError
 from infra.store import Store
 from pipeline import run_page
 from pipeline.announcing import Announcements
@@ -97,8 +98,14 @@ def run(prepared: Prepared, run_id: str, slots: int, report: Path | None, consol
         console.print("stopped; finished experts, nodes and scores are kept and the next run continues from there")
         return 130
     finally:
-        registry.finish_run(run_id, status)
-        registry.kill_running_children(run_id)  # of workers that were lost
+        for tidy in (
+            partial(registry.finish_run, run_id, status),
+            partial(registry.kill_running_children, run_id),  # of workers that were lost
+        ):
+            try:
+                tidy()
+            except RegistryError as error:  # what the run came to stands
+                console.print(f"MLflow does not know the end of the run: {error}", style="yellow", markup=False)
 
 
 def start_run(prepared: Prepared) -> str:

@@ -4,6 +4,7 @@ A full checkpoint follows its merge. Exit status: 0, or 2 for bad input and serv
 aliases change (`infra.model_aliases`), and the gate that changes them in a run (`pipeline.promotion`).
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from infra import model_aliases, model_versions, registry
-from infra.errors import ConfigError, FactoryError
+from infra.errors import ConfigError, FactoryError, RegistryError
 from infra.model_versions import BY_HAND, CHALLENGER, CHAMPION, DECISION, OPPONENT, REASON, ROLLED_BACK, Model, Version
 from infra.registry import CHECKPOINT, MERGED, model_name
 from infra.store import Store
@@ -73,24 +74,37 @@ def promote(suite: str, version: int, task: str, reason: str) -> None:
 
 @click.command(context_settings=_HELP)
 @click.argument("suite")
+@click.option("--version", type=click.IntRange(min=1), help="The version to go: if it is not champion, nothing does.")
 @_task
 @click.option("--reason", default="rolled back by hand", show_default=True, help="Recorded with the version.")
-def rollback(suite: str, task: str, reason: str) -> None:
+def rollback(suite: str, version: int | None, task: str, reason: str) -> None:
     """Make the former champion of SUITE's merge, or of a task's expert, champion again.
 
-    No gate promotes the same bytes again.
+    No gate promotes the same bytes again. Called twice it goes back twice, but not with --version.
     """
     console = _console()
 
     def change() -> None:
         store, name = _model(suite, task)
-        former, present = model_aliases.rollback(store, name, reason)
-        console.print(
-            f"{name}: version {former.version} is champion again; version {present.version} is rolled back, and "
-            "no gate promotes its bytes again",
-            markup=False,
-        )
-        _follow(console, store, suite, task, strict=True)
+        leads = model_versions.champion(name)
+        goes = version or (leads.version if leads else None)
+        try:
+            former, present = model_aliases.rollback(store, name, reason, goes)
+            console.print(
+                f"{name}: version {former.version} is champion again; version {present.version} is rolled back, and "
+                "no gate promotes its bytes again",
+                markup=False,
+            )
+            _follow(console, store, suite, task, strict=True)
+        except FactoryError as error:
+            now = None
+            with contextlib.suppress(FactoryError):
+                now = model_versions.champion(name)
+            if goes is None or (now is not None and now.version == goes):
+                raise  # nothing was done
+            option = "" if task == MERGED else f" --task {task}"
+            again = f"python -m pipeline rollback {suite} --version {goes}{option}"
+            raise RegistryError(f"{error}\nto go on, and take no other version away: {again}") from error
 
     _guarded(console, change)
 

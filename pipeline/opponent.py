@@ -3,9 +3,9 @@
 A champion is scored as it was made: on its own base, with the prompts and, for a classification, the heads that it was
 trained with; rows, metric and length of answers are today's. A merge's tasks are those that it was registered with,
 whatever an expert was called when it was trained; one that was made for a task which is none of today's is not compared
-on the others alone. But today's gate rows may be rows that the champion was
-trained or validated on, for sizes, seed or data of the splits changed since: no comparison counts them. Not here: what
-is done with the scores (`pipeline.promotion`).
+on the others alone. But today's gate rows may be rows that the champion was trained or validated on, for sizes, seed or
+data of the splits changed since, or that another of today's experts was, for two tasks may share a source: no
+comparison counts them. Not here: what is done with the scores (`pipeline.promotion`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from infra.artifacts import Manifest, manifest_name
-from infra.errors import StoreError
+from infra.errors import FactoryError, RegistryError, StoreError
 from infra.model_versions import Version, lineage_of
 from infra.registry import model_names
-from infra.store import ObjectMissing, Store
+from infra.store import Store
+from infra.store_errors import ObjectCorrupted, ObjectMissing
 from pipeline.gate import TaskScores
 from workers.base import index_object
 from workers.metrics import LabelScores
@@ -29,6 +30,18 @@ from workers.rows import Row, load_rows, rows_object
 _THREADS = 8
 _NAMED = 5  # tasks that a reason names
 _LEAST = 2  # rows of a task that a gate can resample
+
+
+class Incomparable(FactoryError):
+    """A champion cannot be compared, today or tomorrow: a person has to decide."""
+
+
+def is_lasting(error: BaseException) -> bool:
+    """Whether what kept a champion from being scored lies with the champion and its bytes: then tomorrow it will too.
+    An endpoint that does not answer or a worker that was lost does not."""
+    if isinstance(error, StoreError):
+        return isinstance(error, ObjectMissing | ObjectCorrupted)
+    return isinstance(error, FactoryError) and not isinstance(error, RegistryError)
 
 
 @dataclass(frozen=True)
@@ -74,28 +87,28 @@ def find_champion(
     """The champion of an expert's `task`, or of the merge, with everything that scoring it on today's `tasks` takes.
 
     `labels` of a classification: those of each of today's tasks. `gate`: fingerprints of their gate rows; without them
-    nobody asks which of these rows it has seen. Raises StoreError, saying why it cannot be compared: something was
+    nobody asks which of these rows it has seen. Raises Incomparable, saying why: something was
     deleted or replaced, the champion knows other labels or does something else, or it was made for a task that is none
-    of today's. RegistryError; DataError if stored rows are corrupted.
+    of today's. StoreError or RegistryError where they do not answer; DataError if stored rows are corrupted.
     """
     manifest = _stored(store, champion.key)
     if manifest.digest != champion.digest:
-        raise StoreError(f"{store.uri(manifest_name(champion.key))} now names other bytes than were registered")
+        raise Incomparable(f"{store.uri(manifest_name(champion.key))} now names other bytes than were registered")
     _check_files(store, manifest)
     base = str(manifest.meta["base_sha256"])
     if store.head(index_object(base)) is None:
-        raise StoreError(f"its base {base} is not in the object store")
+        raise Incomparable(f"its base {base} is not in the object store")
     named = {} if manifest.kind == "expert" else _named(champion, suite, tasks)
     made_of = [(task, manifest)] if manifest.kind == "expert" else _experts(store, manifest, bool(labels), named)
     experts, made_for = dict(made_of), {name for names in named.values() for name in names}
     if other := [name for name, each in made_of if ("labels" in each.config) != bool(labels)]:
-        raise StoreError(f"it {'generates' if labels else 'classifies'}, as its expert for {other[0]!r} does")
+        raise Incomparable(f"it {'generates' if labels else 'classifies'}, as its expert for {other[0]!r} does")
     if absent := sorted((made_for | experts.keys()) - set(tasks)):
         listed = ", ".join(map(repr, absent[:_NAMED]))
-        raise StoreError(f"it was made for {listed}{_more(absent)} too, which this run has no task of")
+        raise Incomparable(f"it was made for {listed}{_more(absent)} too, which this run has no task of")
     for name, wanted in labels.items():
         if name in experts and list(experts[name].config["labels"]) != list(wanted):
-            raise StoreError(f"it was trained for other labels of the task {name!r} than today's")
+            raise Incomparable(f"it was trained for other labels of the task {name!r} than today's")
     return Opponent(champion.version, manifest, base, experts, _seen(store, made_of, gate or {}))
 
 
@@ -120,9 +133,9 @@ def _experts(
             found = _stored(store, key)
             if heads and found.kind == "expert":
                 if found.digest != merged.inputs[key]:
-                    raise StoreError(f"its expert {key} now has other bytes")
+                    raise Incomparable(f"its expert {key} now has other bytes")
                 _check_files(store, found)
-        except StoreError:
+        except Incomparable:
             if heads:
                 raise
             return None
@@ -133,10 +146,24 @@ def _experts(
     return [(task, manifest) for manifest in found for task in named.get(manifest.key) or [_task(manifest)]]
 
 
+def rows_seen(
+    used: Iterable[tuple[str, Row]], gate: Mapping[str, Sequence[Row]]
+) -> dict[str, tuple[int, ...]]:  # fmt: skip
+    """By task, which of its gate rows are among those that experts were trained or validated on, each after its task:
+    one of the same input in an expert of that task, one of the same input and answers in an expert of any other (a task
+    may have been renamed, and two tasks may share a source). Tasks without are left out."""
+    ids = {row.id for rows in gate.values() for row in rows}
+    found = [(task, row.id, row.targets) for task, row in used if row.id in ids]
+    own, any_task = {(task, row) for task, row, _ in found}, {(row, targets) for _, row, targets in found}
+    numbers = {
+        task: tuple(at for at, row in enumerate(rows) if (task, row.id) in own or (row.id, row.targets) in any_task)
+        for task, rows in gate.items()
+    }
+    return {task: each for task, each in numbers.items() if each}
+
+
 def _seen(store: Store, experts: Iterable[tuple[str, Manifest]], gate: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """By task, which of its gate rows an expert was trained or validated on: one of the same input in an expert of that
-    task, one of the same input and answers in an expert of any other (a task may have been renamed). Rows that are no
-    longer in the store cannot be checked."""
+    """`rows_seen` of experts that are stored. Rows that are no longer in the store cannot be checked."""
     used = {(task, str(each)) for task, expert in experts for each in dict(expert.config.get("data", {})).values()}
 
     def read(fingerprint: str) -> list[Row]:
@@ -147,18 +174,9 @@ def _seen(store: Store, experts: Iterable[tuple[str, Manifest]], gate: Mapping[s
 
     with ThreadPoolExecutor(_THREADS) as pool:
         today = dict(zip(gate, pool.map(read, gate.values()), strict=True))
-        ids = {row.id for rows in today.values() for row in rows}
-
-        def relevant(use: tuple[str, str]) -> list[tuple[str, str, tuple[str, ...]]]:
-            return [(use[0], row.id, row.targets) for row in read(use[1]) if row.id in ids]
-
-        found = [each for part in pool.map(relevant, sorted(used)) for each in part]
-    own, any_task = {(task, row) for task, row, _ in found}, {(row, targets) for _, row, targets in found}
-    numbers = {
-        task: tuple(at for at, row in enumerate(rows) if (task, row.id) in own or (row.id, row.targets) in any_task)
-        for task, rows in today.items()
-    }
-    return {task: each for task, each in numbers.items() if each}
+        uses = sorted(used)
+        rows = pool.map(lambda use: read(use[1]), uses)
+        return rows_seen(((task, row) for (task, _), part in zip(uses, rows, strict=True) for row in part), today)
 
 
 @dataclass(frozen=True)
@@ -172,16 +190,26 @@ class Comparable:
 
 
 def unseen(
-    before: Mapping[str, TaskScores], after: Mapping[str, TaskScores], seen: Mapping[str, tuple[int, ...]]
+    before: Mapping[str, TaskScores],
+    after: Mapping[str, TaskScores],
+    by_opponent: Mapping[str, tuple[int, ...]],
+    by_challenger: Mapping[str, tuple[int, ...]],
 ) -> Comparable:
-    """Leave out the rows of the gate that the opponent has seen, and tasks that have fewer than 2 left then."""
+    """Leave out the rows of the gate that one of the two has seen, and tasks that have fewer than 2 left then."""
+    seen = {
+        task: tuple(sorted({*by_opponent.get(task, ()), *by_challenger.get(task, ())}))
+        for task in before
+        if task in by_opponent or task in by_challenger
+    }
     count = sum(len(seen.get(task, ())) for task in before)
     if not count:
         return Comparable(dict(before), dict(after), "")
     few = sorted(task for task, scores in before.items() if task in seen and len(scores) - len(seen[task]) < _LEAST)
     kept = [task for task in before if task not in few]
     rows, them = ("row", "it") if count == 1 else ("rows", "them")
-    remark = f"; {count} gate {rows} left out: the champion was trained on {them}"
+    theirs, ours = (any(task in rows for task in before) for rows in (by_opponent, by_challenger))
+    who = "one of the two" if theirs and ours else "the champion" if theirs else "the challenger"
+    remark = f"; {count} gate {rows} left out: {who} was trained on {them}"
     if few:
         remark += f"; not compared on {', '.join(map(repr, few[:_NAMED]))}{_more(few)}: too few gate rows are left"
     before, after = ({task: _without(scores[task], seen.get(task, ())) for task in kept} for scores in (before, after))
@@ -210,7 +238,7 @@ def _stored(store: Store, key: str) -> Manifest:
     """The manifest of a key, whatever its inputs are by now."""
     found = store.get_with_etag(manifest_name(key)) if key else None
     if found is None:
-        raise StoreError(f"the object store has no artifact {key or 'of it'}")
+        raise Incomparable(f"the object store has no artifact {key or 'of it'}")
     return Manifest.from_json(found[0])
 
 
@@ -218,4 +246,4 @@ def _check_files(store: Store, manifest: Manifest) -> None:
     for ref in manifest.files.values():
         info = store.head(ref.name)
         if info is None or info.size != ref.size:
-            raise StoreError(f"{store.uri(ref.name)} is gone")
+            raise Incomparable(f"{store.uri(ref.name)} is gone")

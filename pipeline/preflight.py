@@ -28,7 +28,7 @@ from pipeline.node_memory import largest_node
 from pipeline.outcome import Inputs
 from pipeline.recipes import expert_spec, prompt_spec, shares_scored_support, train_spec
 from pipeline.registration import CHECKPOINT, MERGED
-from pipeline.tasks import TaskData, load_tasks
+from pipeline.tasks import TaskData, learned_elsewhere, load_tasks
 from workers.base import PreparedBase, prepare_base, upload_base
 from workers.cache import cache_dir
 from workers.classification import encode_labelled
@@ -176,6 +176,9 @@ def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Pr
     base = prepare_base(config.base, cache)
     console.print(f"{len(config.held_in)} held-in and {len(config.held_out)} held-out tasks", highlight=False)
     tasks = load_tasks({**config.held_in, **config.held_out}, cache, config.splits.model_dump(), config.seed)
+    for name, count in learned_elsewhere(tasks, config.held_in).items():
+        text = f"{count} of its {len(tasks[name].splits['test'])} test rows are training rows of another held-in task"
+        console.print(f"warning: {name}: {text}, so a merge knows them", style="yellow", highlight=False, markup=False)
     cost = expected_cost(config, base, tasks)
     check_room(config, cost)
     caps = dict.fromkeys(tasks, 1)

@@ -21,11 +21,11 @@ from pipeline import jobs, remote
 from pipeline.display import Display
 from pipeline.evaluations import Evaluations
 from pipeline.gate import GateDecision
-from pipeline.opponent import Opponent, unseen
+from pipeline.opponent import Opponent, is_lasting, rows_seen, unseen
 from pipeline.outcome import Inputs, Outcome, Problem, Verdict
 from pipeline.registration import checkpoint_model, expert_model, merge_model
 from pipeline.results import rows_of
-from pipeline.tasks import LEAST_GATE
+from pipeline.tasks import LEAST_GATE, TRAINED_ON
 from pipeline.work import Item, Lane
 
 
@@ -99,8 +99,8 @@ class Promotion:
             if standing.former is None:
                 self._score(subject, standing, Opponent())
             else:
-                former = f"version {standing.former.version} was, and it or its alias was removed by hand"
-                hand = self._by_hand(subject, standing.former.version)
+                former = f"version {standing.former} was, and it or its alias was removed by hand"
+                hand = self._by_hand(subject, standing.version.version)
                 self._undecided(subject, standing, f"not compared: there is no champion, but {former}; {hand}")
             return
         labels = {}
@@ -163,7 +163,7 @@ class Promotion:
             {task: rows_of(scores[model, "gate", task]) for task in subject.tasks}
             for model in (subject.opponent_model(opponent), subject.model)
         )
-        rows = unseen(before, after, opponent.seen)
+        rows = unseen(before, after, opponent.seen, self._seen(subject.tasks))
         if sum(len(scores) for scores in rows.before.values()) < LEAST_GATE:
             reason = f"not compared with {opponent}: there are fewer than {LEAST_GATE} gate rows{rows.remark}"
             self._undecided(subject, standing, reason)
@@ -173,6 +173,12 @@ class Promotion:
             rows.remark,
         )  # fmt: skip
         self._ask(subject, remote.judge, arguments, partial(self._judged, subject, opponent))
+
+    def _seen(self, tasks: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+        """Gate rows of these tasks that experts of others of them were trained or validated on."""
+        data = {task: self._inputs.tasks[task].splits for task in tasks}
+        used = ((task, row) for task, splits in data.items() for name in TRAINED_ON for row in splits[name])
+        return rows_seen(used, {task: splits["gate"] for task, splits in data.items()})
 
     def _judged(self, subject: _Subject, opponent: Opponent, result: tuple[GateDecision, Conclusion]) -> None:
         decision, conclusion = result
@@ -187,8 +193,11 @@ class Promotion:
         self._verdict(subject.task, verdict, tell=True)
 
     def _unscorable(self, subject: _Subject, standing: Standing, error: BaseException) -> None:
-        """The champion cannot be scored any more: a person has to decide."""
+        """The champion cannot be scored any more, and a person has to decide; or only today, and the run has failed."""
         assert standing.champion is not None
+        if not is_lasting(remote.cause_of(error)):
+            self._problem(f"comparing {subject.task!r} with its champion, version {standing.champion.version},")(error)
+            return
         why = f"champion (version {standing.champion.version}) cannot be scored ({remote.reason(error)})"
         self._undecided(
             subject, standing, f"not compared: {why}; {self._by_hand(subject, standing.version.version)}"
@@ -203,7 +212,7 @@ class Promotion:
     def _undecided(self, subject: _Subject, standing: Standing, reason: str) -> None:
         """Nothing is decided, so the next run asks again; the version says why."""
         version, verdict = standing.version, _verdict_of(standing, reason)
-        arguments = (version.name, version.version, reason)
+        arguments = (self._inputs.store, version.name, version.version, reason)
         self._ask(subject, remote.note, arguments, lambda _: self._verdict(subject.task, verdict, tell=True))
 
     # -- what became of it --------------------------------------------------------------------------------------

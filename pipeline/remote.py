@@ -171,9 +171,9 @@ def judge(
 
 
 @ray.remote(num_cpus=0, memory=512 << 20)
-def note(name: str, version: int, reason: str) -> None:
+def note(store: Store, name: str, version: int, reason: str) -> None:
     """Say with a version why no gate could decide."""
-    model_aliases.note(name, version, reason)
+    model_aliases.note(store, name, version, reason)
 
 
 @ray.remote(num_cpus=0, memory=512 << 20)
@@ -182,9 +182,14 @@ def follow(store: Store, leader: str, follower: str) -> int | None:
     return model_aliases.follow(store, leader, follower, strict=False)
 
 
+def cause_of(error: BaseException) -> BaseException:
+    """What remote work raised, out of what Ray wraps it in."""
+    return error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
+
+
 def reason(error: BaseException) -> str:
     """Why remote work failed, in one line: the message of a FactoryError as it is, anything else with its type."""
-    cause: Any = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
+    cause: Any = cause_of(error)
     if isinstance(cause, FactoryError):
         return str(cause)
     if isinstance(cause, TaskCancelledError):

@@ -18,6 +18,7 @@ from merge.specs import Candidate
 from pipeline.gate_report import gate_lines, gate_results, gate_section
 from pipeline.outcome import Inputs, Outcome, utilisation
 from pipeline.search import task_order
+from pipeline.tasks import learned_elsewhere
 from workers.metrics import LabelScores, bootstrap_interval
 
 
@@ -85,6 +86,7 @@ def build_results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
             "serving_dtype": config.evaluate.serving_dtype,
             "rounding_loss_bfloat16": chosen.meta["rounding_loss_bfloat16"],
         },
+        "learned_elsewhere": learned_elsewhere(inputs.tasks, config.held_in),
         "export": _export(inputs, outcome),
         "gate": gate_results(inputs, outcome),
         "made": vars(outcome.made),
@@ -277,6 +279,9 @@ def summary_lines(results: dict[str, Any]) -> list[str]:
         )
     if results["export"]:
         lines.append(f"full checkpoint in {results['export']['dtype']}: {results['export']['uri']}")
+    if learned := results["learned_elsewhere"]:
+        counts = ", ".join(f"{count} of {task}" for task, count in learned.items())
+        lines.append(f"test rows that another task's expert has learned from, which favours the merge: {counts}")
     if "seeds" in results:
         spread = results["seeds"]["summary"]["held_in"]
         lines.append(

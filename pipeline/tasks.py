@@ -8,7 +8,7 @@ within splits, and nearly unchanged when rows are added. Where rows come from is
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -30,6 +30,8 @@ from workers.metrics import CLASSIFICATION_METRICS
 from workers.rows import Row, fingerprint, rows_object, rows_to_jsonl
 
 SPLITS = ("train", "validation", "gate", "test")
+TRAINED_ON = ("train", "validation")
+"""Splits that an expert has seen: what it learns from, and what its best step is chosen by."""
 DEFAULT_SIZES: Mapping[str, int] = {"train": 512, "validation": 24, "gate": 24, "test": 48}
 _KINDS = ("bigbench", "jsonl", "hub")
 _MIN_TRAIN = 8
@@ -154,6 +156,20 @@ class TaskData:
 
     def to_jsonl(self, split: str) -> bytes:
         return rows_to_jsonl(self.splits[split])
+
+
+def learned_elsewhere(tasks: Mapping[str, TaskData], held_in: Iterable[str]) -> dict[str, int]:
+    """By task, how many of its test rows (same input and answers) the expert of another held-in task was trained or
+    validated on, so that a merge knows them; tasks without are left out."""
+    known: dict[tuple[str, tuple[str, ...]], set[str]] = {}
+    for task in held_in:
+        for row in (row for split in TRAINED_ON for row in tasks[task].splits[split]):
+            known.setdefault((row.id, row.targets), set()).add(task)
+    counts = {
+        task: sum(bool(known.get((row.id, row.targets), set()) - {task}) for row in data.splits["test"])
+        for task, data in tasks.items()
+    }
+    return {task: count for task, count in counts.items() if count}
 
 
 def normalised(text: str) -> str:

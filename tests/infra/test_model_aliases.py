@@ -14,17 +14,19 @@ import pytest
 from infra import model_aliases, registry
 from infra.errors import RegistryError
 from infra.leases import holding
-from infra.model_aliases import Conclusion, Decision, conclude, enter, follow, lease_key, promote, rollback
+from infra.model_aliases import Conclusion, Decision, conclude, enter, follow, lease_key, note, promote, rollback
 from infra.model_registry import CONFIG_TAG
 from infra.model_versions import (
     BY_HAND,
     DECISION,
+    LEADER,
     MERGE_TAG,
     OPPONENT,
     PREVIOUS,
     REASON,
     ROLLED_BACK,
     RUN,
+    barred,
     champion,
     models_of,
 )
@@ -167,10 +169,10 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def attempt(method: str, tag: str, work: Callable[[], Any]) -> None:
         real = getattr(mlflow.MlflowClient, method)
 
-        def dies(self: Any, name: str, version: str, key: str, *value: str) -> Any:
-            if key == tag:
+        def dies(self: Any, name: str, *given: str) -> Any:
+            if tag in given:
                 raise InterruptedError(tag)
-            return real(self, name, version, key, *value)
+            return real(self, name, *given)
 
         with monkeypatch.context() as patch:
             patch.setattr(mlflow.MlflowClient, method, dies)
@@ -297,12 +299,87 @@ def test_a_champion_that_was_removed_by_hand_is_not_replaced_unseen(
     else:
         registry.client().delete_registered_model_alias(name, "champion")
     standing = enter(store, name, third)
-    assert standing.former is not None
-    assert standing.former.version == (first if what == "version" else second)
+    assert standing.former == second
     assert conclude(store, name, third, None, YES).how == "changed"
     promote(store, name, third, "by hand")
     fourth = enter(store, name, make())
     assert (fourth.former, fourth.is_open) == (None, True)
+
+
+def test_an_only_champion_that_was_deleted_does_not_come_back_by_itself(store: Store, name: str, make: MAKE) -> None:
+    judge(store, name, make("d" * 64), YES)
+    registry.client().delete_model_version(name, "1")
+    again = enter(store, name, make("d" * 64))
+    assert (again.champion, again.former) == (None, 1)
+    assert conclude(store, name, again.version.version, None, YES).how == "changed"
+    assert aliases(name) == {"challenger": again.version.version}
+
+
+def test_a_champion_from_before_there_was_a_record_of_it_is_recorded(store: Store, name: str, make: MAKE) -> None:
+    """Of an earlier release, or of a run that was killed between alias and record."""
+    version = make()
+    judge(store, name, version, YES)
+    mlflow = registry.client()
+    mlflow.delete_registered_model_tag(name, LEADER)
+    mlflow.delete_model_version_tag(name, str(version), DECISION)
+    standing = enter(store, name, version)
+    assert (standing.leads, standing.is_open) == (True, False)
+    assert tags(name, version)[DECISION] == "promoted"
+    assert mlflow.get_registered_model(name).tags[LEADER] == str(version)
+    mlflow.delete_registered_model_alias(name, "champion")
+    assert not enter(store, name, version).is_open, "never compared twice"
+
+
+def test_what_took_its_twins_place_needs_no_gate_when_that_is_deleted(store: Store, name: str, make: MAKE) -> None:
+    old, new = (make("d" * 64, **{CONFIG_TAG: letter * 64}) for letter in "ab")
+    judge(store, name, old, YES)
+    assert enter(store, name, new).replaced == old
+    registry.client().delete_model_version(name, str(old))
+    judge(store, name, make(), YES)
+    assert not enter(store, name, new).is_open
+
+
+def test_a_promotion_unbars_the_bytes_whichever_version_was_rolled_back(store: Store, name: str, make: MAKE) -> None:
+    first = make()
+    old, new = (make("d" * 64, **{CONFIG_TAG: letter * 64}) for letter in "ab")
+    for version in (first, old):
+        judge(store, name, version, YES)
+    assert enter(store, name, new).leads
+    rollback(store, name, "it swears")
+    promote(store, name, old, "it does not")
+    mlflow = registry.client()
+    assert barred("d" * 64) not in mlflow.get_registered_model(name).tags
+    mlflow.set_registered_model_tag(name, barred("d" * 64), "by an earlier release")
+    assert enter(store, name, old).leads
+    assert ROLLED_BACK not in tags(name, old), "who is champion is not marked"
+
+
+def test_a_rollback_of_a_named_version_may_be_repeated(
+    store: Store, name: str, make: MAKE, killed: Callable[..., None]
+) -> None:
+    versions = [make() for _ in range(3)]
+    for version in versions:
+        judge(store, name, version, YES)
+    first, second, third = versions
+    killed("set_registered_model_tag", LEADER, lambda: rollback(store, name, "", third))
+    assert aliases(name) == {"champion": second}
+    former, gone = rollback(store, name, "", third)
+    assert (former.version, gone.version) == (second, third)
+    assert aliases(name) == {"champion": second}
+    assert registry.client().get_registered_model(name).tags[LEADER] == str(second)
+    with pytest.raises(RegistryError, match=rf"version {first} of '{name}' is not its champion; version {second} is"):
+        rollback(store, name, "", first)
+    assert aliases(name) == {"champion": second}
+
+
+def test_a_note_does_not_overwrite_what_was_decided_meanwhile(store: Store, name: str, make: MAKE) -> None:
+    version, other = make(), make()
+    judge(store, name, version, YES)
+    note(store, name, version, "cannot be scored")
+    assert tags(name, version)[REASON] == "because True"
+    enter(store, name, other)
+    note(store, name, other, "cannot be scored")
+    assert tags(name, other)[REASON] == "cannot be scored"
 
 
 def test_rollback_changes_nothing_where_the_former_champions_bytes_are_gone(
@@ -385,14 +462,15 @@ def test_the_verdict_stands_in_the_description_once(store: Store, name: str, mak
     client, version = registry.client(), make()
     card = "A card.\n\n**Scores**: 1\n\n```python\ncode\n```\n\n- facts"
     client.update_model_version(name, str(version), card)
-    model_aliases.note(name, version, "could not decide")
+    note(store, name, version, "could not decide")
     assert enter(store, name, version).is_open, "that is no decision"
     judge(store, name, version, YES)
     text = client.get_model_version(name, str(version)).description
     assert text == card.replace("\n\n```", "\n\n**Gate**: because True\n\n```", 1)
-    client.update_model_version(name, str(version), "x" * 5000)
-    model_aliases.note(name, version, "y" * 6000)
-    assert len(client.get_model_version(name, str(version)).description) == 5000
+    long = make()
+    client.update_model_version(name, str(long), "x" * 5000)
+    note(store, name, long, "y" * 6000)
+    assert len(client.get_model_version(name, str(long)).description) == 5000
 
 
 def test_a_checkpoint_follows_its_merge(store: Store, name: str, make: MAKE) -> None:

@@ -96,6 +96,7 @@ def test_kills_overlap_and_missed_ticks(
     first, second, third = (submission_id(suite, NIGHT + days * DAY) for days in (0, 1, 4))
     state, log = f"schedules/{suite}.json", tmp_path / "log"
     receiver.statuses = [503]
+    request.addfinalizer(lambda: [(folder / f"{name}.exit").write_text("0") for name in (first, second, third)])
 
     def is_now(moment: datetime) -> None:
         part = clock.with_suffix(".part")
@@ -155,6 +156,7 @@ def test_kills_overlap_and_missed_ticks(
     assert receiver.got[2]["status"] == "SKIPPED"
     assert receiver.got[2]["tick"] == (NIGHT + 2 * DAY).isoformat()
     assert ids() == [first, second]
+    until(lambda: not json.loads(store.get(state))["notices"], "the state")  # killed before, it would tell again
     scheduler.kill()
     scheduler.wait()
 

@@ -113,7 +113,7 @@ def test_slots_are_those_of_the_cluster_that_is_there(stack: Any, monkeypatch: p
         [sys.executable, "-c", program], env={**os.environ, **stack.env()}, cwd=Path(__file__).parents[2],
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    assert done.stdout == f"{Slots(2, 2, 'the Ray cluster')} False\n", done.stderr
+    assert done.stdout == f"{Slots(1, 1, 'the Ray cluster')} False\n", done.stderr
     resources = inputs(NOWHERE).config.resources
     runs = [{"run_id": "0123456789", "slots": 7}]
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):

@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 
 from infra.artifacts import Manifest, Recipe, manifest_name, publish
-from infra.errors import StoreError
+from infra.errors import AdapterError, RegistryError, StoreError
 from infra.lineage import Ancestor, Lineage
 from infra.model_versions import Version
 from infra.store import FileRef, Store
+from infra.store_errors import ObjectCorrupted, ObjectMissing
 from pipeline.candidates import Candidates
 from pipeline.config import PipelineConfig
 from pipeline.jobs import evaluation_job, opponent_job
-from pipeline.opponent import Opponent, find_champion, unseen
+from pipeline.opponent import Incomparable, Opponent, find_champion, is_lasting, unseen
 from pipeline.outcome import Inputs
 from pipeline.tasks import SPLITS, TaskConfig, TaskData
 from workers.base import PreparedBase
@@ -83,36 +85,36 @@ def test_a_merge_whose_expert_is_gone_misses_heads_only(with_base: Store, tmp_pa
     one, two = (expert(with_base, tmp_path, task, ("a", "b")) for task in ("one", "two"))
     merged = merge(with_base, tmp_path, one, two)
     with_base.delete(manifest_name(two.key))
-    with pytest.raises(StoreError, match=rf"no artifact {two.key}"):
+    with pytest.raises(Incomparable, match=rf"no artifact {two.key}"):
         find_champion(with_base, version(merged), "mine", "merged", ["one", "two", "new", "fresh"], {"one": ("a", "b")})
     with_base.put(manifest_name(two.key), replace(two, files={"adapter": FileRef(
         two.files["adapter"].name, "0" * 64, two.files["adapter"].size)}).to_json())  # fmt: skip
-    with pytest.raises(StoreError, match=rf"expert {two.key} now has other bytes"):
+    with pytest.raises(Incomparable, match=rf"expert {two.key} now has other bytes"):
         find_champion(with_base, version(merged), "mine", "merged", ["one", "two", "new", "fresh"], {"one": ("a", "b")})
 
 
 def test_what_is_missing_is_said(store: Store, tmp_path: Path) -> None:
     made = expert(store, tmp_path, "task")
-    with pytest.raises(StoreError, match=rf"its base {BASE} is not"):
+    with pytest.raises(Incomparable, match=rf"its base {BASE} is not"):
         find_champion(store, version(made), "mine", "task", ["task"], {})
     store.put(f"bases/{BASE}/index.json", b"{}")
     labelled = expert(store, tmp_path, "task", ("a", "b"))
-    with pytest.raises(StoreError, match=r"other labels of the task 'task'"):
+    with pytest.raises(Incomparable, match=r"other labels of the task 'task'"):
         find_champion(store, version(labelled), "mine", "task", ["task"], {"task": ("a", "c")})
-    with pytest.raises(StoreError, match=r"it generates, as its expert for 'task' does"):
+    with pytest.raises(Incomparable, match=r"it generates, as its expert for 'task' does"):
         find_champion(store, version(made), "mine", "task", ["task"], {"task": ("a", "b")})
-    with pytest.raises(StoreError, match=r"it classifies, as its expert for 'task' does"):
+    with pytest.raises(Incomparable, match=r"it classifies, as its expert for 'task' does"):
         find_champion(store, version(labelled), "mine", "task", ["task"], {})
     other = replace(version(made), tags={"factory.key": made.key, "factory.digest": "0" * 64})
-    with pytest.raises(StoreError, match=r"other bytes than were registered"):
+    with pytest.raises(Incomparable, match=r"other bytes than were registered"):
         find_champion(store, other, "mine", "task", ["task"], {})
     store.delete(made.files["adapter"].name)
-    with pytest.raises(StoreError, match=r"adapter is gone"):
+    with pytest.raises(Incomparable, match=r"adapter is gone"):
         find_champion(store, version(made), "mine", "task", ["task"], {})
     store.delete(manifest_name(made.key))
-    with pytest.raises(StoreError, match=rf"no artifact {made.key}"):
+    with pytest.raises(Incomparable, match=rf"no artifact {made.key}"):
         find_champion(store, version(made), "mine", "task", ["task"], {})
-    with pytest.raises(StoreError, match=r"no artifact"):
+    with pytest.raises(Incomparable, match=r"no artifact"):
         find_champion(store, Version("mine.x", 1, {}), "mine", "task", ["task"], {})
 
 
@@ -132,7 +134,7 @@ def test_a_merges_tasks_are_those_it_was_registered_with(
     tasks, labels = ["one", "two", "two/too"], dict.fromkeys(("one", "two", "two/too"), ("a", "b"))
     found = find_champion(with_base, version(merged), "mine", "merged", tasks, labels)
     assert found.experts == {"one": one, "two": two, "two/too": two}
-    with pytest.raises(StoreError, match="other labels of the task 'one'"):
+    with pytest.raises(Incomparable, match="other labels of the task 'one'"):
         find_champion(with_base, version(merged), "mine", "merged", tasks, labels | {"one": ("b", "a")})
 
 
@@ -142,10 +144,10 @@ def test_a_merge_for_more_tasks_is_not_compared_on_some(
     one, two = (expert(with_base, tmp_path, task) for task in ("one", "two"))
     merged = merge(with_base, tmp_path, one, two)
     named(monkeypatch, ("mine.one", one), ("mine.dropped", two))
-    with pytest.raises(StoreError, match="it was made for 'dropped' too, which this run has no task of"):
+    with pytest.raises(Incomparable, match="it was made for 'dropped' too, which this run has no task of"):
         find_champion(with_base, version(merged), "mine", "merged", ["one", "two"], {})
     with_base.delete(manifest_name(two.key))  # whether its expert is still there makes no difference
-    with pytest.raises(StoreError, match="it was made for 'dropped' too"):
+    with pytest.raises(Incomparable, match="it was made for 'dropped' too"):
         find_champion(with_base, version(merged), "mine", "merged", ["one", "two"], {})
     with_base.put(manifest_name(two.key), two.to_json())
     named(monkeypatch, ("mine.one", one))
@@ -184,7 +186,7 @@ def test_rows_that_were_seen_are_left_out_for_both_models() -> None:
     labels = LabelScores((0, 1, 2, 0), (0, 1, 1, 2), "f1")
     before = {"text": [0.0, 0.25, 0.5, 0.75], "labels": labels, "fresh": [1.0, 0.0], "few": [1.0, 1.0, 1.0]}
     after = {"text": [1.0, 0.5, 0.25, 0.0], "labels": labels, "fresh": [0.0, 1.0], "few": [0.0, 0.0, 0.0]}
-    rows = unseen(before, after, {"text": (0, 2), "labels": (1,), "few": (0, 2), "of another merge": (1,)})
+    rows = unseen(before, after, {"text": (0, 2), "labels": (1,), "few": (0, 2), "of another merge": (1,)}, {})
     kept = LabelScores((0, 2, 0), (0, 1, 2), "f1")
     assert rows.before == {"text": [0.25, 0.75], "labels": kept, "fresh": [1.0, 0.0]}
     assert rows.after == {"text": [0.5, 0.0], "labels": kept, "fresh": [0.0, 1.0]}
@@ -193,15 +195,41 @@ def test_rows_that_were_seen_are_left_out_for_both_models() -> None:
     )
 
 
+def test_rows_that_the_challenger_has_seen_are_left_out_too() -> None:
+    scores = {"a": [0.0, 1.0, 0.5, 0.25], "b": [1.0, 1.0]}
+    ours = unseen(scores, scores, {}, {"a": (3,)})
+    assert ours.before == ours.after == {"a": [0.0, 1.0, 0.5], "b": [1.0, 1.0]}
+    assert ours.remark == "; 1 gate row left out: the challenger was trained on it"
+    both = unseen(scores, scores, {"a": (0, 3)}, {"a": (3,)})
+    assert both.before == {"a": [1.0, 0.5], "b": [1.0, 1.0]}
+    assert both.remark == "; 2 gate rows left out: one of the two was trained on them"
+
+
+@pytest.mark.parametrize(
+    ("error", "lasting"),
+    [
+        (Incomparable("other labels"), True),
+        (ObjectMissing("gone"), True),
+        (ObjectCorrupted("other bytes"), True),
+        (AdapterError("damaged"), True),
+        (StoreError("unreachable"), False),
+        (RegistryError("no answer"), False),
+        (OutOfMemoryError("killed"), False),
+    ],
+)
+def test_what_passes_is_not_laid_at_the_champions_door(error: BaseException, lasting: bool) -> None:
+    assert is_lasting(error) == lasting
+
+
 def test_where_nothing_was_seen_nothing_changes_and_where_all_was_nothing_is_left() -> None:
     one, two = {"a": [0.0, 1.0, 0.5]}, {"a": [1.0, 1.0, 0.5]}
-    same = unseen(one, two, {})
+    same = unseen(one, two, {}, {})
     assert (same.before, same.after, same.remark) == (one, two, "")
-    single = unseen(one, two, {"a": (1,)})
+    single = unseen(one, two, {"a": (1,)}, {})
     assert single.remark == "; 1 gate row left out: the champion was trained on it"
-    assert unseen(one, two, {"a": (0, 2)}).before == {}
+    assert unseen(one, two, {"a": (0, 2)}, {}).before == {}
     many = {f"t{at}": [0.0, 1.0] for at in range(7)}
-    rows = unseen(many, many, dict.fromkeys(many, (0,)))
+    rows = unseen(many, many, dict.fromkeys(many, (0,)), {})
     assert rows.before == rows.after == {}
     assert rows.remark.endswith("not compared on 't0', 't1', 't2', 't3', 't4' and 2 more: too few gate rows are left")
 

@@ -12,12 +12,14 @@ import pytest
 from infra.errors import StoreError
 from infra.model_aliases import Standing
 from infra.model_versions import DECISION, REASON, ROLLED_BACK, RUN, Version
+from infra.store_errors import ObjectMissing
 from pipeline.display import Display
 from pipeline.evaluations import Evaluations
 from pipeline.opponent import Opponent
 from pipeline.promotion import Promotion, _Subject, settled_verdict
 from tests.pipeline.test_model_card import make
 from workers.evaluator import EvaluationJob
+from workers.rows import Row
 
 GATED = {REASON: "better", RUN: "run1"}
 
@@ -61,10 +63,49 @@ def test_without_a_champion_that_there_was_a_person_decides() -> None:
     """The base is no opponent for what follows a champion that was deleted."""
     done: list[str] = []
     promotion, subject = promotion_of(done)
-    promotion._entered(subject, Standing(version(3), None, None, former=version(1, "b")))
+    promotion._entered(subject, Standing(version(3), None, None, former=1))
     (reason,) = done
     assert reason.startswith("not compared: there is no champion, but version 1 was")
-    assert reason.endswith("to make version 1 champion: python -m pipeline promote mine --version 1")
+    assert reason.endswith("to make version 3 champion: python -m pipeline promote mine --version 3")
+
+
+@pytest.mark.parametrize("error", [StoreError("unreachable"), ObjectMissing("its adapter is gone")])
+def test_a_fault_that_passes_fails_the_run_and_asks_nobody_to_promote(error: StoreError) -> None:
+    done: list[str] = []
+    promotion, subject = promotion_of(done)
+    problems: list[str] = []
+    promotion._problem = lambda what: lambda error: problems.append(f"{what} failed: {error}")
+    promotion._unscorable(subject, Standing(version(3), version(1, "b"), None), error)
+    if isinstance(error, ObjectMissing):
+        (reason,) = done
+        assert reason.startswith("not compared: champion (version 1) cannot be scored (its adapter is gone); to make")
+        assert problems == []
+    else:
+        assert done == []
+        assert problems == ["comparing 'merged' with its champion, version 1, failed: unreachable"]
+
+
+def test_gate_rows_that_another_tasks_expert_learned_from_decide_nothing() -> None:
+    """Two tasks over one source: one's gate rows are the other's training rows, and the merge has both experts."""
+    done: list[Any] = []
+    promotion, subject = promotion_of(done)
+    rows = {task: tuple(Row(f"{task}{at}", "", ("y",)) for at in range(12)) for task in TASKS}
+    shared = rows[TASKS[0]][:3]
+    for task in TASKS:
+        data = promotion._inputs.tasks[task]
+        train = (Row("own", "", ("y",)), *(shared if task == TASKS[1] else ()))
+        splits = {"train": train, "validation": (), "gate": rows[task], "test": ()}
+        object.__setattr__(data, "splits", splits)
+    promotion._ask = lambda _, __, arguments, ___: done.append(arguments)  # type: ignore[method-assign]
+    score = {"rows": {"metric": [1.0] * 12}, "metric": "exact_match"}
+    for model, task in [(model, task) for model in ("merged", "base") for task in TASKS]:
+        promotion._outcome.scores[model, "gate", task] = score
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.promotion.rows_of", lambda found: found["rows"]["metric"])
+        promotion._judge(subject, Standing(version(2), None, None), Opponent())
+    ((*_, before, after, _, _, remark),) = done
+    assert [[len(scores[task]) for task in TASKS] for scores in (before, after)] == [[9, 12]] * 2
+    assert remark == "; 3 gate rows left out: the challenger was trained on them"
 
 
 @pytest.mark.parametrize(("rows", "judges"), [(3, False), (4, True)])

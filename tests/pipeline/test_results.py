@@ -27,7 +27,9 @@ from pipeline.results import (
     summary_table,
 )
 from pipeline.search import Rung, Standing
+from pipeline.tasks import SPLITS, TaskData
 from workers.base import PreparedBase
+from workers.rows import Row
 
 MEAN, TIES, EMR = Candidate("mean"), Candidate("ties", {"lambda": 0.5}), Candidate("emr")
 BASE = PreparedBase(Path("/nowhere"), "tiny", "b" * 64, "mit")
@@ -86,7 +88,11 @@ def make(few_shot: int = 2, serving: str | None = "bfloat16", held_out: int = 1,
         for candidate, value in ((MEAN, 0.25), (TIES, 0.5)):
             outcome.scores[candidate.to_json(), "validation", name] = score(value, 2)
     store = Store("bucket", "http://127.0.0.1:9", "suite")
-    inputs = Inputs(config, store, BASE, "bases/b/model.safetensors", {}, {}, Candidates((MEAN, TIES)), "run1")
+    data = {
+        name: TaskData(name, task, dict.fromkeys(SPLITS, ()))
+        for name, task in {**config.held_in, **config.held_out}.items()
+    }
+    inputs = Inputs(config, store, BASE, "bases/b/model.safetensors", data, {}, Candidates((MEAN, TIES)), "run1")
     return inputs, outcome
 
 
@@ -328,3 +334,15 @@ def test_weights_and_an_exported_checkpoint_are_reported() -> None:
     assert "weighted_mean (weights alpha:0.25 beta:0.75)" in lines
     assert f"full checkpoint in bfloat16: s3://bucket/suite/objects/{key}/1/" in lines
     json.loads(results_json(found))
+
+
+def test_test_rows_that_another_expert_learned_from_are_told() -> None:
+    inputs, outcome = make()
+    assert results()["learned_elsewhere"] == {}
+    one, two = list(inputs.config.held_in)[:2]
+    row = Row("1", "x", ("y",))
+    for task, split in ((one, "train"), (two, "test")):
+        object.__setattr__(inputs.tasks[task], "splits", inputs.tasks[task].splits | {split: (row,)})
+    found = build_results(inputs, outcome)
+    assert found["learned_elsewhere"] == {two: 1}
+    assert f"which favours the merge: 1 of {two}" in "\n".join(summary_lines(found))

@@ -28,6 +28,7 @@ def results(tasks: int = 3, held_out: int = 1, retention: float | None = 0.5) ->
         "per_task": [],
         "chosen": {"method": "ties", "params": {"lambda": 0.5}, "serving_dtype": None},
         "gate": {"models": {"merged": row}, "rule": "superior", "margin": 0.0, "confidence": 0.95},
+        "learned_elsewhere": {},
         "export": None,
         "made": {"experts": 2, "merge_nodes": 1},
         "reused": {"experts": 1, "merge_nodes": 0},

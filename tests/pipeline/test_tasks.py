@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from infra.errors import DataError
 from pipeline.sources import source_license
-from pipeline.tasks import TaskConfig, load_tasks, make_splits, normalised
+from pipeline.tasks import TaskConfig, TaskData, learned_elsewhere, load_tasks, make_splits, normalised
 from workers.rows import Row, fingerprint, load_rows, rows_from_jsonl, rows_object, rows_to_jsonl
 
 SIZES = {"train": 16, "validation": 4, "gate": 5, "test": 6}
@@ -204,3 +204,27 @@ def test_labels_are_those_given_or_those_that_occur(tmp_path: Path) -> None:
     same.write_text("".join(json.dumps({"input": f"text {i}", "target": "a"}) + "\n" for i in range(40)))
     with pytest.raises(DataError, match="one target only"):
         labels(same)
+
+
+def test_test_rows_that_another_expert_has_learned_are_counted() -> None:
+    """Two tasks over one source, of other sizes: what is test data of one is training data of the other."""
+
+    def data(name: str, train: str, test: str, answer: str = "y") -> TaskData:
+        def rows(ids: str) -> tuple[Row, ...]:
+            return tuple(Row(each, each, (answer,)) for each in ids)
+
+        return TaskData(
+            name,
+            TaskConfig(source="jsonl:x", metric="exact_match"),
+            {"train": rows(train), "validation": rows("v"), "gate": (), "test": rows(test)},
+        )
+
+    tasks = {
+        "one": data("one", "ab", "cd"),
+        "two": data("two", "cx", "ae"),
+        "other answers": data("other answers", "q", "ab", "n"),
+        "held out": data("held out", "cd", "xvz"),
+    }
+    found = learned_elsewhere(tasks, ["one", "two", "other answers"])
+    assert found == {"one": 1, "two": 1, "held out": 2}
+    assert learned_elsewhere(tasks, ["other answers"]) == {}
