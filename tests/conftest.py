@@ -12,11 +12,15 @@ from infra.store import Store
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local_stack.StackState]:
-    """A running stack in a home of its own, its variables in ``os.environ``; taken down whatever happens."""
+    """A running stack in a home of its own, its variables in ``os.environ``; taken down whatever happens.
+
+    One slot: two processes of pytest share this machine's cores, and every worker costs seconds of imports. What needs
+    several slots is tested on a cluster (tests/e2e/test_cluster.py).
+    """
     home = tmp_path_factory.mktemp("stack")
     patch = pytest.MonkeyPatch()
     try:
-        state = local_stack.up(home, num_cpus=2, object_store_mib=256)
+        state = local_stack.up(home, num_cpus=1, object_store_mib=256)
         for name, value in state.env().items():
             patch.setenv(name, value)
         yield state

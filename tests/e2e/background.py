@@ -52,12 +52,15 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], folde
 
 
 def workers(stack: StackState, title: str) -> list[psutil.Process]:
-    """This stack's Ray workers that are busy with it right now (Ray sets the title of a busy worker: `ray::<name>`)."""
+    """This stack's Ray workers that are busy with it right now (Ray sets the title of a busy worker: `ray::<name>`).
+
+    Those that watch over submitted jobs are not work.
+    """
     found = []
     for process in psutil.Process(stack.services["ray"].pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             shown = " ".join(process.cmdline())
-            if re.match(r"ray::(?!IDLE|DashboardAgent|RuntimeEnvAgent)", shown) and title in shown:
+            if re.match(r"ray::(?!IDLE|DashboardAgent|RuntimeEnvAgent|JobSupervisor)", shown) and title in shown:
                 found.append(process)
     return found
 

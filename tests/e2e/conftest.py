@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from infra.environment import STORE_VARIABLES
 from tests.e2e.browser import NoBrowser, Pages, chromium, window
+from tests.e2e.driver import Driver, Finished
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["red", "blue", "green", "cat", "dog", "tree", "runs", "sleeps", "jumps", "the", "a", "small", "big", "old"]
@@ -60,15 +62,6 @@ def write_task(path: Path, name: str, rows: int = 120) -> Path:
     return path
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A finished pipeline process."""
-
-    code: int
-    output: str
-    results: dict[str, Any] | None
-
-
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_base(tmp_path_factory.mktemp("tiny-base"))
@@ -107,30 +100,44 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Ca
 
 
 @pytest.fixture(scope="session")
-def pipeline_in(stack: Any) -> Callable[..., Finished]:
-    """Run the main job as a process of its own against the session's stack; returns status, output and results.
+def driver(stack: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    """The commands of `python -m pipeline` against the session's stack."""
+    made = Driver({**os.environ, **stack.env()}, tmp_path_factory.mktemp("driver") / "log")
+    yield made
+    made.close()
 
-    The folder given first holds the configuration and the report.
+
+@pytest.fixture(scope="session")
+def pipeline_in(driver: Driver) -> Callable[..., Finished]:
+    """Run the main job; returns status, output and results. The folder given first holds configuration and report.
+
+    In the session's driver, or in a process of its own, which has the variables of the moment: started or submitted.
     """
 
     def run(
-        folder: Path, config: dict[str, Any], *overrides: str, submit: bool = False, timeout: float = 420
-    ) -> Finished:
+        folder: Path, config: dict[str, Any], *overrides: str,
+        own_process: bool = False, submit: bool = False, timeout: float = 420,
+    ) -> Finished:  # fmt: skip
         file, report = folder / "config.yaml", folder / "report"
         file.write_text(yaml.safe_dump(config, sort_keys=False))
-        command = ["pipeline/main.py", "--config", str(file), "--report", str(report), *overrides]
-        if submit:
-            ray = str(Path(sys.executable).with_name("ray"))
-            command = [ray, "job", "submit", "--working-dir", str(ROOT), "--", "python", *command]
-        else:
-            command = [sys.executable, *command]
-        (report / "results.json").unlink(missing_ok=True)
-        done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **stack.env()}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, timeout=timeout, check=False,
-        )  # fmt: skip
         written = report / "results.json"
-        return Finished(done.returncode, done.stdout, json.loads(written.read_text()) if written.is_file() else None)
+        written.unlink(missing_ok=True)
+        arguments = ["--config", str(file), "--report", str(report), *overrides]
+        if not (own_process or submit):
+            assert all(os.environ.get(name) == driver.env.get(name) for name in STORE_VARIABLES), (
+                "own_process is needed"
+            )
+            done = driver.call("run", *arguments, seconds=timeout)
+        else:
+            ray = str(Path(sys.executable).with_name("ray"))
+            main = ["pipeline/main.py", *arguments]
+            ended = subprocess.run(
+                [ray, "job", "submit", "--working-dir", str(ROOT), "--", "python", *main] if submit
+                else [sys.executable, *main],
+                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False,
+            )  # fmt: skip
+            done = Finished(ended.returncode, ended.stdout, None)
+        return replace(done, results=json.loads(written.read_text()) if written.is_file() else None)
 
     return run
 

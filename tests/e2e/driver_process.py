@@ -1,39 +1,43 @@
-"""One driver for many runs, in a process of its own: Ray's workers are kept from run to run, which saves their starts.
+"""The commands of `python -m pipeline`, one after the other in one process that joined Ray once (`driver.py`).
 
-A line of JSON on stdin asks for a run: `config` and `report` (paths), `train_version` (added to that of the training
-algorithm). A line on stdout answers: `status`, as of the command, and `output`.
+A line of JSON on stdin asks for a command: `arguments`, and `train_version`, which is added to that of the training
+algorithm. A line on stdout answers: `code`, the exit status, and `output`.
 """
 
+import contextlib
+import io
 import json
 import sys
-from io import StringIO
-from pathlib import Path
+import traceback
 
-import ray
-from rich.console import Console
-
-from infra.store import Store
-from pipeline import recipes
-from pipeline.cluster import connect_to_ray
-from pipeline.config import load_config
-from pipeline.main import run, start_run
-from pipeline.preflight import prepare_inputs
+from pipeline import cluster, main, recipes
+from pipeline.__main__ import main as command
 
 
-def main() -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr  # MLflow prints links
-    connect_to_ray()
+def run(arguments: list[str]) -> tuple[int, str]:
+    """Exit status and what was printed."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            command.main(args=arguments, prog_name="python -m pipeline")
+        except SystemExit as ended:
+            return int(ended.code or 0), output.getvalue()
+        except Exception:
+            traceback.print_exc()
+    return 1, output.getvalue()
+
+
+def serve() -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr
+    cluster.connect_to_ray()
+    main.connect_to_ray = lambda: None  # type: ignore[assignment]
     version = recipes.TRAIN_VERSION
     for line in sys.stdin:
         asked = json.loads(line)
         recipes.TRAIN_VERSION = version + asked["train_version"]
-        output = StringIO()
-        console = Console(file=output, width=120)
-        prepared = prepare_inputs(load_config(asked["config"]), Store.from_env(), console)
-        slots = prepared.check_cluster(ray.nodes(), console)
-        status = run(prepared, start_run(prepared), slots, Path(asked["report"]), console)
-        print(json.dumps({"status": status, "output": output.getvalue()}), file=answers, flush=True)
+        code, output = run(asked["arguments"])
+        print(json.dumps({"code": code, "output": output}), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    serve()

@@ -177,10 +177,9 @@ def test_the_run_ends_well_though_a_node_is_lost(run: Run) -> None:
 
 
 def test_work_spreads(run: Run, store: Store) -> None:
-    found = manifests(store)
-    for kind in ("expert", "node"):
-        made_on = {made.meta["environment"]["ray_node"] for made in found if made.kind == kind}
-        assert len(made_on) >= 2, (kind, made_on)
+    """Of merge nodes this small, one worker may make all before Ray has started another."""
+    made_on = {made.meta["environment"]["ray_node"] for made in manifests(store) if made.kind == "expert"}
+    assert len(made_on) >= 2, made_on
 
 
 def test_each_node_fetches_the_base_once(run: Run) -> None:
@@ -216,7 +215,7 @@ def test_a_run_on_one_node_finds_every_key(
     run: Run, pipeline: Any, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FACTORY_S3_PREFIX", PREFIX)
-    finished = pipeline(config)
+    finished = pipeline(config, own_process=True)
     assert finished.code == 0, finished.output[-4000:]
     assert set(finished.results["made"].values()) == {0}
     made, reused = run.results["made"], finished.results["reused"]

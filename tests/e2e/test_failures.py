@@ -1,4 +1,4 @@
-"""What goes wrong in a run: killed workers, failing experts, a stopped job. Finished work is always kept."""
+"""What goes wrong in a run: failing experts, a stopped job, bytes that are damaged. Finished work is always kept."""
 
 import json
 import os
@@ -15,82 +15,79 @@ from typing import Any
 import mlflow
 import pytest
 import yaml
+from mlflow.entities import Run
 
 from infra.artifacts import manifest_name
 from infra.store import Store
-from tests.e2e.background import start, wait_for, workers
+from tests.e2e.background import Factory, start, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Callable[..., dict[str, Any]]
 
 
 def slow(config: dict[str, Any], steps: int) -> dict[str, Any]:
-    return config | {"train": config["train"] | {"steps": steps, "validate_every": None}}
+    """Long enough to be stopped; its leases would live for an hour, and a run after it would wait for them."""
+    train = config["train"] | {"steps": steps, "validate_every": None}
+    return config | {"train": train, "resources": config["resources"] | {"lease_seconds": 3600}}
 
 
-def test_a_killed_worker_is_retried(stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
-    process = start(slow(tiny_config("killed", held_in=2), 150), tmp_path, stack.env())
-    try:
-        victim = wait_for(lambda: workers(stack, "expert"), process, tmp_path)[0]
-        victim.send_signal(signal.SIGKILL)
-        assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
-    finally:
-        process.kill()
-    results = json.loads((tmp_path / "report" / "results.json").read_text())
-    assert results["made"]["experts"] == 2
-    client = mlflow.MlflowClient(stack.env()["MLFLOW_TRACKING_URI"])
-    experiment = client.get_experiment_by_name("killed")
-    assert experiment
-    left = client.search_runs([experiment.experiment_id], "attributes.status = 'RUNNING'")
-    assert not left, "the run of the killed attempt must not stay open"
-
-
-def test_sigterm_keeps_finished_work_and_marks_runs_killed(stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
-    process = start(slow(tiny_config("stopped", held_in=3), 400), tmp_path, stack.env())
-    log = tmp_path / "log"
-    try:
-        wait_for(lambda: re.search(r"in\d: done", log.read_text()), process, tmp_path)
-        process.send_signal(signal.SIGTERM)
-        sent = time.monotonic()
-        assert process.wait(timeout=30) == 130, log.read_text()[-3000:]
-        assert time.monotonic() - sent < 10
-    finally:
-        process.kill()
-    found = re.search(r"run ([0-9a-f]{32})", log.read_text())
-    assert found
-    client = mlflow.MlflowClient(stack.env()["MLFLOW_TRACKING_URI"])
-    parent = client.get_run(found.group(1))
-    assert parent.info.status == "KILLED"
-    children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{found.group(1)}'")
-    assert {child.info.status for child in children} <= {"FINISHED", "KILLED"}
-    kept = [child for child in children if child.info.status == "FINISHED"]
-    assert kept
-    store = Store.from_env()
-    assert all(store.head(manifest_name(child.data.tags["expert_key"])) for child in kept)
-
-
-def test_ray_job_stop_marks_the_runs_killed(stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
-    config, log = tmp_path / "config.yaml", tmp_path / "log"
-    config.write_text(yaml.safe_dump(slow(tiny_config("job-stopped", held_in=2), 4000), sort_keys=False))
-    env = {**os.environ, **stack.env()}
-    ray, job = str(Path(sys.executable).with_name("ray")), f"stopped-{uuid.uuid4().hex}"
-    submit = [ray, "job", "submit", "--submission-id", job, "--working-dir", str(ROOT), "--"]
-    main = ["python", "pipeline/main.py", "--config", str(config)]
-    with log.open("w") as out:
-        process = subprocess.Popen([*submit, *main], cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, text=True)
-    try:
-        wait_for(lambda: re.search(r"in\d: training", log.read_text()), process, tmp_path)
-        subprocess.run([ray, "job", "stop", job], cwd=ROOT, env=env, check=True, timeout=120, capture_output=True)
-        process.wait(timeout=60)
-    finally:
-        process.kill()
+def check_stopped(log: Path, env: dict[str, str]) -> list[Run]:
+    """The run is marked as killed; returns its children."""
     found = re.search(r"run ([0-9a-f]{32})", log.read_text())
     assert found
     client = mlflow.MlflowClient(env["MLFLOW_TRACKING_URI"])
     parent = client.get_run(found.group(1))
     assert parent.info.status == "KILLED", log.read_text()[-3000:]
-    children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{found.group(1)}'")
-    assert {child.info.status for child in children} == {"KILLED"}
+    return list(client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{found.group(1)}'"))
+
+
+def until_released(factory: Factory) -> None:
+    """No lease is left, at once or very soon."""
+    deadline = time.monotonic() + 10
+    while factory.leases():
+        assert time.monotonic() < deadline, factory.leases()
+        time.sleep(0.1)
+
+
+def test_sigterm_keeps_finished_work_and_marks_runs_killed(stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
+    factory, log = Factory.fresh(stack.env(), "stopped"), tmp_path / "log"
+    process = start(slow(tiny_config("stopped", held_in=3), 400), tmp_path, factory.env)
+    try:
+        wait_for(lambda: re.search(r"in\d: done", log.read_text()) and factory.leases(), process, tmp_path)
+        process.send_signal(signal.SIGTERM)
+        sent = time.monotonic()
+        assert process.wait(timeout=30) == 130, log.read_text()[-3000:]
+        assert time.monotonic() - sent < 10
+        until_released(factory)
+    finally:
+        process.kill()
+    children = check_stopped(log, factory.env)
+    assert {child.info.status for child in children} <= {"FINISHED", "KILLED"}
+    kept = [child for child in children if child.info.status == "FINISHED"]
+    assert kept
+    assert all(factory.store.head(manifest_name(child.data.tags["expert_key"])) for child in kept)
+
+
+def test_ray_job_stop_marks_the_runs_killed(stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
+    factory, config, log = Factory.fresh(stack.env(), "job-stopped"), tmp_path / "config.yaml", tmp_path / "log"
+    config.write_text(yaml.safe_dump(slow(tiny_config("job-stopped", held_in=2), 4000), sort_keys=False))
+    env = {**os.environ, **factory.env}
+    ray, job = str(Path(sys.executable).with_name("ray")), f"stopped-{uuid.uuid4().hex}"
+    environment = json.dumps({"env_vars": {"FACTORY_S3_PREFIX": factory.store.prefix}})
+    submit = [ray, "job", "submit", "--submission-id", job, "--working-dir", str(ROOT)]
+    submit += ["--runtime-env-json", environment, "--"]
+    main = ["python", "pipeline/main.py", "--config", str(config)]
+    with log.open("w") as out:
+        process = subprocess.Popen([*submit, *main], cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for(lambda: re.search(r"in\d: training", log.read_text()), process, tmp_path)
+        assert factory.leases()
+        subprocess.run([ray, "job", "stop", job], cwd=ROOT, env=env, check=True, timeout=120, capture_output=True)
+        process.wait(timeout=60)
+        until_released(factory)
+    finally:
+        process.kill()
+    assert {child.info.status for child in check_stopped(log, env)} == {"KILLED"}
 
 
 def test_one_failing_expert_does_not_discard_the_others(pipeline: Any, tiny_config: CONFIG, tmp_path: Path) -> None:

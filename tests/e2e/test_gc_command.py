@@ -22,6 +22,7 @@ from infra.leases import holding
 from infra.registry_roots import referred
 from infra.store import Store
 from infra.store_admin import list_uploads
+from tests.e2e.driver import Driver
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Callable[..., dict[str, Any]]
@@ -93,24 +94,25 @@ def scene(environment: pytest.MonkeyPatch, tiny_config: CONFIG, tmp_path_factory
         merge={"fan_in": 2, "candidates": [{"method": "mean"}, {"method": "ties"}], "export": {}},
     )  # fmt: skip
     config["train"] |= {"steps": 4, "validate_every": 2}
+    driver = Driver(dict(os.environ), tmp_path_factory.mktemp("driver") / "log")
     finished = []
-    for number, dropped in enumerate(("in3", "in2")):
-        own = config | {"held_in": {task: of for task, of in config["held_in"].items() if task != dropped}}
-        finished.append(run(own, tmp_path_factory.mktemp(f"run{number}")))
+    try:
+        for number, dropped in enumerate(("in3", "in2")):
+            own = config | {"held_in": {task: of for task, of in config["held_in"].items() if task != dropped}}
+            finished.append(run(driver, own, tmp_path_factory.mktemp(f"run{number}")))
+    finally:
+        driver.close()
     first, second = finished
     store = Store.from_env()
     said, other = (set(json.loads(store.get(f"runs/{results['run_id']}/keys.json"))) for results in finished)
     return Scene(store, own, first, second, (said, other))
 
 
-def run(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def run(driver: Driver, config: dict[str, Any], folder: Path) -> dict[str, Any]:
     file = folder / "config.yaml"
     file.write_text(json.dumps(config))  # JSON is YAML
-    command = [sys.executable, "pipeline/main.py", "--config", str(file), "--report", str(folder)]
-    done = subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    done = driver.call("run", "--config", str(file), "--report", str(folder))
+    assert done.code == 0, done.output[-4000:]
     return json.loads((folder / "results.json").read_text())
 
 
@@ -193,7 +195,11 @@ def test_exactly_what_only_the_first_run_reached_goes(scene: Scene, tmp_path_fac
     assert "freed" in output
     assert "removed nothing" in collected()
 
-    again = run(scene.config, tmp_path_factory.mktemp("again"))
+    driver = Driver(dict(os.environ), tmp_path_factory.mktemp("driver") / "log")
+    try:
+        again = run(driver, scene.config, tmp_path_factory.mktemp("again"))
+    finally:
+        driver.close()
     assert set(again["made"].values()) == {0}, again["made"]
     assert again["reused"]["experts"] == len(scene.second["held_in"])
     assert again["summary"] == scene.second["summary"]

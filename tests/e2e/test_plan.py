@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -23,6 +23,7 @@ from pipeline.config import load_config
 from pipeline.plan_command import make_plan, plan_json
 from pipeline.preflight import Prepared, prepare_inputs
 from tests.e2e.conftest import ROOT, write_tiny_base
+from tests.e2e.driver import Driver
 from workers.train import TRAIN_VERSION
 
 CONFIG = Callable[..., dict[str, Any]]
@@ -34,11 +35,11 @@ SCORES_OF_A_MERGE = 3 + 3 + 1 + 3
 
 @dataclass
 class Factory:
-    """The suite of this file: planned here, run by a driver that lives as long (`tests/e2e/driver_process.py`)."""
+    """The suite of this file: planned here, run by the session's driver."""
 
     folder: Path
     config: dict[str, Any]
-    driver: subprocess.Popen[str]
+    driver: Driver
     keys: dict[str, str] = field(default_factory=dict)
     """Of experts, by task, as the last run used them."""
 
@@ -56,16 +57,11 @@ class Factory:
     def run(self) -> dict[str, Any]:
         self.prepare()
         report = self.folder / "report"
-        asked = {
-            "config": str(self.folder / "config.yaml"), "report": str(report),
-            "train_version": recipes.TRAIN_VERSION - TRAIN_VERSION,
-        }  # fmt: skip
-        assert self.driver.stdin is not None
-        assert self.driver.stdout is not None
-        self.driver.stdin.write(json.dumps(asked) + "\n")
-        self.driver.stdin.flush()
-        answer = json.loads(self.driver.stdout.readline())
-        assert answer["status"] == 0, answer["output"][-4000:]
+        done = self.driver.call(
+            "run", "--config", str(self.folder / "config.yaml"), "--report", str(report),
+            train_version=recipes.TRAIN_VERSION - TRAIN_VERSION,
+        )  # fmt: skip
+        assert done.code == 0, done.output[-4000:]
         return json.loads((report / "results.json").read_text())
 
     def plan_and_run(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -114,20 +110,11 @@ def makes(plan: dict[str, Any]) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def factory(stack: Any, tiny_config: CONFIG, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Factory]:
+def factory(driver: Driver, tiny_config: CONFIG, tmp_path_factory: pytest.TempPathFactory) -> Factory:
     config = tiny_config("planned", held_in=3, merge=MERGE)
     config["evaluate"] |= {"few_shot": 0, "serving_dtype": None}
     config["resources"]["lease_seconds"] = 6
-    folder = tmp_path_factory.mktemp("planned")
-    with (folder / "driver.log").open("w") as log:
-        driver = subprocess.Popen(
-            [sys.executable, "-m", "tests.e2e.driver_process"], cwd=ROOT, env={**os.environ, **stack.env()},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-        )  # fmt: skip
-    try:
-        yield Factory(folder, config, driver)
-    finally:
-        driver.communicate(timeout=60)  # its stdin ends, and so does it
+    return Factory(tmp_path_factory.mktemp("planned"), config, driver)
 
 
 def test_the_first_plan_is_of_everything(factory: Factory) -> None:
@@ -141,7 +128,7 @@ def test_the_first_plan_is_of_everything(factory: Factory) -> None:
         "evaluations": 4 + 3 + 3 * 2 + 2 * 3 + 4 + 3,
     }  # fmt: skip
     assert not any(count["at_most"] for count in plan["kinds"].values())
-    assert plan["estimate"]["slots"] == results["slots"] == 2
+    assert results["slots"] == 1
     assert "calculated" in plan["estimate"]["stages"]["experts"]["from"]
 
 
@@ -168,6 +155,7 @@ def test_the_command_starts_no_ray_and_prints_json_alone(factory: Factory, stack
     assert done.returncode == 0, done.stderr[-3000:]
     plan = json.loads(done.stdout)
     assert makes(plan).keys() == {"merge_nodes", "merges", "evaluations", "registrations"}
+    assert plan["estimate"]["slots"] == 1  # the cluster's, not this machine's
     for secret in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
         assert stack.env()[secret] not in done.stdout + done.stderr
 

@@ -5,10 +5,7 @@ drawn by chance, so that its expert cannot become better than the base.
 """
 
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,8 @@ import mlflow
 import pytest
 
 from infra.store import Store
-from tests.e2e.conftest import ROOT, WORDS, Finished, write_tiny_base
+from tests.e2e.conftest import WORDS, write_tiny_base
+from tests.e2e.driver import Driver, Finished
 from tests.e2e.test_kinds import write_labelled
 
 CONFIG = Callable[..., dict[str, Any]]
@@ -63,20 +61,6 @@ def config(tiny_config: CONFIG, tmp_path_factory: pytest.TempPathFactory) -> CON
 def seen() -> dict[str, dict[str, Any]]:
     """Results of the runs so far, by name."""
     return {}
-
-
-@pytest.fixture
-def command(stack: Any) -> Callable[..., Finished]:
-    """Call `python -m pipeline …` as a process of its own."""
-
-    def call(*arguments: str) -> Finished:
-        done = subprocess.run(
-            [sys.executable, "-m", "pipeline", *arguments], cwd=ROOT, env={**os.environ, **stack.env()},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False,
-        )  # fmt: skip
-        return Finished(done.returncode, done.stdout, None)
-
-    return call
 
 
 def finished(run: Finished) -> dict[str, Any]:
@@ -160,20 +144,20 @@ def test_a_worse_retrained_merge_stays_challenger_and_the_report_says_why(
     assert row["reason"] in run.output
 
 
-def test_a_person_may_promote_it_all_the_same(command: Callable[..., Finished]) -> None:
-    done = command("promote", SUITE, "--version", "2", "--reason", "to see what happens")
+def test_a_person_may_promote_it_all_the_same(driver: Driver) -> None:
+    done = driver.call("promote", SUITE, "--version", "2", "--reason", "to see what happens")
     assert done.code == 0, done.output
     assert f"{SUITE}.merged: version 2 is champion, after version 1" in done.output
     assert f"{SUITE}.merged-checkpoint: version 2 is champion" in done.output
     assert aliases("merged") == {"champion": 2}
     assert aliases("merged-checkpoint") == {"champion": 2}
-    listed = command("models", SUITE, "--task", "merged")
+    listed = driver.call("models", SUITE, "--task", "merged")
     assert listed.code == 0, listed.output
     assert "to see what happens" in listed.output
-    refused = command("promote", SUITE, "--version", "7")
+    refused = driver.call("promote", SUITE, "--version", "7")
     assert refused.code == 2
     assert f"there is no version 7 of '{SUITE}.merged'" in refused.output
-    assert "there are no registered models of a suite 'nobody'" in command("models", "nobody").output
+    assert "there are no registered models of a suite 'nobody'" in driver.call("models", "nobody").output
 
 
 def test_a_better_one_is_promoted(pipeline: Any, config: CONFIG, seen: dict[str, Any]) -> None:
@@ -187,8 +171,8 @@ def test_a_better_one_is_promoted(pipeline: Any, config: CONFIG, seen: dict[str,
     assert aliases("in0") == {"champion": 1, "challenger": 3}
 
 
-def test_a_rollback_lasts(pipeline: Any, config: CONFIG, command: Callable[..., Finished]) -> None:
-    done = command("rollback", SUITE, "--reason", "it is rude")
+def test_a_rollback_lasts(pipeline: Any, config: CONFIG, driver: Driver) -> None:
+    done = driver.call("rollback", SUITE, "--reason", "it is rude")
     assert done.code == 0, done.output
     assert f"{SUITE}.merged: version 2 is champion again; version 3 is rolled back" in done.output
     assert aliases("merged")["champion"] == aliases("merged-checkpoint")["champion"] == 2
@@ -199,8 +183,8 @@ def test_a_rollback_lasts(pipeline: Any, config: CONFIG, command: Callable[..., 
     assert row["reason"].endswith(": it is rude)")
     assert aliases("merged") == {"champion": 2, "challenger": 3}
     assert aliases("merged-checkpoint")["champion"] == 2
-    assert command("rollback", SUITE).code == 0
-    again = command("rollback", SUITE)
+    assert driver.call("rollback", SUITE).code == 0
+    again = driver.call("rollback", SUITE)
     assert again.code == 2
     assert "is its first champion" in again.output
     assert aliases("merged")["champion"] == aliases("merged-checkpoint")["champion"] == 1
@@ -222,9 +206,7 @@ def test_a_champion_of_another_base_is_scored_on_its_own(
         assert f"; {left_out} gate rows left out: the champion was trained on them" in models[task]["reason"]
 
 
-def test_a_champion_that_is_gone_is_left_to_a_person(
-    pipeline: Any, config: CONFIG, command: Callable[..., Finished]
-) -> None:
+def test_a_champion_that_is_gone_is_left_to_a_person(pipeline: Any, config: CONFIG, driver: Driver) -> None:
     store, client = Store.from_env(), mlflow.MlflowClient()
     champion = aliases("merged")["champion"]
     uri = client.get_model_version(f"{SUITE}.merged", str(champion)).tags["factory.adapter_uri"]
@@ -237,16 +219,16 @@ def test_a_champion_that_is_gone_is_left_to_a_person(
     wanted = f"python -m pipeline promote {SUITE} --version {row['version']}"
     assert row["reason"].startswith(f"not compared: champion (version {champion}) cannot be scored (")
     assert row["reason"].endswith(wanted)
-    done = command(*wanted.split()[3:])
+    done = driver.call(*wanted.split()[3:])
     assert done.code == 0, done.output
     assert aliases("merged") == {"champion": row["version"]}
-    gone = command("promote", SUITE, "--version", str(champion))
+    gone = driver.call("promote", SUITE, "--version", str(champion))
     assert gone.code == 2
     assert "is gone, so it cannot serve" in gone.output
 
 
 def test_a_classifying_champion_keeps_the_heads_of_its_own_experts(
-    pipeline: Any, tiny_config: CONFIG, command: Callable[..., Finished], tmp_path: Path
+    pipeline: Any, tiny_config: CONFIG, driver: Driver, tmp_path: Path
 ) -> None:
     suite = "promotion-labels"
     found = tiny_config(suite, 0, objective="classification", held_out={})
@@ -262,7 +244,7 @@ def test_a_classifying_champion_keeps_the_heads_of_its_own_experts(
     found["merge"]["candidates"] = [{"method": "mean"}]
     first = finished(pipeline(found))["gate"]["models"]
     assert first["two"]["promoted"]
-    done = command("promote", suite, "--version", "1")  # whether the merge beat untrained heads is not the point
+    done = driver.call("promote", suite, "--version", "1")  # whether the merge beat untrained heads is not the point
     assert done.code == 0, done.output
     found["train"] |= {"steps": 1, "validate_every": 1, "learning_rate": 1e-6}
     worse = finished(pipeline(found))["gate"]["models"]
