@@ -49,6 +49,8 @@ _PORTS = {
 _PAIRED = frozenset(_PORTS["s3"])  # SeaweedFS also opens each port + 10000
 _BUCKETS = (STORE_BUCKET, "mlflow")
 _READY_SECONDS = 120.0
+_BUSY_SECONDS = 30.0  # for a service whose process lives to answer
+_PORT_SECONDS = 30.0  # at most, for the ports of a killed process
 _NO_PROXY = ("127.0.0.1", "localhost")
 
 
@@ -118,13 +120,13 @@ def up(
         # The second lock is per user, not per home: ports are free until the services that got them listen.
         state = load(root)
         running = state.running() if state else dict.fromkeys(SERVICES, False)
-        missing = [name for name in only if not (running[name] and state and _answers(state, name))]
+        missing = [name for name in only if not (running[name] and state and _answers_soon(state, name))]
         if state is not None and not missing:
             return state
         if state is not None:
             crashed = [state.ports[port] for name in missing if name in state.services for port in _PORTS[name]]
             _stop(state, missing)
-            processes.wait_free(crashed, 5.0)
+            processes.wait_free(crashed, _PORT_SECONDS)
         kept = {} if state is None else state.ports
         # A service that is not wanted now gets its ports too: environments name all addresses.
         portless = [name for name in SERVICES if name in missing or not kept.keys() >= _PORTS[name].keys()]
@@ -164,6 +166,7 @@ def down(home: str | Path | None = None) -> None:
         _stop(state, SERVICES)
         if state.ports:
             _save(state)
+            processes.wait_free(state.ports.values(), _PORT_SECONDS)
         shutil.rmtree(ray_temp(root), ignore_errors=True)
 
 
@@ -301,6 +304,14 @@ def _wait(state: StackState, names: list[str]) -> None:
                     f"{name} does not answer after {_READY_SECONDS:.0f} s; the end of {log}:\n{processes.tail(log)}"
                 )
         time.sleep(0.1)
+
+
+def _answers_soon(state: StackState, name: str) -> bool:
+    """Whether a service that lives answers. A busy one is given time: to start it anew would end all that it does."""
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while not (answers := _answers(state, name)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return answers
 
 
 def _answers(state: StackState, name: str) -> bool:

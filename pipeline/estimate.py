@@ -22,7 +22,7 @@ from pipeline.config import ResourcesConfig
 from pipeline.forecast import Forecast
 from pipeline.preflight import Cost
 
-_SECONDS = 5  # for Ray's dashboard to answer
+_SECONDS = 20  # for Ray's dashboard to answer
 _MANIFESTS: Mapping[str, tuple[str, ...]] = {
     "support": ("support",),
     "importances": ("fisher", "gram"),

@@ -4,7 +4,6 @@ A full checkpoint follows its merge. Exit status: 0, or 2 for bad input and serv
 aliases change (`infra.model_aliases`), and the gate that changes them in a run (`pipeline.promotion`).
 """
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,18 @@ from rich.text import Text
 
 from infra import model_aliases, model_versions, registry
 from infra.errors import ConfigError, FactoryError, RegistryError
-from infra.model_versions import BY_HAND, CHALLENGER, CHAMPION, DECISION, OPPONENT, REASON, ROLLED_BACK, Model, Version
+from infra.model_versions import (
+    BY_HAND,
+    CHALLENGER,
+    CHAMPION,
+    DECISION,
+    OPPONENT,
+    PREVIOUS,
+    REASON,
+    ROLLED_BACK,
+    Model,
+    Version,
+)
 from infra.registry import CHECKPOINT, MERGED, model_name
 from infra.store import Store
 
@@ -97,16 +107,22 @@ def rollback(suite: str, version: int | None, task: str, reason: str) -> None:
             )
             _follow(console, store, suite, task, strict=True)
         except FactoryError as error:
-            now = None
-            with contextlib.suppress(FactoryError):
-                now = model_versions.champion(name)
-            if goes is None or (now is not None and now.version == goes):
-                raise  # nothing was done
+            if goes is None or not _has_gone(name, goes):
+                raise
             option = "" if task == MERGED else f" --task {task}"
             again = f"python -m pipeline rollback {suite} --version {goes}{option}"
             raise RegistryError(f"{error}\nto go on, and take no other version away: {again}") from error
 
     _guarded(console, change)
+
+
+def _has_gone(name: str, version: int) -> bool:
+    """Whether the champion of a model may have just been rolled back from this version to the one before."""
+    try:
+        found, now = model_versions.find_version(name, version), model_versions.champion(name)
+    except FactoryError:
+        return True
+    return found is not None and now is not None and found.tags.get(PREVIOUS) == str(now.version)
 
 
 def _follow(console: Console, store: Store, suite: str, task: str, strict: bool) -> None:

@@ -5,9 +5,13 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from infra import stack as local_stack
 from infra.store import Store
+
+settings.register_profile("shared machine", deadline=None)  # an example may be interrupted for seconds
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 Runs that are killed, that meet other services or that are submitted get a process of their own (`background.py`).
 """
 
+import contextlib
 import json
 import select
 import subprocess
@@ -34,16 +35,22 @@ class Driver:
 
     def call(self, *arguments: str, train_version: int = 0, seconds: float = 420) -> Finished:
         """Exit status and output of `python -m pipeline …`."""
-        process = self._process = self._process or self._start()
+        if self._process is None or self._process.poll() is not None:
+            self._process = self._start()
+        process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(json.dumps({"arguments": arguments, "train_version": train_version}) + "\n")
-        process.stdin.flush()
-        ready, _, _ = select.select([process.stdout], [], [], seconds)
-        line = process.stdout.readline() if ready else ""
+        ready, line = [], ""
+        with contextlib.suppress(OSError):  # it ends while we write
+            process.stdin.write(json.dumps({"arguments": arguments, "train_version": train_version}) + "\n")
+            process.stdin.flush()
+            ready, _, _ = select.select([process.stdout], [], [], seconds)
+            line = process.stdout.readline() if ready else ""
         if not line:
             self.close()
-            what = "the driver ended" if ready else f"not done within {seconds:.0f} s"
+            what = (
+                "the driver ended" if process.returncode is not None and ready else f"not done within {seconds:.0f} s"
+            )
             raise AssertionError(f"{' '.join(arguments)}: {what}\n{self.log.read_text()[-4000:]}")
         answer = json.loads(line)
         return Finished(answer["code"], answer["output"], None)
@@ -52,10 +59,10 @@ class Driver:
         """End the process; the next command starts another."""
         process, self._process = self._process, None
         if process:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired, OSError):
                 process.communicate(timeout=30)  # its stdin ends, and so does it
-            finally:
-                process.kill()
+            process.kill()
+            process.wait()
 
     def _start(self) -> subprocess.Popen[str]:
         with self.log.open("a") as log:

@@ -7,6 +7,7 @@ algorithm. A line on stdout answers: `code`, the exit status, and `output`.
 import contextlib
 import io
 import json
+import os
 import sys
 import traceback
 
@@ -28,7 +29,8 @@ def run(arguments: list[str]) -> tuple[int, str]:
 
 
 def serve() -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else writes there, libraries in C too, goes to the log
     cluster.connect_to_ray()
     main.connect_to_ray = lambda: None  # type: ignore[assignment]
     version = recipes.TRAIN_VERSION

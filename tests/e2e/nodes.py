@@ -75,6 +75,8 @@ class Gateway:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # or it would listen for as long as the thread waits
         self._listener.close()
 
     def _accept(self) -> None:

@@ -138,7 +138,7 @@ def test_then_there_is_nothing_to_do_and_that_takes_seconds(factory: Factory) ->
     assert plan["estimate"]["seconds"] == 0
     _, results = factory.plan_and_run()
     assert set(results["made"].values()) == {0}
-    assert results["seconds"]["total"] < 30  # a few, on a machine that does nothing else
+    assert results["seconds"]["total"] < 60  # a few, on a machine that does nothing else
 
 
 def test_the_command_starts_no_ray_and_prints_json_alone(factory: Factory, stack: Any) -> None:

@@ -176,6 +176,12 @@ def test_a_rollback_lasts(pipeline: Any, config: CONFIG, driver: Driver) -> None
     assert done.code == 0, done.output
     assert f"{SUITE}.merged: version 2 is champion again; version 3 is rolled back" in done.output
     assert aliases("merged")["champion"] == aliases("merged-checkpoint")["champion"] == 2
+    again = driver.call("rollback", SUITE, "--version", "3")
+    assert again.code == 0, again.output
+    wrong = driver.call("rollback", SUITE, "--version", "1")
+    assert wrong.code == 2
+    assert "version 1 of 'promotion.merged' is not its champion; version 2 is" in wrong.output
+    assert aliases("merged")["champion"] == aliases("merged-checkpoint")["champion"] == 2
     results = finished(pipeline(config(train={"steps": STEPS + 1})))
     row = results["gate"]["models"]["merged"]
     assert (row["version"], row["promoted"], row["champion"]) == (3, False, 2)

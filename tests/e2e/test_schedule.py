@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from tests.infra.receiver import SECRET, Receiver, receiving
 SUITE = "nightly"
 
 
-def until(condition: Callable[[], Any], what: str, log: Path, seconds: float = 300) -> Any:
+def until(condition: Callable[[], Any], what: str, log: Path, seconds: float = 900) -> Any:
     """Poll for something that the schedule does."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -31,13 +30,24 @@ def until(condition: Callable[[], Any], what: str, log: Path, seconds: float = 3
     raise AssertionError(f"{what}: not within {seconds:.0f} s\n{log.read_text()}")
 
 
-def finished(receiver: Receiver, store: Store) -> list[dict[str, Any]]:
+def finished(receiver: Receiver, store: Store, client: mlflow.MlflowClient) -> list[dict[str, Any]]:
     """Results of the runs whose end was told, in the order of their ticks. A tick may be skipped on a slow machine."""
-    ran = sorted((told for told in receiver.got if told["status"] != "SKIPPED"), key=lambda told: told["tick"])
-    for told in ran:
+    ran = {told["submission_id"]: told for told in receiver.got if told["status"] != "SKIPPED"}
+    for told in ran.values():
         assert (told["status"], told["exit_code"]) == ("SUCCEEDED", 0), told
-    pages = [re.search(r"/runs/(\w+)", str(told["mlflow_run"])) for told in ran]
-    return [json.loads(store.get(f"runs/{page[1]}/results.json")) for page in pages if page]
+    found = pipeline_runs(client)
+    ids = [found[name] for name in sorted(ran, key=lambda name: ran[name]["tick"])]
+    return [json.loads(store.get(f"runs/{run_id}/results.json")) for run_id in ids]
+
+
+def pipeline_runs(client: mlflow.MlflowClient) -> dict[str, str]:
+    """Id of every run that began, by its submission; each began once."""
+    experiment = client.get_experiment_by_name(SUITE)
+    ids = [experiment.experiment_id] if experiment else []
+    found = client.search_runs(ids, "tags.kind = 'pipeline'") if ids else []
+    runs = {run.data.tags["ray_submission_id"]: run.info.run_id for run in found}
+    assert len(runs) == len(found), "a tick ran twice"
+    return runs
 
 
 def test_ticks_retrain_what_changed_and_nothing_else(
@@ -57,25 +67,20 @@ def test_ticks_retrain_what_changed_and_nothing_else(
         request.addfinalizer(process.kill)
         return process
 
-    def runs() -> list[str]:
-        """The submission of every run that began."""
-        experiment = client.get_experiment_by_name(SUITE)
-        ids = [experiment.experiment_id] if experiment else []
-        found = client.search_runs(ids, "tags.kind = 'pipeline'") if ids else []
-        return sorted(run.data.tags["ray_submission_id"] for run in found)
-
     with receiving() as receiver:
         scheduler = start()
-        until(runs, "the first run", log)
+        until(lambda: pipeline_runs(client), "the first run", log)
         scheduler.kill()
         scheduler.wait()
         scheduler = start()
-        until(lambda: len(finished(receiver, store)) >= 2, "the second run", log)
-        write_task(Path(config["held_in"]["in1"]["source"].removeprefix("jsonl:")), f"{SUITE}-in1-grown", rows=140)
-        until(lambda: any(run["made"]["experts"] == 1 for run in finished(receiver, store)), "the retraining", log)
+        until(lambda: len(finished(receiver, store, client)) >= 2, "the second run", log)
+        grown = write_task(tmp_path / "grown.jsonl", f"{SUITE}-in1-grown", rows=140)
+        grown.replace(config["held_in"]["in1"]["source"].removeprefix("jsonl:"))  # a run may be reading
+        retrained = lambda: [run for run in finished(receiver, store, client) if run["made"]["experts"] == 1]  # noqa: E731
+        until(retrained, "the retraining", log)
         scheduler.terminate()
         assert scheduler.wait(30) == 0, log.read_text()
-        first, *others, last = finished(receiver, store)
+        first, *others, last = finished(receiver, store, client)
 
     assert first["made"]["experts"] == 2
     assert others
@@ -86,8 +91,7 @@ def test_ticks_retrain_what_changed_and_nothing_else(
     before, now = ({task: row["expert_key"] for task, row in run["held_in"].items()} for run in (first, last))
     assert before["in0"] == now["in0"]
     assert before["in1"] != now["in1"]
-    submissions = runs()
-    assert len(submissions) == len(set(submissions))  # no tick ran twice
+    submissions = pipeline_runs(client)
     assert {told["submission_id"] for told in receiver.got if told["mlflow_run"]} <= set(submissions)
     assert all(name.startswith(f"retrain-{SUITE}-") for name in submissions)
     assert SECRET not in log.read_text()

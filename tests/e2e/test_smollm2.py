@@ -143,6 +143,7 @@ def test_the_registered_merge_answers(stack: Any, shared: dict[str, Any]) -> Non
     assert isinstance(answer, str)
 
 
+@pytest.mark.usefixtures("_one_thread")
 def test_a_sparse_classifier_learns_a_real_task(stack: Any, pipeline: Any) -> None:
     """SpaRTA's setting: a random share of value and output projections and a whole head, seven intents."""
     config = yaml.safe_load(QUICKSTART.with_name("classification.yaml").read_text())

@@ -1,20 +1,26 @@
 """Collections of a real store: what goes, and what happens to whoever reads, publishes or is killed meanwhile."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from infra import announcements, gc
 from infra.announcements import LEASE, SHARED_JOURNALS, Registered, RootReader, announce, await_removals
 from infra.artifacts import Manifest, Recipe, find, manifest_name, publish
 from infra.errors import StoreError
 from infra.gc import GcOutcome, collect, execute, links_of, take_inventory
 from infra.gc_plan import GcPlan, Links, Roots, plan_gc
-from infra.leases import Holder, holding, lease_name, try_acquire
+from infra.leases import Holder, Lease, Watcher, holding, lease_name, try_acquire
 from infra.store import Store
 from infra.store_admin import list_uploads
 
@@ -36,6 +42,23 @@ def plan_later(store: Store, kept: Roots) -> GcPlan:
     """The plan two days from now."""
     inventory = take_inventory(store)
     return plan_gc(kept, dataclasses.replace(inventory, now=inventory.now + timedelta(days=2)))
+
+
+@pytest.fixture
+def hurry(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From its call on, time flies for those who watch leases, and for nobody who holds one."""
+
+    class Hurried(Watcher):
+        def __init__(self, expiry_s: float) -> None:
+            looks = itertools.count()
+            super().__init__(expiry_s, clock=lambda: next(looks) * expiry_s)
+
+    def call() -> None:
+        for module in (gc, announcements):
+            monkeypatch.setattr(module, "Watcher", Hurried)
+            monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda _: None))
+
+    return call
 
 
 def names(store: Store) -> set[str]:
@@ -239,12 +262,13 @@ def test_a_run_waits_for_a_collection_that_is_removing_its_rows(store: Store) ->
     assert (done.removed["rows"], done.removed["base"]) == (1, 1)
 
 
-def test_nobody_waits_for_a_collection_that_was_killed(store: Store) -> None:
+def test_nobody_waits_for_a_collection_that_was_killed(store: Store, hurry: Callable[[], None]) -> None:
+    hurry()
     store.put(f"{SHARED_JOURNALS}x.json", json.dumps([USED]).encode())
-    await_removals(store, {USED}, expiry_s=0.6)  # there is no lease
+    await_removals(store, {USED})  # there is no lease
     store.put(lease_name(LEASE), Holder("killed", "there", 1, 0.0).to_json())
-    await_removals(store, {USED}, expiry_s=0.6)  # nobody renews it
-    execute(store, plan_later(store, roots()), roots, expiry_s=0.6)
+    await_removals(store, {USED})  # nobody renews it
+    execute(store, plan_later(store, roots()), roots)
     assert names(store) == set()
 
 
@@ -299,14 +323,15 @@ def test_when_the_roots_cannot_be_read_again_everything_comes_back(store: Store,
     assert names(store) == of(a)
 
 
-def test_one_collection_at_a_time(store: Store, tmp_path: Path) -> None:
+def test_one_collection_at_a_time(store: Store, tmp_path: Path, hurry: Callable[[], None]) -> None:
     a = made(store, tmp_path, "a")
     plan = plan_later(store, roots())
     with holding(store, LEASE, beat_s=0.05), pytest.raises(StoreError, match="another garbage collection"):
         execute(store, plan, roots, expiry_s=1.0)
     assert names(store) == of(a)
     store.put(lease_name(LEASE), Holder("killed", "there", 1, 0.0).to_json())  # nobody renews it
-    assert execute(store, plan, roots, expiry_s=1.0).removed["artifact"] == 1
+    hurry()
+    assert execute(store, plan, roots).removed["artifact"] == 1
     assert names(store) == set()
 
 
@@ -328,7 +353,18 @@ def test_two_collections_of_one_plan_remove_everything_once(store: Store, tmp_pa
     assert names(store) == of(kept)
 
 
-def test_a_collection_that_lost_its_lease_stops_and_undoes(store: Store, tmp_path: Path) -> None:
+def test_a_collection_that_lost_its_lease_stops_and_undoes(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[Lease] = []
+
+    @contextlib.contextmanager
+    def kept(*given: Any) -> Iterator[Lease | None]:
+        with holding(*given) as lease:
+            held.extend([lease] if lease else [])
+            yield lease
+
+    monkeypatch.setattr(gc, "holding", kept)
     a = made(store, tmp_path, "a")
     b = made(store, tmp_path, "b")
     plan = plan_later(store, roots())
@@ -337,12 +373,11 @@ def test_a_collection_that_lost_its_lease_stops_and_undoes(store: Store, tmp_pat
         found = store.get_with_etag(lease_name(LEASE))
         assert found is not None
         assert try_acquire(store, LEASE, "other", found[1]) is not None
-        learnt = threading.Event()
-        learnt.wait(1.0)
+        assert not held[0].beat()
         return roots()
 
     with pytest.raises(StoreError, match="lost its lease"):
-        execute(store, plan, lose, expiry_s=1.2)
+        execute(store, plan, lose)
     assert names(store) == of(a, b) | {lease_name(LEASE)}
 
 

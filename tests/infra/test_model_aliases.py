@@ -1,5 +1,6 @@
 """Champions and challengers against a real MLflow server and object store: recorded, undone, raced for."""
 
+import itertools
 import threading
 import time
 import uuid
@@ -13,7 +14,7 @@ import pytest
 
 from infra import model_aliases, registry
 from infra.errors import RegistryError
-from infra.leases import holding
+from infra.leases import Watcher, holding
 from infra.model_aliases import Conclusion, Decision, conclude, enter, follow, lease_key, note, promote, rollback
 from infra.model_registry import CONFIG_TAG
 from infra.model_versions import (
@@ -496,18 +497,25 @@ def test_a_checkpoint_follows_its_merge(store: Store, name: str, make: MAKE) -> 
 def test_a_change_waits_for_another_and_a_dead_one_is_overtaken(
     store: Store, name: str, make: MAKE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_aliases, "LEASE_S", 1.5)
+    looks = itertools.count()
+
+    class Hurried(Watcher):
+        def __init__(self, expiry_s: float) -> None:
+            super().__init__(expiry_s, clock=lambda: next(looks) * expiry_s)
+
+    monkeypatch.setattr(model_aliases, "Watcher", Hurried)
     version = make()
     with ThreadPoolExecutor(1) as pool:
-        with holding(store, lease_key(name), expiry_s=1.5):
+        with holding(store, lease_key(name), beat_s=0.01):
             waiting = pool.submit(promote, store, name, version, "")
-            time.sleep(3.0)  # twice the expiry: the holder beats
-            assert not waiting.done()
-        assert waiting.result(timeout=30) is None
-    with holding(store, lease_key(name), expiry_s=1.5, beat_s=1000.0):  # as one that was killed
-        start = time.monotonic()
+            deadline = time.monotonic() + 60
+            while next(looks) < 40:  # many times its expiry: but the holder beats
+                assert time.monotonic() < deadline
+                assert not waiting.done()
+                time.sleep(0.05)
+        assert waiting.result(timeout=60) is None
+    with holding(store, lease_key(name), beat_s=1000.0):  # as one that was killed
         assert promote(store, name, make(), "") is not None
-        assert time.monotonic() - start > 1.5
 
 
 def test_the_models_of_a_suite_are_not_those_of_another(store: Store, name: str, make: MAKE) -> None:

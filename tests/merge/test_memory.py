@@ -17,7 +17,7 @@ FULL = ["full:3:4", "full:12:4", "full:3:16"]
 
 @pytest.fixture(scope="module")
 def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    """Peak bytes by case, beyond what the imports take. Of a case that runs several times the least: now and then the
+    """Peak bytes by case, beyond what the imports take. Each runs three times, and the least counts: now and then the
     allocator keeps a buffer that the case has freed; one that it needs is there each time."""
     done = subprocess.run(
         [
@@ -25,10 +25,7 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
             "-m",
             "tests.merge.memory_cases",
             tmp_path_factory.mktemp("memory"),
-            *EXPERTS,
-            *LAYERS,
-            *FULL,
-            *GRAM * 3,
+            *[*EXPERTS, *LAYERS, *FULL, *GRAM] * 3,
         ],
         capture_output=True,
         text=True,
