@@ -73,9 +73,11 @@ def release_claims(store: Store, claims: Iterable[Claim]) -> int:
     Their workers are dying or dead: one that lives on finds its lease lost. What cannot be freed now expires.
     """
 
+    hasty = store.hasty()
+
     def free(key: str, claim: str) -> bool:
         with contextlib.suppress(StoreError):
-            return free_lease(store, key, lambda held: held.claim == claim)
+            return free_lease(hasty, key, lambda held: held.claim == claim)
         return False
 
     pairs = [(key, claim.id) for claim in claims for key in claim.keys]

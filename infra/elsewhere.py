@@ -46,7 +46,7 @@ class Elsewhere:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`expiry_s`: of the leases taken and watched; `say` gets a line when work is found to be held elsewhere."""
-        self._store, self._expiry_s, self._say, self._clock = store, expiry_s, say, clock
+        self._store, self._expiry_s, self._say, self._clock = store.hasty(), expiry_s, say, clock
         self._watcher = Watcher(expiry_s, clock)
         self._longest = min(_LONGEST_PAUSE_S, expiry_s / _PAUSES_PER_EXPIRY)
         self._waiting: list[_Waiting] = []

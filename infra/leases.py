@@ -132,7 +132,7 @@ class Lease:
         with self._lock:
             if self._taken:
                 return False
-            freed = free_lease(self.store, self.key, lambda held: held.owner == self.owner)
+            freed = free_lease(self.store.hasty(), self.key, lambda held: held.owner == self.owner)
             self._taken = True  # whatever happens from here on, this object does not hold the key
             return freed
 
@@ -195,7 +195,7 @@ def try_acquire(
     for _ in range(_ATTEMPTS):
         began = clock()
         if store.put_if_absent(name, mine.to_json()):
-            return Lease(store, key, mine, expiry_s, clock, began)
+            return _confirmed(Lease(store, key, mine, expiry_s, clock, began))
         found = store.get_with_etag(name)
         if found is None:
             continue  # released meanwhile
@@ -204,8 +204,15 @@ def try_acquire(
         if not free and found[1] != takeover:
             return None
         if store.replace_if_match(name, mine.to_json(), found[1]):
-            return Lease(store, key, mine, expiry_s, clock, began)
+            return _confirmed(Lease(store, key, mine, expiry_s, clock, began))
     return None
+
+
+def _confirmed(lease: Lease) -> Lease:
+    """A new lease. Where the store was away for the expiry while it was asked for, a beat tells whose it is."""
+    if lease.lost:
+        lease.beat()
+    return lease
 
 
 State = Literal["free", "live", "expired"]

@@ -195,7 +195,7 @@ def conclude(store: Store, name: str, version: int, opponent: int | None, decisi
         before = _standing(mlflow, name, version)
         if _begun(before, decision):
             if before.leads:
-                _drop_challenger(mlflow, name, version)
+                _set_champion(mlflow, name, version, lease)
             mlflow.set_model_version_tag(name, str(version), DECISION, PROMOTED if decision.promoted else REFUSED)
             return Conclusion("recorded", _standing(mlflow, name, version))
         if before.leads or before.judged is not None:
@@ -249,7 +249,7 @@ def promote(store: Store, name: str, version: int, reason: str) -> Version | Non
             _describe(mlflow, name, version, f"made champion by hand, {_dated(reason)}")
             _move(mlflow, name, version, before, lease)
         else:
-            _drop_challenger(mlflow, name, version)
+            _set_champion(mlflow, name, version, lease)
         # Last: until the alias moves, the version and its bytes, which may be another version's too, stay barred.
         if chosen.digest and barred(chosen.digest) in mlflow.get_registered_model(name).tags:
             mlflow.delete_registered_model_tag(name, barred(chosen.digest))

@@ -201,7 +201,7 @@ def gone(store: Store, version: Version) -> str | None:
     for tag in (ADAPTER_TAG, CHECKPOINT_TAG):
         if uri := version.tags.get(tag):
             bucket, name = split_uri(uri)
-            whole = Store(bucket, store.endpoint, "")
+            whole = store.beside(bucket)
             there = whole.head(name) is not None if tag == ADAPTER_TAG else any(True for _ in whole.list(f"{name}/"))
             if not there:
                 return uri

@@ -33,6 +33,7 @@ _JOB_ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 _POLL = 15.0  # seconds
 _TIMEOUT = (5.0, 30.0)
 _ATTEMPTS = 5  # of the webhook
+_REFUSALS = 8  # of the token, one after the other: until then it may have just been replaced
 
 
 class KubernetesError(FactoryError):
@@ -46,6 +47,7 @@ class Cluster:
         """``account``: folder with ``token`` and ``ca.crt``."""
         self._url = f"{address}/apis/ray.io/v1/namespaces/{namespace}/rayjobs"
         self._account = account
+        self._refused = 0
 
     @classmethod
     def of_this_pod(cls) -> "Cluster":
@@ -78,7 +80,10 @@ class Cluster:
         return requests.request(method, url, headers=headers, verify=verify, timeout=_TIMEOUT, **options)
 
     def _check(self, answer: requests.Response, verb: str, name: str) -> None:
-        if answer.status_code in (401, 429) or answer.status_code >= 500:  # 401: of a token that was just replaced
+        if answer.status_code == 429 or answer.status_code >= 500:
+            answer.raise_for_status()
+        self._refused = self._refused + 1 if answer.status_code == 401 else 0
+        if 0 < self._refused < _REFUSALS:
             answer.raise_for_status()
         if not answer.ok:
             raise KubernetesError(

@@ -173,7 +173,7 @@ class Scheduler:
         """``store`` keeps the state, as ``schedules/<suite>.json``; ``url`` is the webhook's; a run that lasts longer
         than ``limit`` is stopped."""
         self._suite, self._cron, self._grace = suite, cron, grace
-        self._jobs, self._store, self._clock, self._url, self._limit = jobs, store, clock, url, limit
+        self._jobs, self._store, self._clock, self._url, self._limit = jobs, store.hasty(), clock, url, limit
         self._state: State | None = None
         self._etag = ""
         self._trouble = ""

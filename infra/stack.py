@@ -163,10 +163,11 @@ def down(home: str | Path | None = None) -> None:
         return
     with locked(root / "lock"):
         state = load(root) or StackState(str(root), {}, {})
+        lived = [state.ports[port] for name, lives in state.running().items() if lives for port in _PORTS[name]]
         _stop(state, SERVICES)
         if state.ports:
             _save(state)
-            processes.wait_free(state.ports.values(), _PORT_SECONDS)
+        processes.wait_free(lived, _PORT_SECONDS)
         shutil.rmtree(ray_temp(root), ignore_errors=True)
 
 

@@ -5,8 +5,9 @@ on), multi-part file transfer with our own SHA-256, listing and a preflight chec
 object piece by piece (`infra.store_source`), writing a file while it is being made (`infra.store_writer`), nor creating
 buckets, access policies or life-cycle rules: the bucket must exist and the credentials come from boto3's usual chain.
 
-All names are relative to the store's prefix. Retries are bounded: an endpoint that has answered this process is given
-a minute to come back, one that never did a second. What still fails is a ``StoreError`` that names endpoint and bucket.
+All names are relative to the store's prefix. Retries are bounded: an endpoint that has answered is given a minute to
+come back (`hasty` is for what need not), one that never did a second. What still fails is a ``StoreError`` that names
+endpoint and bucket.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import contextlib
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,18 +101,20 @@ class Store:
         self._client_: Any = None
         self._answered = False
         self._patience = OUTAGE_S
-        self._hasty: dict[float, Store] = {}
+        self._hasty: dict[float | None, Store] = {}
         self._lock = threading.Lock()
 
-    def hasty(self, seconds: float) -> Store:
-        """The same store for requests that are worth nothing later: each is tried once, and for so long."""
-        with self._lock:
-            if seconds not in self._hasty:
-                twin = type(self)(self.bucket, self.endpoint, self.prefix, self._credentials)
-                twin._client_ = make_client(self.endpoint, self._credentials, attempts=1, read_timeout=seconds)
-                twin._patience = 0.0
-                self._hasty[seconds] = twin
-            return self._hasty[seconds]
+    def hasty(self, seconds: float | None = None) -> Store:
+        """The same store for requests that are worth nothing later: none waits for an endpoint to come back, and with
+        ``seconds`` each is tried once, and for so long."""
+        if seconds not in self._hasty:
+            client = self._client()
+            if seconds is not None:
+                client = make_client(self.endpoint, self._credentials, attempts=1, read_timeout=seconds)
+            twin = type(self)(self.bucket, self.endpoint, self.prefix, self._credentials)
+            twin._client_, twin._patience = client, 0.0
+            self._hasty.setdefault(seconds, twin)  # of two threads the first
+        return self._hasty[seconds]
 
     @classmethod
     def from_env(cls) -> Store:
@@ -121,13 +124,22 @@ class Store:
         bucket, prefix = os.environ.get("FACTORY_S3_BUCKET") or "factory", os.environ.get("FACTORY_S3_PREFIX", "")
         return cls(bucket, endpoint, prefix)
 
+    def beside(self, bucket: str) -> Store:
+        """Another bucket of the same endpoint, without a prefix."""
+        other = Store(bucket, self.endpoint, "", self._credentials)
+        other._answered = self._answered
+        return other
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"bucket": self.bucket, "endpoint": self.endpoint, "prefix": self.prefix}
+        # Whoever sends a task has spoken with the endpoint, so a worker that starts in an outage waits too.
+        return {
+            "bucket": self.bucket, "endpoint": self.endpoint, "prefix": self.prefix, "_answered": self._answered,
+        }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
         self._credentials = None
         self._reset()
+        self.__dict__.update(state)
 
     def __repr__(self) -> str:
         return f"Store({self.uri('')!r}, endpoint={self.endpoint!r})"
@@ -202,17 +214,11 @@ class Store:
     def list(self, prefix: str = "") -> Iterator[str]:
         """Names (relative to the store) that start with ``prefix``, in the endpoint's order."""
         cut = len(self.prefix) + 1 if self.prefix else 0
-        listed = {"Bucket": self.bucket, "Prefix": self._key(prefix)}
-        while True:
-            try:
-                page = self._ask(lambda client: client.list_objects_v2(**listed))
-            except Exception as error:
-                raise self._error("list", prefix, error) from error
-            for entry in page.get("Contents", ()):
-                yield entry["Key"][cut:]
-            if not page.get("IsTruncated"):
-                return
-            listed["ContinuationToken"] = page["NextContinuationToken"]
+        try:
+            entries = self._entries("list_objects_v2", "Contents", Prefix=self._key(prefix))
+        except Exception as error:
+            raise self._error("list", prefix, error) from error
+        yield from (entry["Key"][cut:] for entry in entries)
 
     # -- files ---------------------------------------------------------------------------------------------------
 
@@ -326,6 +332,15 @@ class Store:
             raise
         self._answered = True
         return answer
+
+    def _entries(self, operation: str, field: str, **where: Any) -> Sequence[dict[str, Any]]:
+        """What the pages of a listing hold. Errors are boto3's."""
+
+        def ask(client: Any) -> Sequence[dict[str, Any]]:
+            pages = client.get_paginator(operation).paginate(Bucket=self.bucket, **where)
+            return [entry for page in pages for entry in page.get(field, ())]
+
+        return self._ask(ask)
 
     def _read(self, name: str, byte_range: str | None) -> tuple[bytes, str]:
         extra = {} if byte_range is None else {"Range": byte_range}

@@ -6,7 +6,7 @@ who name its exact object, and so hide it from `list_uploads`.
 """
 
 import email.utils
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -53,22 +53,22 @@ def server_time(store: Store) -> datetime:
 
 def list_objects(store: Store, prefix: str = "") -> Iterator[StoredObject]:
     """The objects whose names start with ``prefix``, in the endpoint's order. Raises StoreError."""
-    for entry in _pages(store, "list_objects_v2", "Contents", prefix):
+    for entry in _listed(store, "list_objects_v2", "Contents", prefix):
         modified = entry["LastModified"].astimezone(UTC)
         yield StoredObject(_relative(store, entry["Key"]), int(entry["Size"]), modified, str(entry["ETag"]))
 
 
 def list_uploads(store: Store, prefix: str = "") -> Iterator[PendingUpload]:
     """The unfinished multipart uploads under ``prefix``, in the endpoint's order. Raises StoreError."""
-    for entry in _pages(store, "list_multipart_uploads", "Uploads", prefix):
+    for entry in _listed(store, "list_multipart_uploads", "Uploads", prefix):
         yield PendingUpload(_relative(store, entry["Key"]), entry["UploadId"], entry["Initiated"].astimezone(UTC))
 
 
 def upload_size(store: Store, upload: PendingUpload) -> int:
     """Bytes that the parts of an unfinished upload hold; 0 once it is over. Raises StoreError."""
     try:
-        pages = store._client().get_paginator("list_parts").paginate(**_where(store, upload))
-        return sum(int(part["Size"]) for page in pages for part in page.get("Parts", ()))
+        named = {"Key": store._key(upload.name), "UploadId": upload.upload_id}
+        return sum(int(part["Size"]) for part in store._entries("list_parts", "Parts", **named))
     except Exception as error:
         if code_of(error) in _NO_UPLOAD:
             return 0
@@ -78,7 +78,11 @@ def upload_size(store: Store, upload: PendingUpload) -> int:
 def abort_upload(store: Store, upload: PendingUpload) -> None:
     """Give up an unfinished upload and its parts; one that is over already is fine. Raises StoreError."""
     try:
-        store._ask(lambda client: client.abort_multipart_upload(**_where(store, upload)))
+        store._ask(
+            lambda client: client.abort_multipart_upload(
+                Bucket=store.bucket, Key=store._key(upload.name), UploadId=upload.upload_id
+            )
+        )
     except Exception as error:
         if code_of(error) not in _NO_UPLOAD:
             raise store._error("abort the upload of", upload.name, error) from error
@@ -99,18 +103,12 @@ def delete_if_match(store: Store, name: str, etag: str) -> bool:
         raise store._error("delete", name, error) from error
 
 
-def _pages(store: Store, operation: str, field: str, prefix: str) -> Iterator[dict[str, Any]]:
+def _listed(store: Store, operation: str, field: str, prefix: str) -> Sequence[dict[str, Any]]:
     try:
-        pages = store._client().get_paginator(operation).paginate(Bucket=store.bucket, Prefix=store._key(prefix))
-        for page in pages:
-            yield from page.get(field, ())
+        return store._entries(operation, field, Prefix=store._key(prefix))
     except Exception as error:
         raise store._error("list", prefix, error) from error
 
 
 def _relative(store: Store, key: str) -> str:
     return key[len(store.prefix) + 1 :] if store.prefix else key
-
-
-def _where(store: Store, upload: PendingUpload) -> dict[str, str]:
-    return {"Bucket": store.bucket, "Key": store._key(upload.name), "UploadId": upload.upload_id}

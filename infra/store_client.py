@@ -19,7 +19,8 @@ Answer = TypeVar("Answer")
 
 OUTAGE_S = 60.0
 """How long an endpoint that has answered is waited for."""
-_NOT_NOW = frozenset({"SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "Throttling", "503", "500"})
+_STATUSES = frozenset({429, 500, 502, 503, 504})  # 501 is an answer
+_NOT_NOW = frozenset({"SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "Throttling"})
 
 
 def make_client(
@@ -55,12 +56,14 @@ def patiently(ask: Callable[[], Answer], seconds: float) -> Answer:
 
 def passes(error: BaseException) -> bool:
     """Whether an error of boto3 is one that passes: no answer, or a fault of the server's own."""
+    if isinstance(error, RetriesExceededError):  # of a download, each time for such a reason
+        return True
     if isinstance(error, Boto3Error) and error.__context__ is not None:  # of a transfer: what went wrong is below it
         return passes(error.__context__)
     if isinstance(error, bexc.ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status >= 500 or error.response.get("Error", {}).get("Code") in _NOT_NOW
-    return isinstance(error, bexc.HTTPClientError | bexc.ConnectionError | RetriesExceededError)
+        return status in _STATUSES or error.response.get("Error", {}).get("Code") in _NOT_NOW
+    return isinstance(error, bexc.HTTPClientError | bexc.ConnectionError)
 
 
 def is_loopback(address: str) -> bool:

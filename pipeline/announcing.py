@@ -54,11 +54,15 @@ class Announcements:
 
     def _learn(self, outcome: Outcome) -> None:
         with contextlib.suppress(StoreError):
-            self.add({*outcome.evaluations, *({outcome.checkpoint.key} if outcome.checkpoint else ())})
+            hashes = {*outcome.evaluations, *({outcome.checkpoint.key} if outcome.checkpoint else ())}
+            self._announce(self.store.hasty(), hashes)
 
     def add(self, hashes: Collection[str]) -> None:
         """Announce these too, with all that is announced already. Raises StoreError; then they are not. Thread-safe."""
+        self._announce(self.store, hashes)
+
+    def _announce(self, store: Store, hashes: Collection[str]) -> None:
         with self._lock:
             all_known = self.hashes.union(hashes)
-            announce(self.store, self.run_id, all_known)
+            announce(store, self.run_id, all_known)
             self.hashes = all_known

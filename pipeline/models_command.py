@@ -122,7 +122,9 @@ def _has_gone(name: str, version: int) -> bool:
         found, now = model_versions.find_version(name, version), model_versions.champion(name)
     except FactoryError:
         return True
-    return found is not None and now is not None and found.tags.get(PREVIOUS) == str(now.version)
+    if found is None or now is None:
+        return False
+    return ROLLED_BACK in found.tags and found.tags.get(PREVIOUS) == str(now.version)
 
 
 def _follow(console: Console, store: Store, suite: str, task: str, strict: bool) -> None:

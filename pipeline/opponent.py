@@ -37,8 +37,8 @@ class Incomparable(FactoryError):
 
 
 def is_lasting(error: BaseException) -> bool:
-    """Whether what kept a champion from being scored lies with the champion and its bytes: then tomorrow it will too.
-    An endpoint that does not answer or a worker that was lost does not."""
+    """Whether what kept a champion from being scored lies with the champion and its bytes: then a person has to decide.
+    It may not if a service does not answer or a worker is lost."""
     if isinstance(error, StoreError):
         return isinstance(error, ObjectMissing | ObjectCorrupted)
     return isinstance(error, FactoryError) and not isinstance(error, RegistryError)
@@ -239,7 +239,10 @@ def _stored(store: Store, key: str) -> Manifest:
     found = store.get_with_etag(manifest_name(key)) if key else None
     if found is None:
         raise Incomparable(f"the object store has no artifact {key or 'of it'}")
-    return Manifest.from_json(found[0])
+    try:
+        return Manifest.from_json(found[0])
+    except StoreError as error:
+        raise Incomparable(str(error)) from error
 
 
 def _check_files(store: Store, manifest: Manifest) -> None:

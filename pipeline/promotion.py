@@ -193,15 +193,15 @@ class Promotion:
         self._verdict(subject.task, verdict, tell=True)
 
     def _unscorable(self, subject: _Subject, standing: Standing, error: BaseException) -> None:
-        """The champion cannot be scored any more, and a person has to decide; or only today, and the run has failed."""
+        """The champion cannot be scored any more, so that a person has to decide, or could not this time."""
         assert standing.champion is not None
-        if not is_lasting(remote.cause_of(error)):
-            self._problem(f"comparing {subject.task!r} with its champion, version {standing.champion.version},")(error)
-            return
-        why = f"champion (version {standing.champion.version}) cannot be scored ({remote.reason(error)})"
-        self._undecided(
-            subject, standing, f"not compared: {why}; {self._by_hand(subject, standing.version.version)}"
-        )  # fmt: skip
+        champion = f"champion (version {standing.champion.version})"
+        if is_lasting(remote.cause_of(error)):
+            hand = self._by_hand(subject, standing.version.version)
+            reason = f"not compared: {champion} cannot be scored ({remote.reason(error)}); {hand}"
+        else:
+            reason = f"not compared: {champion} could not be scored ({remote.reason(error)}); the next run tries again"
+        self._undecided(subject, standing, reason)
 
     def _by_hand(self, subject: _Subject, version: int) -> str:
         """How a person decides."""

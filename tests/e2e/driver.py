@@ -40,7 +40,7 @@ class Driver:
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
-        ready, line = [], ""
+        ready, line = [process.stdout], ""
         with contextlib.suppress(OSError):  # it ends while we write
             process.stdin.write(json.dumps({"arguments": arguments, "train_version": train_version}) + "\n")
             process.stdin.flush()
@@ -48,9 +48,7 @@ class Driver:
             line = process.stdout.readline() if ready else ""
         if not line:
             self.close()
-            what = (
-                "the driver ended" if process.returncode is not None and ready else f"not done within {seconds:.0f} s"
-            )
+            what = "the driver ended" if ready else f"not done within {seconds:.0f} s"
             raise AssertionError(f"{' '.join(arguments)}: {what}\n{self.log.read_text()[-4000:]}")
         answer = json.loads(line)
         return Finished(answer["code"], answer["output"], None)

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from mlflow.entities import Run
 
+from infra import stack as local_stack
 from infra.artifacts import manifest_name
 from infra.store import Store
 from tests.e2e.background import Factory, start, wait_for
@@ -86,6 +87,28 @@ def test_ray_job_stop_marks_the_runs_killed(stack: Any, tiny_config: CONFIG, tmp
     finally:
         process.kill()
     assert {child.info.status for child in check_stopped(log, env)} == {"KILLED"}
+
+
+def test_a_restart_of_the_object_store_costs_nothing(stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
+    factory, log = Factory.fresh(stack.env(), "restarted"), tmp_path / "log"
+    config = tiny_config("restarted", held_in=2)
+    config["train"] |= {"steps": 100, "validate_every": None}  # done long before it is back
+    process = start(config, tmp_path, factory.env)
+    try:
+        wait_for(lambda: re.search(r"in\d: training", log.read_text()), process, tmp_path)
+        before = local_stack.load(stack.home)
+        assert before
+        os.kill(before.services["s3"].pid, signal.SIGKILL)
+        time.sleep(8)  # it is away for longer than boto3 itself asks again, which is a second
+        after = local_stack.up(stack.home)
+        assert after.services["s3"] != before.services["s3"]
+        assert process.wait(timeout=600) == 0, log.read_text()[-3000:]
+    finally:
+        process.kill()
+        local_stack.up(stack.home)
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert results["made"]["experts"] == 2
+    assert sorted(status for _, status in factory.trainings("restarted")) == ["FINISHED"] * 2
 
 
 def test_one_failing_expert_does_not_discard_the_others(pipeline: Any, tiny_config: CONFIG, tmp_path: Path) -> None:

@@ -307,10 +307,10 @@ def test_an_outage_of_the_store_is_survived_up_to_the_expiry(store: Store, monke
         raise StoreError("down")
 
     with monkeypatch.context() as down:
-        down.setattr(store, "get_with_etag", fail)
+        down.setattr(store.hasty(), "get_with_etag", fail)
         driver.polls(4)
     assert driver.polls(4) == 0  # nobody could beat meanwhile
-    monkeypatch.setattr(store, "get_with_etag", fail)
+    monkeypatch.setattr(store.hasty(), "get_with_etag", fail)
     with pytest.raises(StoreError, match="down"):
         driver.polls(7)
 

@@ -453,6 +453,9 @@ def test_what_kubernetes_refuses_ends_the_pod(
 def test_a_token_that_was_just_replaced_ends_nothing(api: Api, pod: Callable[[], int]) -> None:
     api.refuse, api.answers = [401], [{"code": 401}, SUCCEEDED]
     assert pod() == 0
+    api.refuse = [401] * 20
+    assert pod() == 1, "but one that is never accepted"
+    assert "401" in api.told[-1]["message"]
 
 
 def test_outside_a_pod(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,7 +178,7 @@ class Flaky(Store):
 
     broken = ""
 
-    def hasty(self, seconds: float) -> Store:
+    def hasty(self, seconds: float | None = None) -> Store:
         return self
 
     def replace_if_match(self, name: str, data: bytes, etag: str) -> bool:

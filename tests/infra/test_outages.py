@@ -1,5 +1,6 @@
 """An object store that goes away for a while: a stub of S3 that fails as it is told, for no real one does."""
 
+import pickle
 import socket
 import threading
 import time
@@ -8,11 +9,14 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import botocore.exceptions as bexc
 import pytest
+from boto3.exceptions import RetriesExceededError
 
 from infra import store as store_module
 from infra.errors import StoreError
 from infra.store import Store
+from infra.store_client import passes
 
 MORE_THAN_BOTO3 = 8
 """Answers that say "not now": boto3 itself asks five times."""
@@ -153,3 +157,33 @@ def test_a_hasty_request_is_made_once(stub: Stub, store: Store) -> None:
     stub.faults.append("refuse")
     with pytest.raises(StoreError):
         store.hasty(1.0).get("x")
+
+
+def test_a_worker_that_starts_in_an_outage_waits(stub: Stub, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its copy of the store has asked nothing yet, but the sender's has."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "name")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    for copy in (pickle.loads(pickle.dumps(store)), store.beside("bucket")):
+        stub.faults.extend(["refuse"] * MORE_THAN_BOTO3)
+        assert copy.get("x") == b"before"
+        assert not stub.faults
+    never = Store("bucket", store.endpoint)
+    stub.faults.extend(["refuse"] * MORE_THAN_BOTO3)
+    with pytest.raises(StoreError):
+        pickle.loads(pickle.dumps(never)).get("x")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (bexc.ClientError({"ResponseMetadata": {"HTTPStatusCode": 501}}, "DeleteObject"), False),
+        (bexc.ClientError({"ResponseMetadata": {"HTTPStatusCode": 503}}, "DeleteObject"), True),
+        (bexc.ClientError({"Error": {"Code": "SlowDown"}}, "PutObject"), True),
+        (bexc.ClientError({"Error": {"Code": "AccessDenied"}}, "PutObject"), False),
+        (bexc.EndpointConnectionError(endpoint_url="http://x"), True),
+        (bexc.NoCredentialsError(), False),
+        (RetriesExceededError(ConnectionError("broken")), True),
+    ],
+)
+def test_what_passes(error: Exception, expected: bool) -> None:
+    assert passes(error) == expected

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from infra.errors import RegistryError
-from infra.model_versions import PREVIOUS, Version
+from infra.model_versions import PREVIOUS, ROLLED_BACK, Version
 from pipeline import models_command
 
 HINT = "to go on, and take no other version away: python -m pipeline rollback mine --version 3"
@@ -17,12 +17,13 @@ def rolled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """The output of a rollback of version 3 that fails before or after the alias has moved to version 2."""
 
     def call(*options: str, after: bool, answers: bool = True) -> str:
-        leads = [Version("mine.merged", 3, {PREVIOUS: "2"})]
+        leads, gone = [Version("mine.merged", 3, {PREVIOUS: "2"})], {}
 
         def rollback(*_: object) -> tuple[Version, Version]:
             if not after:
                 raise RegistryError("version 3 of 'mine.merged' is its first champion")
             leads[0] = Version("mine.merged", 2, {PREVIOUS: ""})
+            gone[ROLLED_BACK] = "today: rude"
             return leads[0], Version("mine.merged", 3, {})
 
         def champion(_: str) -> Version:
@@ -38,7 +39,9 @@ def rolled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         monkeypatch.setattr(models_command.model_aliases, "rollback", rollback)
         monkeypatch.setattr(models_command.model_versions, "champion", champion)
         monkeypatch.setattr(
-            models_command.model_versions, "find_version", lambda name, n: Version(name, n, {PREVIOUS: str(n - 1)})
+            models_command.model_versions,
+            "find_version",
+            lambda name, n: Version(name, n, {PREVIOUS: str(n - 1), **gone}),
         )
         done = CliRunner().invoke(models_command.rollback, ["mine", *options])
         assert done.exit_code == 2
