@@ -125,8 +125,7 @@ def enter(store: Store, name: str, version: int) -> Standing:
         with _alone(store, name) as lease:
             standing = _standing(mlflow, name, version)
             if standing.leads:  # what a change that was interrupted left to do
-                _drop_challenger(mlflow, name, version)
-                mlflow.set_registered_model_tag(name, LEADER, str(version))
+                _set_champion(mlflow, name, version, lease)
                 if _is_undecided(standing.version):
                     mlflow.set_model_version_tag(name, str(version), DECISION, PROMOTED)
                     standing = _standing(mlflow, name, version)

@@ -146,9 +146,7 @@ def _experts(
     return [(task, manifest) for manifest in found for task in named.get(manifest.key) or [_task(manifest)]]
 
 
-def rows_seen(
-    used: Iterable[tuple[str, Row]], gate: Mapping[str, Sequence[Row]]
-) -> dict[str, tuple[int, ...]]:  # fmt: skip
+def rows_seen(used: Iterable[tuple[str, Row]], gate: Mapping[str, Sequence[Row]]) -> dict[str, tuple[int, ...]]:
     """By task, which of its gate rows are among those that experts were trained or validated on, each after its task:
     one of the same input in an expert of that task, one of the same input and answers in an expert of any other (a task
     may have been renamed, and two tasks may share a source). Tasks without are left out."""
