@@ -8,7 +8,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,7 @@ from merge.mask_file import write_task_mask
 from merge.reduce import (
     Child,
     ExpertChild,
+    Fused,
     MergedInfo,
     NodeChild,
     NodeInfo,
@@ -34,6 +35,7 @@ from merge.reduce import (
     reduce_root,
 )
 from merge.specs import Candidate, LiftSpec
+from merge.spectral import merge_device
 from workers.adapter import ByteSource
 from workers.ranged_file import LocalFile, ReadAhead
 
@@ -103,6 +105,7 @@ class RootJob:
     """Digests by key of all that the merges are functions of: experts, their extras, the reference. Not of the nodes
     between, which other candidates' needs may have made otherwise."""
     part: Part | None = None
+    fused: Fused = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -246,7 +249,10 @@ def _make_root(store: Store, job: RootJob) -> JobResult:
         outs = {candidate: Path(folder) / f"{at}.safetensors" for at, (candidate, _) in enumerate(job.candidates)}
         sinks = {candidate: AdapterWriter(out) for candidate, out in outs.items()}
         base = ReadAhead(StoreSource(store, job.base_weights)) if job.base_weights else None
-        info = reduce_root(inputs.children, job.spec, sinks, job.base_sha256, base, inputs.reference, job.part)
+        info = reduce_root(
+            inputs.children, job.spec, sinks, job.base_sha256, base, inputs.reference, job.part,
+            fused=job.fused, device=merge_device(),
+        )  # fmt: skip
         seconds = time.perf_counter() - start
         if job.part is not None:
             label = _part_label(job.part.index)

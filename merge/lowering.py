@@ -8,27 +8,55 @@ Not here: which method uses which function (`merge.methods`), per-task masks (`m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from infra.errors import MergeError
 from merge.parameters import Params, number
 from merge.sparsify import kept, trim
+from merge.spectral import Spectrum, spectrum, split_rows
 from merge.statistics import TensorStatistics, values_at
 from workers.support import SparseTensor
 
 
 @dataclass(frozen=True)
 class Root:
-    """What is lowered: a tensor's joined statistics, all experts merged, and the earlier round's δ of the tensor."""
+    """What is lowered: one tensor's joined statistics, and what candidates share while they are lowered from them.
+
+    `experts` are all that are merged, those without this tensor included. `reference` is the earlier round's δ of the
+    tensor (None where that has no such tensor). `fused` are the rows of the parts of a fused weight, where they are
+    known. `device` is where singular vectors are found; all else stays on the CPU.
+    """
 
     statistics: TensorStatistics
     experts: int
     reference: SparseTensor | None = None
+    name: str = ""
+    fused: tuple[int, ...] = ()
+    device: str = "cpu"
+    _spectra: dict[tuple[int, ...], list[Spectrum]] = field(default_factory=dict, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.statistics.arrays[name]
+
+    @cached_property
+    def everywhere(self) -> Tensor:
+        """Every position of the tensor, int64: one support for all candidates whose δ is dense."""
+        full = self.statistics.indices.numel() == self.statistics.numel
+        return self.statistics.indices if full else torch.arange(self.statistics.numel)
+
+    def spectra(self, rows: tuple[int, ...]) -> list[Spectrum]:
+        """The spectra of Σδ, of the matrices that lie one below the other in it; found once."""
+        if rows not in self._spectra:
+            statistics, flat = self.statistics, total(self)
+            if flat.numel() != statistics.numel:
+                flat = torch.zeros(statistics.numel).index_copy_(0, statistics.indices, flat)
+            matrix = flat.view(sum(rows), -1).to(self.device)
+            self._spectra[rows] = [spectrum(part) for part in matrix.split(rows)]
+        return self._spectra[rows]
 
 
 def total(root: Root) -> Tensor:
@@ -170,6 +198,36 @@ def _solve(gram: Tensor, right: Tensor, seen: Tensor) -> Tensor:
     right = right @ vectors
     right.mul_(torch.where(values > smallest, 1 / values, 0.0))
     return right @ vectors.T
+
+
+def spectral_power(root: Root, params: Params) -> Tensor | SparseTensor:
+    """λ times Σδ with its singular values s turned into about s^p, their mean kept (`merge.spectral`).
+
+    Vectors and scalars: `vector_lambda` times Σδ, or Σδ / N. With `density` below 1 only a tensor's largest |δ| stay.
+    """
+    return _spectral(root, params, number(params, "p"))
+
+
+def iso_c(root: Root, params: Params) -> Tensor | SparseTensor:
+    """λ · mean(s) · UVᵀ of Σδ = U diag(s) Vᵀ (Iso-C): the spectral power of p = 0."""
+    return _spectral(root, params, 0.0)
+
+
+def _spectral(root: Root, params: Params, p: float) -> Tensor | SparseTensor:
+    shape = root.statistics.shape
+    if len(shape) < 2 or not root.statistics.indices.numel():
+        own = params["vector_lambda"]
+        return total(root) / root.experts if isinstance(own, str) else own * total(root)
+    rows = split_rows(root.name, shape, root.fused if params["parts"] == "qkv" else ())
+    parts = [found.reweighted(p, number(params, "floor")).cpu() for found in root.spectra(rows)]
+    values = (parts[0] if len(parts) == 1 else torch.cat(parts)).mul_(number(params, "lambda")).view(-1)
+    if not bool(torch.isfinite(values).all()):
+        raise MergeError("the merged change overflows fp32; lower λ, or raise p or the floor")
+    density = number(params, "density")
+    if density == 1:
+        return SparseTensor(shape, root.everywhere, values.add_(0.0))
+    chosen = trim(values, kept(density, values.numel()))
+    return SparseTensor(shape, chosen, values[chosen])
 
 
 def _choose(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from merge import lowering
 from merge.lowering import Root
 from merge.parameters import Choice, Number, Params, Value, number
-from merge.statistics import MAX_EXPERTS, TensorStatistics
+from merge.statistics import MAX_EXPERTS
 from workers.support import SparseTensor
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Method:
     `weights` of experts: not taken (None), any numbers, non-negative ones, or a convex combination.
     `reference`: the method and parameters whose merged δ the lift and the lower read (one round more).
     `per_task`: the merged δ needs the task's mask at inference. `internal`: only a reference of other methods.
+    `matrix`: the merged δ is made of each weight as a matrix, and dense.
     """
 
     paper: str
@@ -63,20 +64,19 @@ class Method:
     """What is wrong with parameters that are each in range, if anything."""
     per_task: bool = False
     internal: bool = False
+    matrix: bool = False
 
 
-def lower(
-    statistics: TensorStatistics, n_experts: int, candidate: Candidate, reference: SparseTensor | None = None
-) -> SparseTensor:
-    """The merged δ of one tensor, fp32, on the union support or (where the method selects positions) a part of it.
+def lower(root: Root, candidate: Candidate) -> SparseTensor:
+    """The merged δ of one tensor, fp32: on the union support, a part of it (where the method selects positions) or
+    everywhere (where it makes a matrix of it).
 
-    `n_experts` is the number of experts merged, those without this tensor included. `reference` is this tensor of the
-    earlier round's result, for methods that have one (None where that has no such tensor).
+    Raises MergeError for a δ that is not finite, where the method does not leave that to whoever writes it.
     """
-    result = METHODS[candidate.method].lower(Root(statistics, n_experts, reference), candidate.params)
+    result = METHODS[candidate.method].lower(root, candidate.params)
     if isinstance(result, SparseTensor):
         return result
-    return SparseTensor(statistics.shape, statistics.indices, result)
+    return SparseTensor(root.statistics.shape, root.statistics.indices, result)
 
 
 def _trim(params: Params) -> tuple[Sparsify, Options]:
@@ -140,6 +140,12 @@ _CRUMBS: Mapping[str, Number | Choice] = {
     "gamma": Number(0.01, 0, 1, low_allowed=True),
     "density_of": _DENSITY_OF,
 }
+_SPECTRAL: Mapping[str, Number | Choice] = {
+    "floor": Number(0.01, 0, 1),
+    "density": _DENSITY,
+    "parts": Choice("stored", ("stored", "qkv")),
+    "vector_lambda": Number("mean", 0, 10, word="mean"),
+}
 _SIGNED = ("positive_mass", "negative_mass", "positive_count", "negative_count")
 
 _SOUP = "Wortsman et al., Model soups, arXiv 2203.05482"
@@ -149,6 +155,7 @@ _DARE = "Yu et al., Language models are Super Mario (DARE), arXiv 2311.03099"
 _DELLA = "Deep et al., DELLA-Merging, arXiv 2406.11617"
 _BREADCRUMBS = "Davari and Belilovsky, Model Breadcrumbs, arXiv 2312.06795"
 _TALL = "Wang et al., Localizing task information for improved model merging (TALL masks), arXiv 2405.07813"
+_ISO = "Marczak et al., No task left behind: isotropic model merging (Iso-C), arXiv 2502.04959"
 _SCE = "Wan et al., FuseChat (select, calculate, erase), arXiv 2408.07990"
 
 
@@ -188,6 +195,15 @@ METHODS: dict[str, Method] = {
         lowering.magmax,
         {"lambda": _scale(1)},
     ),
+    "spectral_power": Method(
+        f"of this project: the singular values of Σδ to the power p; {_ISO} is p = 0, task arithmetic p = 1",
+        ("sum",),
+        lowering.spectral_power,
+        {"p": Number(-0.75, -4, 4, low_allowed=True), "lambda": _scale(1), **_SPECTRAL},
+        weights="any",
+        matrix=True,
+    ),
+    "iso_c": Method(_ISO, ("sum",), lowering.iso_c, {"lambda": _scale(0.45), **_SPECTRAL}, weights="any", matrix=True),
     "consensus": Method(
         f"{_TALL}, consensus merging of task arithmetic",
         ("agreement_count",),

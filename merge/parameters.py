@@ -19,22 +19,27 @@ Params = Mapping[str, Value]
 
 @dataclass(frozen=True)
 class Number:
-    """A number that a method takes: its default and range (`high` is allowed)."""
+    """A number that a method takes: its default and range (`high` is allowed); or `word`, for one that follows from the
+    merge."""
 
-    default: float
+    default: float | str
     low: float
     high: float
     low_allowed: bool = False
     integer: bool = False
+    word: str | None = None
 
     @property
     def accepted(self) -> str:
         """The range in words."""
         kind = "a whole number" if self.integer else "a number"
-        return f"{kind} {'from' if self.low_allowed else 'above'} {self.low:g} to {self.high:g}"
+        words = f", or {self.word}" if self.word else ""
+        return f"{kind} {'from' if self.low_allowed else 'above'} {self.low:g} to {self.high:g}{words}"
 
-    def check(self, where: str, value: object) -> float:
-        """The value as a float. Raises MergeError naming `where` when it is no finite number in range."""
+    def check(self, where: str, value: object) -> float | str:
+        """The value as a float, or the word. Raises MergeError naming `where` when it is no finite number in range."""
+        if isinstance(value, str) and value == self.word:
+            return value
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise MergeError(f"{where} is {value!r}; accepted: {self.accepted}")
         number = float(value)

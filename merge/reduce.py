@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from infra.errors import MergeError
 from merge.adapter_file import AdapterDelta, AdapterWriter
 from merge.children import Child, DeltaReader, ExpertChild, Join, NodeChild, Part
 from merge.lift import LIFT_VERSION
+from merge.lowering import Root
 from merge.methods import LOWER_VERSION, lower
 from merge.node_file import NODE_FILE_VERSION, NodeMeta, StatisticsWriter
 from merge.sink import Outline, Sink, Tee, squared_norm
@@ -56,6 +58,9 @@ ROOT_VERSIONS = {**NODE_VERSIONS, "lower": LOWER_VERSION}
 """What belongs in the key of a merged adapter beside its candidate, base and children."""
 
 Progress = Callable[[int, int], None]
+Fused = Mapping[str, tuple[int, ...]]
+"""Tensors that stack several weights (query, key and value): the rows of each."""
+NOT_FUSED: Fused = MappingProxyType({})
 _CHUNK = 1 << 22
 
 
@@ -151,10 +156,14 @@ def reduce_root(
     reference: DeltaReader | None = None,
     part: Part | None = None,
     progress: Progress | None = None,
+    fused: Fused = NOT_FUSED,
+    device: str = "cpu",
 ) -> RootInfo:
-    """Join the children and hand each candidate's merged δ (fp32, on the union support or a part of it) to its sink.
+    """Join the children and hand each candidate's merged δ (fp32, on the union support, a part of it, or everywhere) to
+    its sink.
 
     `base` is the base model's safetensors file (bf16, fp16 or fp32), read tensor by tensor for the rounding loss.
+    `fused` and `device` are for methods that make a matrix of a weight.
     Candidates must be served by `spec` (see `merge.specs.plan_reductions`). Sinks are opened, finished and,
     once all are, published here; on an error all are aborted. Raises as `reduce_node`, and MergeError for a base that
     lacks a tensor.
@@ -177,13 +186,17 @@ def reduce_root(
             for done, tensor in enumerate(tensors, 1):
                 positions += tensor.statistics.indices.numel()
                 supports = _Supports(weights.read(tensor.name).view(-1) if weights else None)
+                root = Root(
+                    tensor.statistics, len(join.experts), tensor.reference, tensor.name,
+                    fused.get(tensor.name, ()), device,
+                )  # fmt: skip
                 for candidate, sink in sinks.items():
-                    merged = lower(tensor.statistics, len(join.experts), candidate, tensor.reference)
+                    merged = lower(root, candidate)
                     support, at = supports.of(merged)
                     sink.add(tensor.name, merged, support)
                     tallies[candidate].add(merged.values, at)
                     del merged
-                del tensor, supports
+                del tensor, supports, root
                 if progress:
                     progress(done, len(join.names))
         for sink in sinks.values():
@@ -246,12 +259,14 @@ def flat_merge(
     base: ByteSource | None = None,
     scratch: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    fused: Fused = NOT_FUSED,
+    device: str = "cpu",
 ) -> dict[Candidate, MergedInfo]:
     """Merge experts with any candidates, each reduction in a single node; experts are joined by sorted name.
 
     Candidates that need an earlier round's result get it through an adapter file in `scratch` (an existing folder;
-    needed for those only), also where it is not asked for itself. `progress(which reduction, done, all)`. Raises as
-    `reduce_root`, and MergeError for weights that do not fit the experts.
+    needed for those only), also where it is not asked for itself. `progress(which reduction, done, all)`. `fused`,
+    `device` and errors as for `reduce_root`; MergeError for weights that do not fit the experts, too.
     """
     children = sorted(experts, key=lambda child: child.name)
     for candidate in candidates:
@@ -283,6 +298,8 @@ def flat_merge(
             base,
             reference,
             progress=_named(progress, step) if progress else None,
+            fused=fused,
+            device=device,
         )
         found.update((each.candidate, each) for each in info.merged)
     return {candidate: found[candidate] for candidate in dict.fromkeys(candidates)}

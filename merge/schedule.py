@@ -32,6 +32,7 @@ from merge.jobs import (
 )
 from merge.keys import merged_recipe, node_recipe, root_key, task_mask_recipe
 from merge.methods import METHODS
+from merge.reduce import Fused
 from merge.specs import Candidate, LiftSpec, Reduction, candidate_lift
 from merge.tree import Leaf, Node, build_tree, post_order
 
@@ -62,10 +63,13 @@ class MergeSchedule:
         base_sha256: str,
         base_weights: str | None = None,
         parts: int = 1,
+        fused: Fused | None = None,
     ) -> None:
         """`base_weights` is the object name of the base's weights, for the rounding loss; `parts`, how many jobs the
-        tensors of one node are split over. Raises MergeError for names or a fan-in that make no tree."""
+        tensors of one node are split over; `fused`, the rows of fused weights' parts. Raises MergeError for names or a
+        fan-in that make no tree."""
         self._store, self._reductions, self._parts = store, tuple(reductions), parts
+        self._fused = dict(fused or {})
         self._base_sha256, self._base_weights = base_sha256, base_weights
         self._tree = build_tree(names, fan_in)
         self._nodes, self._leaf_parents = _flatten(self._tree)
@@ -272,6 +276,7 @@ class MergeSchedule:
             base_weights=self._base_weights,
             candidates=self._missing_merges[reduction],
             inputs=self._root_inputs(reduction),
+            fused=self._fused,
         )
 
     def _merged(self, candidate: Candidate, manifest: Manifest) -> list[Job]:

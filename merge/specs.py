@@ -114,6 +114,11 @@ class Candidate:
         return Candidate(*make(self.params)) if make else None
 
     @property
+    def splits_fused(self) -> bool:
+        """Whether the parts of fused weights have to be known."""
+        return self.params.get("parts") == "qkv"
+
+    @property
     def rounds(self) -> int:
         """How many reductions follow one another until this candidate is merged."""
         reference = self.reference

@@ -16,8 +16,9 @@ from infra.errors import ConfigError, MergeError
 from infra.store import Store
 from merge.checkpoint_file import CHECKPOINT_VERSION
 from merge.methods import METHODS
+from merge.parameters import number
 from merge.per_task import PER_TASK_VERSION
-from merge.reduce import ROOT_VERSIONS
+from merge.reduce import ROOT_VERSIONS, Fused
 from merge.specs import Candidate, Reduction, check_candidate, plan_reductions
 from merge.tree import TREE_VERSION
 from pipeline.config import MergeConfig
@@ -37,6 +38,7 @@ from pipeline.merge_request import MergeRequest, shard_bytes
 from workers.base import PreparedBase, prepare_base
 from workers.cache import cache_dir
 from workers.importance_file import IMPORTANCE_READ_VERSION
+from workers.layout import fused_rows
 from workers.mask_file import MASK_FILE_VERSION
 from workers.tensorfile import DTYPES, WEIGHTS, list_entries
 
@@ -59,6 +61,8 @@ class Checked:
     extras: Mapping[str, Extra]
     out: Output | None
     checkpoint: Output | None
+    fused: Fused
+    """Rows of the parts of fused weights, where the candidate asks for them."""
 
     @property
     def extra_kind(self) -> str | None:
@@ -136,7 +140,9 @@ def check(request: MergeRequest, scratch: Path) -> Checked:
             check_apart(place, cached, option)
     experts = find_experts(places, base, scratch)
     extras = find_extras(extra_places, kind, experts, base.sha256) if kind else {}
-    return Checked(request, candidate, reductions, base, tuple(experts), extras, out, checkpoint)
+    shapes = {name: shape for expert in experts for name, shape in expert.shapes.items()}
+    fused = fused_rows(base.path, shapes) if candidate.splits_fused else {}
+    return Checked(request, candidate, reductions, base, tuple(experts), extras, out, checkpoint, fused)
 
 
 def _check_services(request: MergeRequest, out: Output | None, checkpoint: Output | None) -> None:
@@ -269,6 +275,8 @@ def adapter_bytes_estimate(checked: Checked) -> int:
     """Bytes of the merged adapter: fp32 values, and a byte for each position or a bit for each weight."""
     positions = union_estimate(checked)
     numel = checked.union_elements
+    if METHODS[checked.candidate.method].matrix:  # vectors are few
+        positions = round(numel * number(checked.candidate.params, "density"))
     return positions * 4 + (0 if positions == numel else min(positions, numel // 8))
 
 

@@ -366,8 +366,10 @@ def _accepted(kind: Number | Choice) -> str:
     if isinstance(kind, Choice):
         others = [option for option in kind.options if option != kind.default]
         return f"{kind.default} (or {', '.join(others)})"
+    default = kind.default if isinstance(kind.default, str) else f"{kind.default:g}"
     interval = f"{'[' if kind.low_allowed else '('}{kind.low:g}, {_plain(kind.high)}]"
-    return f"{kind.default:g} in {interval}{', whole' if kind.integer else ''}"
+    word = f", or {kind.word}" if kind.word else ""
+    return f"{default} in {interval}{', whole' if kind.integer else ''}{word}"
 
 
 def _plain(number: float) -> str:

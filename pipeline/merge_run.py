@@ -30,6 +30,7 @@ from merge.methods import METHODS
 from merge.reduce import ROOT_VERSIONS, DeltaReader, ExpertChild, flat_merge
 from merge.schedule import MergeSchedule
 from merge.sink import Outline, Sink, Tee
+from merge.spectral import merge_device
 from merge.tree import build_tree, leaf_names
 from pipeline.merge_by_hand import FAN_IN, Checked, checkpoint_record_of, mask_outputs, record_of
 from pipeline.merge_checkpoint import CheckpointPlace, checkpoint_place, recorded_checkpoint
@@ -105,7 +106,17 @@ def merge_flat(checked: Checked, scratch: Path, report: Report | None = None) ->
         if checked.out:
             sinks.append(AdapterWriter(outputs.adapter, _about(checked)))
         sink = sinks[0] if len(sinks) == 1 else Tee(sinks)
-        info = flat_merge(children, [candidate], lambda _: sink, checked.base.sha256, base, scratch, report)[candidate]
+        info = flat_merge(
+            children,
+            [candidate],
+            lambda _: sink,
+            checked.base.sha256,
+            base,
+            scratch,
+            report,
+            checked.fused,
+            merge_device(),
+        )[candidate]
         written = next((sink.info for sink in sinks if isinstance(sink, CheckpointWriter)), None)
         files = outputs.publish(written)
         if checked.out and METHODS[candidate.method].per_task:
@@ -126,6 +137,7 @@ def merge_stored(checked: Checked, scratch: Path, report: Report | None = None) 
         FAN_IN,
         checked.base.sha256,
         f"bases/{checked.base.sha256}/{WEIGHTS}",
+        fused=checked.fused,
     )
     experts = {expert.name: _stored_expert(store, expert, inputs) for expert in checked.experts}
     kind = checked.extra_kind

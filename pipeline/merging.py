@@ -45,6 +45,7 @@ class Merging:
             inputs.base.sha256,
             inputs.base_weights,
             config.resources.node_tasks,
+            inputs.fused,
         )
         self._dispatch = Dispatch(
             inputs.store, self._schedule, elsewhere, self._enqueue, self._done, config.resources.concurrent_nodes

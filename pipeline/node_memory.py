@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from merge.methods import METHODS
 from merge.specs import LiftSpec, Reduction
+from merge.spectral import CHUNK_BYTES
 from merge.statistics import STATISTICS, statistic_dtype
 
 _INDEX_BYTES = 8
@@ -22,6 +24,13 @@ _PER_ELEMENT = 17
 _PER_MATRIX_ELEMENT = 52
 """Bytes an element of a Gram matrix [in, in]: the sum, those being read, and in double precision the matrix, its
 factors and their work space."""
+
+
+_PER_DENSE_ELEMENT = 24
+"""Further bytes an element where a method makes a matrix of a weight: Σδ, Σδ times its singular vectors, the merged δ
+and its positions."""
+_PER_SIDE = 56
+"""Bytes an element of the smaller Gram matrix there: in double precision the matrix, its vectors, their work space."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +51,12 @@ def largest_node(
     for reduction in reductions:
         methods = tuple(dict.fromkeys(candidate.method for candidate in reduction.candidates))
         for name, shape in shapes.items():
-            needs.append(NodeNeed(_bytes(reduction.spec, shape, experts, union), name, shape, methods))
+            dense = any(METHODS[method].matrix for method in methods)
+            needs.append(NodeNeed(_bytes(reduction.spec, shape, experts, union, dense), name, shape, methods))
     return max(needs, key=lambda need: need.bytes)
 
 
-def _bytes(spec: LiftSpec, shape: tuple[int, int], experts: int, union: float) -> int:
+def _bytes(spec: LiftSpec, shape: tuple[int, int], experts: int, union: float, dense: bool) -> int:
     elementwise = [name for name in spec.statistics if STATISTICS[name].kind != "matrix"]
     width = sum(statistic_dtype(name, experts, spec.weighted).itemsize for name in elementwise)
     reads = _INDEX_BYTES + 4 if spec.reference else 0
@@ -54,4 +64,7 @@ def _bytes(spec: LiftSpec, shape: tuple[int, int], experts: int, union: float) -
     position = _COPIES * (_INDEX_BYTES + width) + reads + _PER_POSITION
     element = width + _PER_ELEMENT
     matrix = _PER_MATRIX_ELEMENT * shape[1] ** 2 if gram else 0
+    if dense:
+        element += _PER_DENSE_ELEMENT
+        matrix += _PER_SIDE * min(shape) ** 2 + 2 * min(CHUNK_BYTES, 8 * prod(shape))
     return round(prod(shape) * (element + (1.0 if gram else union) * position)) + matrix

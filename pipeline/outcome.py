@@ -7,6 +7,7 @@ from typing import Any
 
 from infra.artifacts import Manifest
 from infra.store import Store
+from merge.reduce import Fused
 from merge.specs import Candidate
 from pipeline.candidates import Candidates
 from pipeline.config import PipelineConfig
@@ -33,6 +34,8 @@ class Inputs:
     candidates: Candidates
     run_id: str
     """MLflow's id of the parent run, also the name of the run's folder in the store."""
+    fused: Fused = field(default_factory=dict)
+    """Rows of the parts of fused weights, where a candidate asks for them."""
     registers: bool = True
     """Whether experts and merge become registered models: not those of further seeds."""
 

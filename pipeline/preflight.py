@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from infra import registry
 from infra.errors import ConfigError, FactoryError
 from infra.store import Store
+from merge.methods import METHODS
+from merge.reduce import Fused
 from merge.specs import Reduction, plan_reductions
 from pipeline.candidates import Candidates, list_candidates, merge_plan
 from pipeline.cluster import GIB, slots_of
@@ -37,7 +39,7 @@ from workers.kinds import LoraSpec, check_whole
 from workers.losses import CHUNK_LOGITS
 from workers.masks import MaskSpec, accumulator_bytes, trainable_elements, unit_of
 from workers.model import load_classifier_tokenizer, load_tokenizer
-from workers.modules import find_targets
+from workers.modules import find_targets, stacked_rows
 from workers.prompt import encode_example, target_token_cap
 from workers.tensorfile import WEIGHTS
 
@@ -97,6 +99,7 @@ class Prepared:
     max_new_tokens: dict[str, int]
     candidates: Candidates
     cost: Cost
+    fused: Fused = field(default_factory=dict)
 
     def inputs(self, run_id: str) -> Inputs:
         return Inputs(
@@ -108,6 +111,7 @@ class Prepared:
             max_new_tokens=self.max_new_tokens,
             candidates=self.candidates,
             run_id=run_id,
+            fused=self.fused,
         )
 
     def replicates(self, run_id: str) -> list[Inputs]:
@@ -190,7 +194,16 @@ def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Pr
         }
     listed = list_candidates(config, {name: len(tasks[name].splits["train"]) for name in config.held_in})
     console.print(merge_plan(config, listed), highlight=False, markup=False)
-    return Prepared(config, store, base, tasks, caps, listed, cost)
+    return Prepared(config, store, base, tasks, caps, listed, cost, _fused_rows(config, base, listed))
+
+
+def _fused_rows(config: PipelineConfig, base: PreparedBase, listed: Candidates) -> dict[str, tuple[int, int, int]]:
+    """Where query, key and value lie in fused weights, if a candidate asks. Raises ConfigError where nobody can say."""
+    if not any(candidate.splits_fused for candidate in listed.all):
+        return {}
+    structure = AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
+    targets = find_targets(_empty_model(structure, config.objective == "classification"), config.mask.modules)
+    return stacked_rows(structure, {f"{name}.weight": tuple(t.module.weight.shape) for name, t in targets.items()})
 
 
 def upload_inputs(prepared: Prepared) -> None:
@@ -245,7 +258,7 @@ def expected_cost(config: PipelineConfig, base: PreparedBase, tasks: dict[str, T
     measuring, measured = _importance_bytes(config, model, trainable, extras)
     if measured:  # one row at a time, in fp32
         worker = max(worker, PROCESS_GIB * GIB + parameters * 4 + measuring + longest * saved * 4)
-    merges = union * 4.2 * len(listed)
+    merges = 4.2 * sum(adapted if METHODS[candidate.method].matrix else union for candidate in listed)
     stored = {
         "base": parameters * 2,
         "experts": len(config.held_in) * trainable * 3.2,

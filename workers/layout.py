@@ -5,7 +5,7 @@ What a conversion checks foreign files against. Loading a base for computation i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from infra.errors import AdapterError, BaseModelError
 from workers.base import PreparedBase
 from workers.model import quiet_transformers
+from workers.modules import stacked_rows
 from workers.tensorfile import WEIGHTS, list_entries
 
 
@@ -48,6 +49,18 @@ def read_layout(base: PreparedBase) -> BaseLayout:
     """The layout of ``base``. ``BaseModelError`` if its configuration names no model of transformers."""
     shapes = {entry.name: entry.shape for entry in list_entries(base.path / WEIGHTS) if entry.floating}
     return BaseLayout(base.path, base.sha256, shapes, frozenset(_linear_weights(base.path)) & frozenset(shapes))
+
+
+def fused_rows(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int, int]]:
+    """The rows of query, key and value in each fused attention weight among these tensors of a prepared base in `path`.
+
+    ``ConfigError`` for a fused weight that interleaves them, or whose layout is unknown.
+    """
+    import transformers
+
+    with quiet_transformers():
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    return stacked_rows(config, shapes)
 
 
 def _linear_weights(path: Path) -> set[str]:

@@ -113,24 +113,44 @@ def _preset_targets(model: nn.Module, preset: str, linear: Mapping[str, nn.Linea
 
 def _value_rows(model: nn.Module, preset: str, name: str, module: nn.Linear) -> range:
     """The value rows of a weight that stacks [query; key; value], from the sizes in the model's configuration."""
-    config: Any = getattr(model, "config", None)
+    try:
+        value = _stacked(getattr(model, "config", None), name, module.out_features)[2]
+    except ConfigError as error:
+        raise ConfigError(
+            f"the preset {preset!r} cannot select the value rows of {name}: {error}; "
+            "choose attention, mlp, all_linear or a regular expression"
+        ) from None
+    return range(module.out_features - value, module.out_features)
+
+
+def stacked_rows(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int, int]]:
+    """The rows of query, key and value in each fused attention weight among these tensors, by tensor name.
+
+    ``config``: of transformers. ``ConfigError`` for a fused weight that interleaves the three by head, whose layout is
+    unknown, or whose rows do not fit the configuration.
+    """
+    fused, end = re.compile(_FUSED), ".weight"
+    names = (name for name in shapes if name.endswith(end) and fused.fullmatch(name.removesuffix(end)))
+    return {name: _stacked(config, name, shapes[name][0]) for name in names}
+
+
+def _stacked(config: Any, name: str, out: int) -> tuple[int, int, int]:
+    """Rows of query, key and value in a fused weight of ``out`` rows."""
     kind = getattr(config, "model_type", None)
     if kind not in STACKED_QKV:
         raise ConfigError(
-            f"the preset {preset!r} cannot select the value rows of {name}: the fused weight of model type {kind!r} "
-            f"interleaves query, key and value by head, or its layout is unknown (stacked: {', '.join(STACKED_QKV)}); "
-            "choose attention, mlp, all_linear or a regular expression"
+            f"the fused weight of model type {kind!r} interleaves query, key and value by head, or its layout is "
+            f"unknown (stacked: {', '.join(STACKED_QKV)})"
         )
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    out = module.out_features
     if (heads + 2 * groups) * size != out:
         raise ConfigError(
             f"{name} has {out} rows, but its configuration says {heads} query heads and 2 x {groups} key and value "
-            f"heads of {size} rows: the value rows cannot be located; name the modules by a regular expression"
+            f"heads of {size} rows"
         )
-    return range(out - groups * size, out)
+    return heads * size, groups * size, groups * size
 
 
 def _shared(model: nn.Module, names: list[str]) -> dict[str, list[str]]:

@@ -234,6 +234,16 @@ def sce(experts: Experts, c: Candidate) -> list[float]:
     return out
 
 
+def spectral(experts: Experts, c: Candidate) -> list[float]:
+    """The formula on a singular value decomposition, in double precision."""
+    total = linear(rows_of(experts), weight_list(experts, c), 1.0)
+    u, s, v = torch.linalg.svd(torch.tensor(total, dtype=torch.float64).view(SHAPE), full_matrices=False)
+    if not s[0]:
+        return total
+    q = s * (s / s[0]).clamp(min=c.params["floor"]) ** (c.params.get("p", 0.0) - 1)
+    return (c.params["lambda"] * s.mean() / q.mean() * u @ torch.diag(q) @ v).view(-1).tolist()
+
+
 def scaled(experts: Experts, c: Candidate) -> list[float]:
     return linear(rows_of(experts), weight_list(experts, c), c.params.get("lambda", 1.0))
 
@@ -260,4 +270,6 @@ REFERENCES: dict[str, Reference] = {
     "sce": sce,
     "emr": elected_largest,
     "tall": scaled,
+    "spectral_power": spectral,
+    "iso_c": spectral,
 }

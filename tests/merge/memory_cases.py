@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from merge.adapter_file import AdapterDelta, AdapterWriter
 from merge.checkpoint_file import BaseCheckpoint, CheckpointDelta, CheckpointFiles, CheckpointWriter, FolderTarget
+from merge.lowering import Root
 from merge.methods import lower
 from merge.reduce import ExpertChild, NodeChild, Part, reduce_node, reduce_root
 from merge.specs import Candidate, plan_reductions
@@ -105,7 +106,7 @@ def regmean(folder: Path, side: int, rank: int) -> None:
     del inputs
     give_back()
     reset_peak()
-    lower(statistics, 1, Candidate("regmean"))
+    lower(Root(statistics, 1), Candidate("regmean"))
 
 
 def run(folder: Path, case: str) -> int:

@@ -16,6 +16,7 @@ from mergekit.merge_methods.base import TensorBatch, TensorGroup
 from torch import Tensor
 
 from merge.lift import LiftInput, lift
+from merge.lowering import Root
 from merge.methods import lower
 from merge.sparsify import drop, magprune, uniform
 from merge.specs import Candidate, plan_reductions
@@ -52,7 +53,7 @@ def merge(experts: dict[str, SparseTensor], candidate: Candidate) -> Tensor:
             for n, t in experts.items()
         ]
         for c in r.candidates:
-            done[c] = lower(combine(parts), len(experts), c, read)
+            done[c] = lower(Root(combine(parts), len(experts), read), c)
     return dense(done[candidate])
 
 
