@@ -31,6 +31,7 @@ __all__ = [
     "check_served",
     "describe_plan",
     "plan_reductions",
+    "shown_params",
 ]
 
 LIFT_OPTIONS: dict[str, Number | Choice] = {
@@ -147,10 +148,19 @@ class Candidate:
         return Candidate(data["method"], params, weights)
 
     def __str__(self) -> str:
-        parts = [f"{k}={v}" if isinstance(v, str) else f"{k}={v:g}" for k, v in self.params.items()]
+        shown = shown_params(self.method, self.params)
+        parts = [f"{k}={v}" if isinstance(v, str) else f"{k}={v:g}" for k, v in shown.items()]
         if self.weights is not None:
             parts.append(f"weights {_weights_text(self.weights)}")
         return f"{self.method}({', '.join(parts)})" if parts else self.method
+
+
+def shown_params(method: str, params: Params) -> dict[str, Value]:
+    """The parameters that people are shown: all; of the many of a step on matrices λ, p and what is not the default."""
+    known = METHODS.get(method)
+    if known is None or not known.matrix:
+        return dict(params)
+    return {k: v for k, v in params.items() if k in ("lambda", "p") or v != known.params[k].default}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from merge.methods import METHODS
-from pipeline.results import parameters_text
+from pipeline.results import listed_text
 
 PAGE = 100
 """Rows of scores or panels of loss curves in one picture."""
@@ -278,14 +278,14 @@ def _candidate_list(axes: Axes, listed: Sequence[Any], apart: Sequence[Any], tas
 
 
 def _name(row: Mapping[str, Any], without: str = "") -> str:
-    """The method with the parameters that are not its defaults, λ first."""
+    """The method with λ, p and the parameters that are not its defaults."""
     defaults = {name: taken.default for name, taken in METHODS[row["method"]].params.items()}
     told = {
         "λ" if name == "lambda" else name: value
         for name, value in row["params"].items()
-        if name != without and (name == "lambda" or value != defaults[name])
+        if name != without and (name in ("lambda", "p") or value != defaults[name])
     }
-    return f"{row['method']}  {parameters_text({**row, 'params': told})}".strip()
+    return f"{row['method']}  {listed_text(told, row.get('weights'))}".strip()
 
 
 def _families(candidates: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:

@@ -8,13 +8,13 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from merge.specs import Candidate
+from merge.specs import Candidate, shown_params
 from pipeline.gate_report import gate_lines, gate_results, gate_section
 from pipeline.outcome import Inputs, Outcome, utilisation
 from pipeline.search import task_order
@@ -83,6 +83,8 @@ def build_results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
             "digest": chosen.digest,
             "uri": inputs.store.uri(chosen.files["adapter"].name),
             "density": chosen.meta["density"],
+            "bytes": chosen.files["adapter"].size,
+            "swap_seconds": _swap_seconds(outcome),
             "serving_dtype": config.evaluate.serving_dtype,
             "rounding_loss_bfloat16": chosen.meta["rounding_loss_bfloat16"],
         },
@@ -98,6 +100,14 @@ def build_results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
 
 
 _MODELS = ("base", "expert", "merged")
+
+
+def _swap_seconds(outcome: Outcome) -> float | None:
+    """Mean seconds that an evaluator took to fetch and apply the chosen merge; None of scores that are older than this
+    figure."""
+    scores = [score for (model, split, _), score in outcome.scores.items() if (model, split) == ("merged", "test")]
+    seconds = [score["swap_seconds"] for score in scores if score.get("swap_seconds")]
+    return sum(seconds) / len(seconds) if seconds else None
 
 
 def _held_in(inputs: Inputs, outcome: Outcome, task: str) -> dict[str, Any]:
@@ -270,6 +280,7 @@ def summary_lines(results: dict[str, Any]) -> list[str]:
             f"merged weights rounded to {chosen['serving_dtype']}: score {held_in['merged_serving']:.3f}; "
             f"rounding to bfloat16 loses {chosen['rounding_loss_bfloat16']:.0%} of the merged change's norm"
         )
+    lines.append(_size_line(chosen))
     best = [row for row in results["per_task"] if "test" in row]
     if best:
         lines.append(
@@ -300,11 +311,22 @@ def summary_lines(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def parameters_text(row: dict[str, Any]) -> str:
+def _size_line(chosen: dict[str, Any]) -> str:
+    """What the chosen merge takes to keep and to load."""
+    swap = f", {chosen['swap_seconds']:.1f} s to fetch and apply in an evaluator" if chosen["swap_seconds"] else ""
+    return f"merged adapter: {chosen['bytes'] / 1e6:.0f} MB, {chosen['density']:.0%} of the adapted weights{swap}"
+
+
+def parameters_text(row: Mapping[str, Any]) -> str:
     """Parameters and weights of a candidate for people."""
-    parts = [f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in row["params"].items()]
-    if "weights" in row:
-        parts.append("weights " + " ".join(f"{name}:{weight:.3g}" for name, weight in row["weights"].items()))
+    return listed_text(shown_params(row["method"], row["params"]), row.get("weights"))
+
+
+def listed_text(params: Mapping[str, Any], weights: Mapping[str, float] | None = None) -> str:
+    """Parameters as they are, and weights."""
+    parts = [f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in params.items()]
+    if weights is not None:
+        parts.append("weights " + " ".join(f"{name}:{weight:.3g}" for name, weight in weights.items()))
     return ", ".join(parts)
 
 

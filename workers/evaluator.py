@@ -88,7 +88,8 @@ class Evaluator:
         if earlier is not None:  # made meanwhile, or by a try before this one
             return earlier, False
         self._rebase(job.base_sha256 or self._base_sha256)
-        self._swap(job.adapter, job.mask, job.weights_dtype)
+        before = time.perf_counter()
+        swapped = self._swap(job.adapter, job.mask, job.weights_dtype)
         start = time.perf_counter()
         rows = load_rows(self._store, job.rows)
         if isinstance(job.spec, ClassifySpec):
@@ -110,6 +111,7 @@ class Evaluator:
             "format_free": sum(free) / len(free),
             "scores": list(scores),
             "seconds": time.perf_counter() - start,
+            "swap_seconds": start - before if swapped else None,
             "batch_size": batch_size,
             **job.provenance,
             "environment": environment(self._devices),
@@ -160,18 +162,19 @@ class Evaluator:
     def _fetched(self, ref: FileRef, folder: Path) -> FileSource:
         return FileSource(self._store.download_file(ref, folder / Path(ref.name).name))
 
-    def _swap(self, adapter: FileRef | None, mask: FileRef | None, weights_dtype: str) -> None:
-        """Make the model base + adapter, touching nothing if it already is."""
+    def _swap(self, adapter: FileRef | None, mask: FileRef | None, weights_dtype: str) -> bool:
+        """Make the model base + adapter, touching nothing if it already is; whether an adapter was fetched for that."""
         wanted = (adapter.name, mask.name if mask else None, weights_dtype) if adapter else None
         if wanted == self._applied:
-            return
+            return False
         self._undo()
         self._undo, self._applied = (lambda: None), None
         if adapter is None:
-            return
+            return False
         with self._opened(adapter) as reader, self._masked(reader, adapter, mask) as changes:
             self._undo = apply_delta(self._model, changes, getattr(torch, weights_dtype)).restore
         self._applied = wanted
+        return True
 
     @contextlib.contextmanager
     def _masked(self, reader: AdapterReader, adapter: FileRef, mask: FileRef | None) -> Iterator[DeltaSource]:
