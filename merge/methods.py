@@ -141,7 +141,6 @@ _CRUMBS: Mapping[str, Number | Choice] = {
     "density_of": _DENSITY_OF,
 }
 _SPECTRAL: Mapping[str, Number | Choice] = {
-    "floor": Number(0.01, 0, 1),
     "density": _DENSITY,
     "parts": Choice("stored", ("stored", "qkv")),
     "vector_lambda": Number("mean", 0, 10, word="mean"),
@@ -199,11 +198,18 @@ METHODS: dict[str, Method] = {
         f"of this project: the singular values of Σδ to the power p; {_ISO} is p = 0, task arithmetic p = 1",
         ("sum",),
         lowering.spectral_power,
-        {"p": Number(-0.75, -4, 4, low_allowed=True), "lambda": _scale(1), **_SPECTRAL},
+        {"p": Number(-0.75, -4, 4, low_allowed=True), "lambda": _scale(1), "floor": Number(0.03, 0, 1), **_SPECTRAL},
         weights="any",
         matrix=True,
     ),
-    "iso_c": Method(_ISO, ("sum",), lowering.iso_c, {"lambda": _scale(0.45), **_SPECTRAL}, weights="any", matrix=True),
+    "iso_c": Method(
+        _ISO,
+        ("sum",),
+        lowering.iso_c,
+        {"lambda": _scale(0.45), "floor": Number(0.001, 0, 1), **_SPECTRAL},
+        weights="any",
+        matrix=True,
+    ),
     "consensus": Method(
         f"{_TALL}, consensus merging of task arithmetic",
         ("agreement_count",),
