@@ -313,8 +313,17 @@ class PipelineConfig(Section):
     """How models are scored."""
     gate: GateConfig = GateConfig()
     """When a new version takes the champion's place."""
+    registers: bool = True
+    """Register experts and merge in MLflow and judge them at the gate. False: an experiment, logged and reported, that
+    leaves the registry and its champions alone."""
     resources: ResourcesConfig = ResourcesConfig()
     """What workers may use."""
+
+    @model_validator(mode="after")
+    def _exports_what_is_registered(self) -> Self:
+        if self.merge.export and not self.registers:
+            raise ValueError("merge.export stores a checkpoint that is registered: remove it, or registers=false")
+        return self
 
     @model_validator(mode="after")
     def _tasks_are_apart(self) -> Self:

@@ -112,13 +112,17 @@ class Prepared:
             candidates=self.candidates,
             run_id=run_id,
             fused=self.fused,
+            registers=self.config.registers,
         )
 
     def replicates(self, run_id: str) -> list[Inputs]:
-        """Inputs for each seed: the same rows, other masks, batches and heads. Only the first one's models register."""
+        """Inputs for each seed: the same rows, other masks, batches and heads. Only the first one's models register, if
+        any do."""
         first = self.inputs(run_id)
         return [
-            replace(first, config=self.config.model_copy(update={"seed": seed}), registers=number == 0)
+            replace(
+                first, config=self.config.model_copy(update={"seed": seed}), registers=number == 0 and first.registers
+            )
             for number, seed in enumerate(self.config.seeds or [self.config.seed])
         ]
 

@@ -21,6 +21,7 @@ from pipeline.results import (
     build_results,
     bullets,
     candidates_csv,
+    parameters_text,
     report_markdown,
     results_json,
     summary_lines,
@@ -240,9 +241,27 @@ def test_the_lines_below_the_table() -> None:
     assert "keeps 50% of the experts' gain (merged 0.500, 95 % interval 0.500 to 0.500)" in lines
     assert "experts above base: 2 of 2" in lines
     assert "merged weights rounded to bfloat16: score 0.250; rounding to bfloat16 loses 25%" in lines
+    assert "merged adapter: 0 MB, 10% of the adapted weights" in lines
     assert "made:   1 experts, 1 merge nodes, 9 evaluations" in lines
     assert "reused: 1 experts, 0 merge nodes, 2 evaluations" in lines
     assert "total 9; 2 slots 50% busy with experts" in lines
+
+
+def test_the_report_says_how_long_the_merge_takes_to_apply() -> None:
+    inputs, outcome = make()
+    assert build_results(inputs, outcome)["chosen"]["swap_seconds"] is None  # of scores from before this was measured
+    outcome.scores["merged", "test", "alpha"] |= {"swap_seconds": 2.0}
+    outcome.scores["merged", "test", "beta"] |= {"swap_seconds": None}  # the merge was in place already
+    outcome.scores["merged", "test", "gamma"] |= {"swap_seconds": 3.0}
+    found = build_results(inputs, outcome)
+    assert found["chosen"]["swap_seconds"] == 2.5
+    assert "10% of the adapted weights, 2.5 s to fetch and apply in an evaluator" in "\n".join(summary_lines(found))
+
+
+def test_of_a_step_on_matrices_people_see_what_differs() -> None:
+    plain = Candidate("spectral_power", {"p": -1, "lambda": 1.2})
+    assert parameters_text(plain.to_dict()) == "p -1, lambda 1.2"
+    assert str(Candidate("iso_c", {"density": 0.5})) == "iso_c(lambda=0.45, density=0.5)"
 
 
 def test_the_report_is_well_formed_markdown() -> None:

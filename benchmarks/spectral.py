@@ -1,0 +1,163 @@
+"""Does a step on singular values help? The pipeline for each suite, kind of expert, seed and power, and their tables.
+
+    python -m benchmarks.spectral --out spectral-results [--suite NAME …] [--seed N …]
+
+What is compared stands in benchmarks/spectral.yaml. For each power, the best λ on the validation rows is scored on the
+test rows, for every seed by itself; the tables have mean ± standard error over seeds. Experts, merges and scores are
+ordinary artifacts of the store, and nothing is registered: a second call, or one after an interruption, makes only what
+is missing. Needs the local stack (`make up`) and its environment.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+PLAN = ROOT / "benchmarks" / "spectral.yaml"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Test scores of one method on one suite, a value for each seed."""
+
+    suite: str
+    method: str
+    chosen: Sequence[str]
+    """λ by seed."""
+    base: float
+    few_shot: float | None
+    expert: Sequence[float]
+    merged: Sequence[float]
+    base_out: float
+    merged_out: Sequence[float]
+
+    @property
+    def gain(self) -> list[float]:
+        """Shares of the experts' gain that the merge keeps, by seed."""
+        pairs = zip(self.merged, self.expert, strict=True)
+        return [(merged - self.base) / (expert - self.base) for merged, expert in pairs]
+
+
+def run(suite: Mapping[str, Any], seeds: Sequence[int], candidates: Sequence[Any], out: Path) -> dict[str, Any]:
+    """One run of the pipeline with these merge candidates; its results.json."""
+    fields = {
+        **suite.get("overrides", {}),
+        "merge.candidates": candidates,
+        "merge.search.evaluations": None,
+        "evaluate.serving_dtype": None,
+        "registers": False,
+        "seeds": list(seeds),
+    }
+    command = [sys.executable, "pipeline/main.py", "--config", suite["config"], "--report", str(out)]
+    command += [f"{name}={json.dumps(value)}" for name, value in fields.items()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.with_suffix(".log").open("w") as log:
+        subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
+    found: dict[str, Any] = json.loads((out / "results.json").read_text())
+    return found
+
+
+def row_of(suite: str, method: str, results: Mapping[str, Any]) -> Row:
+    """What one run found."""
+    inside, outside = results["summary"]["held_in"], results["summary"]["held_out"]
+    seeds = results.get("seeds")
+
+    def values(group: str, name: str) -> list[float]:
+        if seeds is None:
+            return [results["summary"][group][name]]
+        return list(seeds["summary"][group][name]["values"])
+
+    chosen = seeds["chosen"] if seeds else [results["chosen"]]
+    return Row(
+        suite=suite,
+        method=method,
+        chosen=[f"{each['params']['lambda']:g}" for each in chosen],
+        base=inside["base"],
+        few_shot=inside.get("base_few_shot"),
+        expert=values("held_in", "expert"),
+        merged=values("held_in", "merged"),
+        base_out=outside["base"],
+        merged_out=values("held_out", "merged"),
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    lines = [
+        "| suite | merge | λ by seed | held-in | of the experts' gain | held-out |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for suite in dict.fromkeys(row.suite for row in rows):
+        own = [row for row in rows if row.suite == suite]
+        first = own[0]
+        few = "" if first.few_shot is None else f", few-shot base {first.few_shot:.3f}"
+        about = f"base {first.base:.3f}{few}, experts {spread(first.expert)}; held-out base {first.base_out:.3f}"
+        lines.append(f"| **{suite}** ({len(first.merged)} seed{'s' * (len(first.merged) > 1)}; {about}) | | | | | |")
+        for row in own:
+            cells = [spread(row.merged), spread(row.gain, percent=True), spread(row.merged_out)]
+            lines.append(f"| | {row.method} | {', '.join(row.chosen)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float], percent: bool = False) -> str:
+    """Mean ± standard error."""
+    scale, digits = (100, 0) if percent else (1, 3)
+    text = f"{scale * statistics.fmean(values):.{digits}f}"
+    if len(values) > 1:
+        error = statistics.stdev(values) / len(values) ** 0.5
+        text += f" ± {scale * error:.{digits}f}"
+    return text + " %" * percent
+
+
+def variant_lines(suite: str, results: Mapping[str, Any]) -> list[str]:
+    """Validation scores of one run's candidates."""
+    lines = [f"{suite}, validation, {len(results['held_in'])} tasks:", ""]
+    lines += ["| candidate | mean score | 95 % interval |", "|---|---:|---|"]
+    for each in results["candidates"]:
+        params = ", ".join(f"{name} {value}" for name, value in each["params"].items())
+        low, high = each["interval"]
+        lines.append(f"| {params} | {each['validation']:.3f} | {low:.3f} to {high:.3f} |")
+    return lines
+
+
+@click.command()
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the reports.")
+@click.option("--suite", "suites", multiple=True, help="Suites of benchmarks/spectral.yaml; default: all.")
+@click.option("--seed", "seeds", multiple=True, type=int, help="Only these of the suites' seeds.")
+@click.option("--variants/--no-variants", default=True, help="Also other densities and floors, on validation.")
+def main(out: Path, suites: tuple[str, ...], seeds: tuple[int, ...], variants: bool) -> None:
+    """Compare the powers of benchmarks/spectral.yaml."""
+    plan = yaml.safe_load(PLAN.read_text())
+    if unknown := set(suites) - set(plan["suites"]):
+        raise click.BadParameter(f"unknown suites {sorted(unknown)}; known: {', '.join(plan['suites'])}")
+    out, rows, beside = out.resolve(), [], []
+    for name, suite in plan["suites"].items():
+        own = [seed for seed in suite["seeds"] if not seeds or seed in seeds]
+        if (suites and name not in suites) or not own:
+            continue
+        for method, candidates in plan["methods"].items():
+            results = run(
+                suite, own, candidates, out / name.replace(", ", "-") / method.split(" (")[0].replace(" ", "")
+            )
+            rows.append(row_of(name, method, results))
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+        if variants and name in plan["variants"]:
+            results = run(suite, own[:1], plan["variants"][name], out / name.replace(", ", "-") / "variants")
+            beside += ["", *variant_lines(name, results)]
+    text = "\n".join([table(rows), *beside, ""])
+    (out / "table.md").write_text(text)
+    print(f"\n{text}")
+
+
+if __name__ == "__main__":
+    main()
