@@ -31,7 +31,7 @@ from torch import Tensor
 
 from infra.errors import MergeError
 
-CHUNK_BYTES = 1 << 26
+CHUNK_BYTES = 1 << 23
 """Bytes in double precision at a time: of a large embedding only a part is widened."""
 
 
@@ -71,7 +71,7 @@ def spectrum(matrix: Tensor) -> Spectrum:
     tall = matrix.T if wide else matrix
     gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=matrix.device)
     for rows in _row_chunks(tall.shape):
-        part = tall[rows].double() / (largest or 1.0)  # squares of the smallest fp32 numbers are no fp64 ones
+        part = tall[rows].double().div_(largest or 1.0)  # squares of the smallest fp32 numbers are no fp64 ones
         gram.addmm_(part.T, part)
     try:
         _, vectors = torch.linalg.eigh(gram)
@@ -81,8 +81,9 @@ def spectrum(matrix: Tensor) -> Spectrum:
     projected = torch.empty(tall.shape, dtype=torch.float32, device=matrix.device)
     squares = torch.zeros(tall.shape[1], dtype=torch.float64, device=matrix.device)
     for rows in _row_chunks(tall.shape):
-        part = (tall[rows].double() / (largest or 1.0)) @ vectors
-        squares += part.square().sum(0)  # roots of eigenvalues would be 1e-8 of the largest where there is nothing
+        part = tall[rows].double().div_(largest or 1.0) @ vectors
+        # roots of eigenvalues would be 1e-8 of the largest where there is nothing
+        squares += torch.linalg.vector_norm(part, dim=0).square_()
         projected[rows] = part.mul_(largest).float()
     values = squares.sqrt_()
     return Spectrum(values / (values.max() or 1.0), vectors.float(), projected, wide)

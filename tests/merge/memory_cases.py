@@ -109,13 +109,26 @@ def regmean(folder: Path, side: int, rank: int) -> None:
     lower(Root(statistics, 1), Candidate("regmean"))
 
 
+def spectral(folder: Path, rows: int, columns: int) -> None:
+    """Four powers lowered for one dense matrix."""
+    total = torch.randn(rows * columns, generator=torch.Generator().manual_seed(0))
+    statistics = TensorStatistics((rows, columns), torch.arange(rows * columns), {"sum": total}, 4)
+    give_back()
+    reset_peak()
+    root = Root(statistics, 4)
+    for p in (1.0, 0.0, -0.5, -1.0):
+        lower(root, Candidate("spectral_power", {"p": p}))
+
+
 def run(folder: Path, case: str) -> int:
     """The peak of one case beyond the start, in bytes."""
     name, *numbers = case.split(":")
     give_back()
     reset_peak()
     before = peak_bytes()
-    {"flat": flat, "node": node, "full": full, "regmean": regmean}[name](folder, *map(int, numbers))
+    {"flat": flat, "node": node, "full": full, "regmean": regmean, "spectral": spectral}[name](
+        folder, *map(int, numbers)
+    )
     return peak_bytes() - before
 
 

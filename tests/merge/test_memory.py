@@ -12,6 +12,7 @@ MIB = 1 << 20
 EXPERTS = [f"flat:{n}:12:12" for n in (5, 100, 1000)]
 LAYERS = ["flat:5:12:1", "flat:5:48:1", "node:12", "node:48"]
 GRAM = ["regmean:1024:2048", "regmean:1024:512"]
+SPECTRAL = ["spectral:2048:1024", "spectral:8192:256"]
 FULL = ["full:3:4", "full:12:4", "full:3:16"]
 
 
@@ -25,7 +26,7 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
             "-m",
             "tests.merge.memory_cases",
             tmp_path_factory.mktemp("memory"),
-            *[*EXPERTS, *LAYERS, *FULL, *GRAM] * 3,
+            *[*EXPERTS, *LAYERS, *FULL, *GRAM, *SPECTRAL] * 3,
         ],
         capture_output=True,
         text=True,
@@ -63,3 +64,10 @@ def test_a_gram_matrix_is_held_few_times(peaks):
     """The sum itself is 4 MiB, each copy in double precision 8 MiB, and some 15 MiB have other causes."""
     assert peaks[GRAM[0]] < 53 * MIB
     assert peaks[GRAM[1]] < 69 * MIB  # singular: eigenvectors and their work space
+
+
+def test_singular_vectors_of_one_weight_at_a_time(peaks):
+    """Each 8 MiB in fp32: Σδ's copy, Σδ times its vectors, the result, one more while it is made, and three chunks
+    in double precision; the Gram matrix of 1024 columns is 8 MiB in that, and is held some seven times."""
+    assert peaks[SPECTRAL[0]] < 130 * MIB
+    assert peaks[SPECTRAL[1]] < 120 * MIB

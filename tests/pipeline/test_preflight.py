@@ -74,6 +74,21 @@ def tasks() -> dict[str, TaskData]:
 # -- names --
 
 
+def test_parts_of_fused_weights_are_looked_up_where_a_candidate_asks(base: PreparedBase) -> None:
+    """This base has none; one that interleaves them is refused before training."""
+    asking = {"candidates": [{"method": "iso_c", "params": {"parts": "qkv"}}]}
+    listed = Candidates((Candidate("iso_c", {"parts": "qkv"}),))
+    assert preflight._fused_rows(config(merge=asking), base, listed) == {}
+
+
+def test_an_experiment_registers_nothing_and_exports_nothing() -> None:
+    chosen = config(registers=False, seeds=[0, 1])
+    assert [inputs.registers for inputs in prepared(chosen).replicates("run")] == [False, False]
+    assert [inputs.registers for inputs in prepared(config(seeds=[0, 1])).replicates("run")] == [True, False]
+    with pytest.raises(ValueError, match="remove it, or registers=false"):
+        config(registers=False, merge={"candidates": [{"method": "mean"}], "export": {}})
+
+
 def test_names_and_candidates_are_checked_before_any_service() -> None:
     nowhere = Store("bucket", "http://127.0.0.1:9")
     with pytest.raises(ConfigError, match=r"'a/b' and 'a:b' would both be registered as 'mine\.a-b'"):
@@ -202,6 +217,11 @@ def test_a_node_needs_what_its_largest_tensor_takes() -> None:
     regmean = need("mean", "regmean", union=0.1)
     assert (regmean.tensor, regmean.methods) == ("wide.weight", ("regmean",))
     assert regmean.bytes > 40 * 1024**2
+
+
+def test_singular_vectors_need_memory() -> None:
+    plain, matrix = need("task_arithmetic"), need("spectral_power")
+    assert matrix.bytes > plain.bytes + 24 * matrix.shape[0] * matrix.shape[1]
 
 
 def test_a_node_that_needs_more_than_it_reserves_is_refused_before_training(

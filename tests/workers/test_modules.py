@@ -12,7 +12,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from infra.errors import ConfigError
-from workers.modules import Target, find_targets, match_modules
+from workers.modules import Target, find_targets, match_modules, stacked_rows
 
 SMALL = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -172,3 +172,25 @@ def test_tied_weights_are_refused(device: str) -> None:
         match_modules(model, "lm_head")
     assert "lm_head" not in match_modules(model, "all_linear")
     assert "lm_head" in match_modules(tiny("llama", device=device), ".*")
+
+
+def test_the_rows_of_a_stacked_weight_are_query_key_and_value() -> None:
+    model = tiny("phi3")
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    found = stacked_rows(model.config, shapes)
+    assert sorted(found) == [f"model.layers.{layer}.self_attn.qkv_proj.weight" for layer in range(2)]
+    for name, rows in found.items():
+        assert sum(rows) == shapes[name][0]
+        values = find_targets(model, "value_output")[name.removesuffix(".weight")].rows
+        assert values == range(sum(rows[:2]), sum(rows))
+    llama = tiny("llama")
+    assert stacked_rows(llama.config, {n: tuple(p.shape) for n, p in llama.named_parameters()}) == {}
+
+
+def test_the_rows_of_an_interleaved_weight_are_refused() -> None:
+    model = tiny("gpt_neox")
+    with pytest.raises(ConfigError, match="'gpt_neox' interleaves"):
+        stacked_rows(model.config, {name: tuple(value.shape) for name, value in model.named_parameters()})
+    phi = tiny("phi3")
+    with pytest.raises(ConfigError, match="has 7 rows"):
+        stacked_rows(phi.config, {"model.layers.0.self_attn.qkv_proj.weight": (7, 8)})
