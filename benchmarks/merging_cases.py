@@ -336,6 +336,8 @@ CASES: Mapping[str, Case] = {
     "ours_full_linear": Case(ours_full("mean"), "checkpoints"),
     "mergekit_linear": Case(mergekit("linear"), "checkpoints"),
     "ours_adapters_mean": Case(ours_adapters("mean"), "adapters"),
+    "ours_adapters_spectral": Case(ours_adapters("spectral_power"), "adapters"),
+    "ours_full_spectral": Case(ours_full("spectral_power"), "checkpoints"),
     "mergekit_ties_untrimmed": Case(mergekit("ties", trimmed=False), "checkpoints"),
     "ours_adapters_untrimmed": Case(ours_adapters("ties", trimmed=False), "adapters"),
     "ours_full_untrimmed": Case(ours_full("ties", trimmed=False), "checkpoints"),

@@ -19,6 +19,8 @@ RATIOS = (
     ("peft_ties", FLAT),
     ("mergekit_linear", "ours_full_linear"),
     ("mergekit_linear", "ours_adapters_mean"),
+    ("mergekit_ties", "ours_adapters_spectral"),
+    ("mergekit_ties", "ours_full_spectral"),
     ("mergekit_ties_untrimmed", "ours_adapters_untrimmed"),
     ("mergekit_ties_untrimmed", "ours_full_untrimmed"),
     ("peft_ties_untrimmed", "ours_adapters_untrimmed"),
