@@ -119,28 +119,16 @@ def spread(values: Sequence[float], percent: bool = False) -> str:
     return text + " %" * percent
 
 
-def variant_lines(suite: str, results: Mapping[str, Any]) -> list[str]:
-    """Validation scores of one run's candidates."""
-    lines = [f"{suite}, validation, {len(results['held_in'])} tasks:", ""]
-    lines += ["| candidate | mean score | 95 % interval |", "|---|---:|---|"]
-    for each in results["candidates"]:
-        params = ", ".join(f"{name} {value}" for name, value in each["params"].items())
-        low, high = each["interval"]
-        lines.append(f"| {params} | {each['validation']:.3f} | {low:.3f} to {high:.3f} |")
-    return lines
-
-
 @click.command()
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the reports.")
 @click.option("--suite", "suites", multiple=True, help="Suites of benchmarks/spectral.yaml; default: all.")
 @click.option("--seed", "seeds", multiple=True, type=int, help="Only these of the suites' seeds.")
-@click.option("--variants/--no-variants", default=True, help="Also other densities and floors, on validation.")
-def main(out: Path, suites: tuple[str, ...], seeds: tuple[int, ...], variants: bool) -> None:
+def main(out: Path, suites: tuple[str, ...], seeds: tuple[int, ...]) -> None:
     """Compare the powers of benchmarks/spectral.yaml."""
     plan = yaml.safe_load(PLAN.read_text())
     if unknown := set(suites) - set(plan["suites"]):
         raise click.BadParameter(f"unknown suites {sorted(unknown)}; known: {', '.join(plan['suites'])}")
-    out, rows, beside = out.resolve(), [], []
+    out, rows = out.resolve(), []
     for name, suite in plan["suites"].items():
         own = [seed for seed in suite["seeds"] if not seeds or seed in seeds]
         if (suites and name not in suites) or not own:
@@ -151,10 +139,7 @@ def main(out: Path, suites: tuple[str, ...], seeds: tuple[int, ...], variants: b
             )
             rows.append(row_of(name, method, results))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
-        if variants and name in plan["variants"]:
-            results = run(suite, own[:1], plan["variants"][name], out / name.replace(", ", "-") / "variants")
-            beside += ["", *variant_lines(name, results)]
-    text = "\n".join([table(rows), *beside, ""])
+    text = table(rows) + "\n"
     (out / "table.md").write_text(text)
     print(f"\n{text}")
 

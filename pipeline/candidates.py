@@ -47,7 +47,7 @@ def list_candidates(config: PipelineConfig, rows: Mapping[str, int] | None = Non
     for entry in config.merge.candidates:
         if entry.method in METHODS and METHODS[entry.method].internal:
             raise ConfigError(f"merge method {entry.method!r} is a step of other methods and no candidate by itself")
-        for params in _grid(entry):
+        for params in expand(entry):
             for weights in _weights(entry):
                 candidate = Candidate(entry.method, params, shares if weights == "training_rows" else weights)
                 check_candidate(candidate, experts)
@@ -70,8 +70,8 @@ def list_candidates(config: PipelineConfig, rows: Mapping[str, int] | None = Non
     return listed
 
 
-def _grid(entry: CandidateConfig) -> Iterator[dict[str, Value]]:
-    """Every combination of the parameters' values, the last parameter's changing fastest."""
+def expand(entry: CandidateConfig) -> Iterator[dict[str, Value]]:
+    """Parameters of the entry's candidates: every combination of values, the last parameter's changing fastest."""
     grids: list[dict[str, Value]] = [{}]
     for name, value in entry.params.items():
         choices = value if isinstance(value, list) else [value]

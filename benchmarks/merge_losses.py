@@ -1,0 +1,137 @@
+"""What a merge loses, by the cross-entropy of its tasks' validation rows: cheap enough for many candidates.
+
+    python -m benchmarks.merge_losses --list powers --config pipeline/configs/quickstart.yaml [section.field=value …]
+
+Lists of candidates stand in benchmarks/spectral.yaml. The experts of the configuration must be in the store (a run of
+the pipeline makes them); they are merged in this process, in place of the base's weights. The loss is the mean over
+tasks of the cross-entropy per target token, on the first `--rows` validation rows of each, held-in and held-out. No test
+row is read. Needs the local stack (`make up`) and its environment.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import yaml
+
+from infra.artifacts import Manifest, manifest_name
+from infra.errors import DataError
+from infra.store import Store
+from merge.adapter_file import AdapterDelta
+from merge.lift import LiftInput, lift
+from merge.lowering import Root
+from merge.methods import lower
+from merge.specs import Candidate, LiftSpec
+from merge.statistics import TensorStatistics, combine
+from pipeline.candidates import expand
+from pipeline.config import CandidateConfig, PipelineConfig, load_config
+from pipeline.recipes import expert_recipe, prompt_spec
+from pipeline.tasks import TaskData, load_tasks
+from workers.base import prepare_base
+from workers.cache import cache_dir
+from workers.decoding import padding_id
+from workers.losses import language_modelling, mean_loss
+from workers.model import load_model, load_tokenizer
+from workers.prompt import Example, encode_example
+from workers.ranged_file import LocalFile
+
+PLAN = Path(__file__).resolve().parent / "spectral.yaml"
+SUM = LiftSpec(("sum",))
+
+
+def find_experts(config: PipelineConfig, store: Store, base: str, tasks: Mapping[str, TaskData]) -> dict[str, Manifest]:
+    """Every held-in task's expert. Raises DataError for one that has not been trained."""
+    found = {}
+    for name in config.held_in:
+        text = store.get_with_etag(manifest_name(expert_recipe(config, base, tasks[name]).key))
+        if text is None:
+            raise DataError(f"{name}: no expert of this configuration in {store.uri('')}; run the pipeline first")
+        found[name] = Manifest.from_json(text[0])
+    return found
+
+
+def sums(readers: Sequence[AdapterDelta]) -> dict[str, TensorStatistics]:
+    """Σδ of every tensor."""
+    names = sorted({name for reader in readers for name in reader.names})
+    return {
+        name: combine([lift(LiftInput(r.load(name), name, r.identity), SUM) for r in readers if name in set(r.names)])
+        for name in names
+    }
+
+
+class Model:
+    """The base, whose weights a merge takes the place of."""
+
+    def __init__(self, path: Path, totals: Mapping[str, TensorStatistics], experts: int) -> None:
+        self.tokenizer, self.model = load_tokenizer(path), load_model(path, torch.float32)
+        self._objective = language_modelling(self.model, padding_id(self.tokenizer))
+        weights = dict(self.model.named_parameters())
+        self._weights = {name: (weights[name], weights[name].detach().clone()) for name in totals}
+        self._roots = {name: Root(total, experts, name=name) for name, total in totals.items()}
+
+    @torch.no_grad()
+    def apply(self, candidate: Candidate | None) -> None:
+        """Base + merged δ; None: the base."""
+        for name, (weight, base) in self._weights.items():
+            weight.copy_(base)
+            if candidate is not None:
+                delta = lower(self._roots[name], candidate)
+                weight.view(-1).index_add_(0, delta.indices, delta.values)
+
+    def loss(self, groups: Mapping[str, Sequence[Example]]) -> float:
+        """Mean over tasks."""
+        return statistics.fmean(mean_loss(self.model, self._objective, rows, 16) for rows in groups.values())
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option("--config", "path", required=True, help="Configuration of the experts.")
+@click.option("--list", "lists", multiple=True, required=True, help="Lists of candidates in benchmarks/spectral.yaml.")
+@click.option("--rows", default=8, show_default=True, help="Validation rows of a task.")
+@click.argument("overrides", nargs=-1)
+def main(path: str, lists: tuple[str, ...], rows: int, overrides: tuple[str, ...]) -> None:
+    """Print the validation losses of merges of a configuration's experts."""
+    torch.set_num_threads(1)
+    known: Mapping[str, Any] = yaml.safe_load(PLAN.read_text())["losses"]
+    if unknown := set(lists) - set(known):
+        raise click.BadParameter(f"unknown lists {sorted(unknown)}; known: {', '.join(known)}")
+    config, store = load_config(path, list(overrides)), Store.from_env()
+    base = prepare_base(config.base, cache_dir())
+    tasks = load_tasks({**config.held_in, **config.held_out}, cache_dir(), config.splits.model_dump(), config.seed)
+    experts = find_experts(config, store, base.sha256, tasks)
+    with tempfile.TemporaryDirectory() as folder:
+        readers = []
+        for name, manifest in experts.items():
+            file = store.download_file(manifest.files["adapter"], Path(folder) / name)
+            readers.append(AdapterDelta(LocalFile(file), name, manifest.key))
+        totals = sums(readers)
+    model, limit = Model(base.path, totals, len(experts)), config.prompt.max_target_tokens
+
+    def encoded(names: Sequence[str]) -> dict[str, list[Example]]:
+        return {
+            name: [
+                encode_example(model.tokenizer, prompt_spec(config, tasks[name]), row, max_target_tokens=limit)
+                for row in tasks[name].splits["validation"][:rows]
+            ]
+            for name in names
+        }
+
+    inside, outside = encoded(list(config.held_in)), encoded(list(config.held_out))
+    print(f"{config.suite}, {config.expert} experts, {rows} validation rows a task\n")
+    print("| merge | held-in | held-out |\n|---|---:|---:|")
+    for candidate in [None, *(each for name in lists for each in _candidates(known[name]))]:
+        model.apply(candidate)
+        print(f"| {candidate or 'base'} | {model.loss(inside):.3f} | {model.loss(outside):.3f} |", flush=True)
+
+
+def _candidates(entries: Sequence[Mapping[str, Any]]) -> list[Candidate]:
+    return [Candidate(entry["method"], params) for entry in entries for params in expand(CandidateConfig(**entry))]
+
+
+if __name__ == "__main__":
+    main()
