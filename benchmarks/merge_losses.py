@@ -4,8 +4,8 @@
 
 Lists of candidates stand in benchmarks/spectral.yaml. The experts of the configuration must be in the store (a run of
 the pipeline makes them); they are merged in this process, in place of the base's weights. The loss is the mean over
-tasks of the cross-entropy per target token, on the first `--rows` validation rows of each, held-in and held-out. No test
-row is read. Needs the local stack (`make up`) and its environment.
+tasks of the cross-entropy per target token, on the first `--rows` validation rows of each, held-in and held-out. No
+test row is read. Needs the local stack (`make up`) and its environment.
 """
 
 from __future__ import annotations

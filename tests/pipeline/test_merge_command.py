@@ -202,6 +202,33 @@ def test_a_checkpoint_is_base_plus_delta(merge: Callable[..., Result], folder: P
     check_equal(dense("merged.safetensors"), mean)
 
 
+def test_a_spectral_merge_of_full_checkpoints(merge: Callable[..., Result], folder: Path, model: Path) -> None:
+    """Every matrix takes the step, every vector the mean."""
+    weights = load_file(model / "model.safetensors")
+    total = {name: torch.zeros(weight.shape) for name, weight in weights.items()}
+    sources = []
+    for at in range(2):
+        g = torch.Generator().manual_seed(at)
+        delta = {n: torch.randint(-8, 9, tuple(w.shape), generator=g) / 64 for n, w in weights.items()}
+        total = {name: total[name] + delta[name] for name in total}
+        full = AutoModelForCausalLM.from_pretrained(model)
+        tuned = {name: weight + delta[name] for name, weight in weights.items()}
+        full.load_state_dict({**tuned, "lm_head.weight": tuned["model.embed_tokens.weight"]})
+        full.save_pretrained(folder / f"full{at}")
+        sources += ["--expert", f"full{at}"]
+    succeeded(merge("run", *sources, "--param", "p=-0.5", "--param", "lambda=0.8", "--checkpoint", "merged",
+                    "--dtype", "float32", method="spectral_power", count=0))  # fmt: skip
+    loaded = AutoModelForCausalLM.from_pretrained("merged").state_dict()
+    for name, weight in weights.items():
+        if weight.ndim == 1:
+            expected = total[name].double() / 2
+        else:
+            u, s, v = torch.linalg.svd(total[name].double(), full_matrices=False)
+            q = s * (s / s[0]).clamp(min=0.03) ** -1.5
+            expected = 0.8 * s.mean() / q.mean() * (u * q) @ v
+        torch.testing.assert_close(loaded[name].double() - weight.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_weights(merge: Callable[..., Result], folder: Path) -> None:
     weights = [item for at in range(4) for item in ("--weight", f"e{at}={[0.5, 0.25, 0.125, 0.125][at]}")]
     succeeded(merge("run", "--out", "merged.safetensors", *weights, method="weighted_mean"))
