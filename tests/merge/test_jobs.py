@@ -33,9 +33,10 @@ from merge.jobs import (
 )
 from merge.local import run_threads
 from merge.methods import METHODS
-from merge.reduce import ExpertChild, flat_merge
+from merge.reduce import ExpertChild, Fused, flat_merge
 from merge.schedule import MASKS, NODES, MergeSchedule
 from merge.specs import Candidate, plan_reductions
+from merge.spectral import spectrum
 from merge.tree import build_tree, path_to, post_order
 from tests.workers.tiny import tiny_model, tiny_tokenizer
 from workers.adapter import AdapterMeta, AdapterReader, FileSource, save_adapter
@@ -61,6 +62,8 @@ CANDIDATES = (
     Candidate("fisher_on_support"),
     Candidate("regmean"),
     Candidate("emr"),
+    Candidate("spectral_power", {"p": -0.5}),
+    Candidate("iso_c"),
 )
 
 
@@ -110,12 +113,17 @@ class Experts:
         return Ref(key, file.sha256, (file,))
 
     def merge(
-        self, names: Sequence[str], candidates: Sequence[Candidate], fan_in: int = 2, parts: int = 1
+        self,
+        names: Sequence[str],
+        candidates: Sequence[Candidate],
+        fan_in: int = 2,
+        parts: int = 1,
+        fused: Fused | None = None,
     ) -> tuple[MergeSchedule, list[Job]]:
         """Run the whole schedule; returns it and the jobs that were run."""
         reductions = plan_reductions(candidates)
         schedule = MergeSchedule(
-            self.store, reductions, names, fan_in, BASE, "bases/b/model.safetensors", parts
+            self.store, reductions, names, fan_in, BASE, "bases/b/model.safetensors", parts, fused
         )  # fmt: skip
         extras = {(n, kind): self.extras[n, kind] for kind in schedule.extras for n in names}
         done: list[Job] = []
@@ -167,6 +175,7 @@ def changed(before: Sequence[str], after: Sequence[str]) -> Counter[str]:
 def test_the_tree_gives_what_a_flat_merge_gives_and_a_second_run_makes_nothing(experts: Experts) -> None:
     schedule, _ = experts.merge(NAMES, CANDIDATES)
     exact = {"mean", "task_arithmetic", "ties", "weighted_mean", "dare_linear", "magmax", "consensus", "emr"}
+    exact |= {"spectral_power", "iso_c"}  # of exact sums: the same step on the same bits
     for candidate in CANDIDATES:
         one, flat = experts.merged(schedule, candidate), experts.flat(NAMES, candidate)
         assert one.names == flat.names == sorted(SHAPES)
@@ -270,6 +279,28 @@ def test_another_scale_lowers_the_root_alone(experts: Experts) -> None:
     assert isinstance(root, RootJob)
     assert [candidate.params["lambda"] for candidate, _ in root.candidates] == [0.25]
     assert (schedule.made[NODES], schedule.reused[NODES]) == (1, len(post_order(build_tree(NAMES, 2))) - 1)
+
+
+def test_another_power_lowers_the_root_alone(experts: Experts) -> None:
+    """Sums made for the mean serve every power, λ and floor."""
+    experts.merge(NAMES, [Candidate("mean")])
+    others = [Candidate("spectral_power", {"p": p, "lambda": 0.8}) for p in (0.5, -1)]
+    schedule, jobs = experts.merge(NAMES, [*others, Candidate("iso_c", {"floor": 0.1})])
+    (root,) = jobs
+    assert isinstance(root, RootJob)
+    assert (schedule.made[NODES], schedule.reused[NODES]) == (1, len(post_order(build_tree(NAMES, 2))) - 1)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_parts_of_a_fused_weight_reach_the_root(experts: Experts, parts: int) -> None:
+    name, rows = "l0.up.weight", (8, 4, 4)
+    candidate = Candidate("spectral_power", {"p": -1, "parts": "qkv"})
+    schedule, _ = experts.merge(NAMES, [candidate, Candidate("mean")], parts=parts, fused={name: rows})
+    merged = experts.merged(schedule, candidate).load(name).values.view(SHAPES[name])
+    mean = experts.merged(schedule, Candidate("mean")).load(name)
+    total = torch.zeros(mean.numel).index_copy_(0, mean.indices, mean.values).view(SHAPES[name]) * len(NAMES)
+    for found, own in zip(merged.split(rows), total.split(rows), strict=True):
+        torch.testing.assert_close(found, spectrum(own).reweighted(-1, 0.03), rtol=1e-4, atol=1e-4)
 
 
 def test_names_are_in_no_key(experts: Experts) -> None:
