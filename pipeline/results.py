@@ -106,8 +106,8 @@ def _swap_seconds(outcome: Outcome) -> float | None:
     """Mean seconds that an evaluator took to fetch and apply the chosen merge; None of scores that are older than this
     figure."""
     assert outcome.chosen is not None
-    names = ("merged", outcome.chosen.to_json())  # once found best, it may be in place already
-    scores = [score for (model, _, _), score in outcome.scores.items() if model in names]
+    asked = (("merged", "test"), (outcome.chosen.to_json(), "validation"))  # tested last, it may be in place already
+    scores = [score for (model, split, _), score in outcome.scores.items() if (model, split) in asked]
     seconds = [score["swap_seconds"] for score in scores if score.get("swap_seconds")]
     return sum(seconds) / len(seconds) if seconds else None
 

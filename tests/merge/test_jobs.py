@@ -198,7 +198,7 @@ def test_the_tree_gives_what_a_flat_merge_gives_and_a_second_run_makes_nothing(e
 
 
 def test_a_mask_for_every_task_of_emr(experts: Experts) -> None:
-    emr = CANDIDATES[-1]
+    emr = Candidate("emr")
     schedule, jobs = experts.merge(NAMES, [emr])
     assert schedule.made[MASKS] == len(NAMES) == sum(isinstance(job, TaskMaskJob) for job in jobs)
     unstated = {"base": ["not stated"], "data": ["not stated"]}  # these experts have no manifests
