@@ -20,15 +20,14 @@ import click
 import torch
 import yaml
 
-from infra.artifacts import Manifest, manifest_name
+from infra.artifacts import Manifest, peek
 from infra.errors import DataError
 from infra.store import Store
 from merge.adapter_file import AdapterDelta
-from merge.lift import LiftInput, lift
+from merge.children import ExpertChild, Join
 from merge.lowering import Root
 from merge.methods import lower
 from merge.specs import Candidate, LiftSpec
-from merge.statistics import TensorStatistics, combine
 from pipeline.candidates import expand
 from pipeline.config import CandidateConfig, PipelineConfig, load_config
 from pipeline.recipes import expert_recipe, prompt_spec
@@ -36,6 +35,7 @@ from pipeline.tasks import TaskData, load_tasks
 from workers.base import prepare_base
 from workers.cache import cache_dir
 from workers.decoding import padding_id
+from workers.inplace import Undo, apply_delta
 from workers.losses import language_modelling, mean_loss
 from workers.model import load_model, load_tokenizer
 from workers.prompt import Example, encode_example
@@ -49,40 +49,25 @@ def find_experts(config: PipelineConfig, store: Store, base: str, tasks: Mapping
     """Every held-in task's expert. Raises DataError for one that has not been trained."""
     found = {}
     for name in config.held_in:
-        text = store.get_with_etag(manifest_name(expert_recipe(config, base, tasks[name]).key))
-        if text is None:
+        manifest = peek(store, expert_recipe(config, base, tasks[name]).key)
+        if manifest is None:
             raise DataError(f"{name}: no expert of this configuration in {store.uri('')}; run the pipeline first")
-        found[name] = Manifest.from_json(text[0])
+        found[name] = manifest
     return found
-
-
-def sums(readers: Sequence[AdapterDelta]) -> dict[str, TensorStatistics]:
-    """Σδ of every tensor."""
-    names = sorted({name for reader in readers for name in reader.names})
-    return {
-        name: combine([lift(LiftInput(r.load(name), name, r.identity), SUM) for r in readers if name in set(r.names)])
-        for name in names
-    }
 
 
 class Model:
     """The base, whose weights a merge takes the place of."""
 
-    def __init__(self, path: Path, totals: Mapping[str, TensorStatistics], experts: int) -> None:
+    def __init__(self, path: Path, roots: Mapping[str, Root]) -> None:
         self.tokenizer, self.model = load_tokenizer(path), load_model(path, torch.float32)
         self._objective = language_modelling(self.model, padding_id(self.tokenizer))
-        weights = dict(self.model.named_parameters())
-        self._weights = {name: (weights[name], weights[name].detach().clone()) for name in totals}
-        self._roots = {name: Root(total, experts, name=name) for name, total in totals.items()}
+        self._roots = roots
 
-    @torch.no_grad()
-    def apply(self, candidate: Candidate | None) -> None:
-        """Base + merged δ; None: the base."""
-        for name, (weight, base) in self._weights.items():
-            weight.copy_(base)
-            if candidate is not None:
-                delta = lower(self._roots[name], candidate)
-                weight.view(-1).index_add_(0, delta.indices, delta.values)
+    def merged(self, candidate: Candidate | None) -> Undo:
+        """Base + merged δ, until the result is left; None: the base."""
+        deltas = {name: lower(root, candidate) for name, root in self._roots.items()} if candidate else {}
+        return apply_delta(self.model, deltas)
 
     def loss(self, groups: Mapping[str, Sequence[Example]]) -> float:
         """Mean over tasks."""
@@ -105,12 +90,12 @@ def main(path: str, lists: tuple[str, ...], rows: int, overrides: tuple[str, ...
     tasks = load_tasks({**config.held_in, **config.held_out}, cache_dir(), config.splits.model_dump(), config.seed)
     experts = find_experts(config, store, base.sha256, tasks)
     with tempfile.TemporaryDirectory() as folder:
-        readers = []
+        children = []
         for name, manifest in experts.items():
             file = store.download_file(manifest.files["adapter"], Path(folder) / name)
-            readers.append(AdapterDelta(LocalFile(file), name, manifest.key))
-        totals = sums(readers)
-    model, limit = Model(base.path, totals, len(experts)), config.prompt.max_target_tokens
+            children.append(ExpertChild(name, AdapterDelta(LocalFile(file), name, manifest.key)))
+        roots = {t.name: Root(t.statistics, len(experts), name=t.name) for t in Join.open(children, SUM).tensors()}
+    model, limit = Model(base.path, roots), config.prompt.max_target_tokens
 
     def encoded(names: Sequence[str]) -> dict[str, list[Example]]:
         return {
@@ -125,8 +110,8 @@ def main(path: str, lists: tuple[str, ...], rows: int, overrides: tuple[str, ...
     print(f"{config.suite}, {config.expert} experts, {rows} validation rows a task\n")
     print("| merge | held-in | held-out |\n|---|---:|---:|")
     for candidate in [None, *(each for name in lists for each in _candidates(known[name]))]:
-        model.apply(candidate)
-        print(f"| {candidate or 'base'} | {model.loss(inside):.3f} | {model.loss(outside):.3f} |", flush=True)
+        with model.merged(candidate):
+            print(f"| {candidate or 'base'} | {model.loss(inside):.3f} | {model.loss(outside):.3f} |", flush=True)
 
 
 def _candidates(entries: Sequence[Mapping[str, Any]]) -> list[Candidate]:
