@@ -50,9 +50,13 @@ class Row:
 
 def run(suite: Mapping[str, Any], seeds: Sequence[int], candidates: Sequence[Any], out: Path) -> dict[str, Any]:
     """One run of the pipeline with these merge candidates; its results.json."""
+    floor = {"floor": suite["floor"]}
     fields = {
         **suite.get("overrides", {}),
-        "merge.candidates": candidates,
+        "merge.candidates": [
+            each | {"params": each["params"] | (floor if each["method"] == "spectral_power" else {})}
+            for each in candidates
+        ],
         "merge.search.evaluations": None,
         "evaluate.serving_dtype": None,
         "registers": False,
