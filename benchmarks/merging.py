@@ -38,7 +38,6 @@ CHECKPOINT_CASES = [name for name, case in CASES.items() if case.reads == "check
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--threads", default=2, show_default=True, help="Of every case.")
 @click.option("--fan-in", default=16, show_default=True, help="Of the stored tree.")
-@click.option("--parts", default=1, show_default=True, help="Jobs that a node's tensors are split over.")
 @click.option("--density", default=0.2, show_default=True, help="Share of a tensor that TIES keeps.")
 @click.option("--only", multiple=True, type=click.Choice([*CASES]), help="Default: all.")
 @click.option("--incremental", type=int, metavar="N", help="Instead: 1 of N experts changed, stored tree only.")
@@ -57,7 +56,6 @@ def main(
     rounds: int,
     threads: int,
     fan_in: int,
-    parts: int,
     density: float,
     only: tuple[str, ...],
     incremental: int | None,
@@ -85,7 +83,7 @@ def main(
     found: dict[int, Rounds] = {}
     try:
         for size in sizes:
-            setup = Setup(str(inputs.folder), str(outputs), modules, size, density, fan_in, parts, threads)
+            setup = Setup(str(inputs.folder), str(outputs), modules, size, density, fan_in, threads)
             found[size] = run_rounds(names, setup, rounds, work, _say)
         compared = [] if incremental or scaling else compare_outputs(setup, names)
     finally:

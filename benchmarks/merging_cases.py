@@ -42,7 +42,6 @@ class Setup:
     density: float
     """Share of a tensor's positions that TIES keeps of each expert."""
     fan_in: int
-    parts: int
     """Jobs that the tensors of one node of the tree are split over."""
     threads: int
 
@@ -150,8 +149,7 @@ def stored_tree(changed: bool) -> Prepare:
         from infra.artifacts import Manifest
         from infra.store import FileRef, Store
         from merge.jobs import Ref
-        from merge.local import run_threads
-        from merge.schedule import MergeSchedule
+        from merge.local import merge_stored
         from merge.specs import plan_reductions
         from merge.statistics import statistic_dtype
         from merge.tree import build_tree, path_to
@@ -175,31 +173,23 @@ def stored_tree(changed: bool) -> Prepare:
         traffic = StoreTraffic(store)
 
         def merge() -> Account:
-            schedule = MergeSchedule(
-                store,
-                plan,
-                list(experts),
-                setup.fan_in,
-                setup.base_sha256(),
-                table["base"]["name"],
-                setup.parts,
-            )
-            run_threads(schedule, store, experts, setup.threads)
+            base = setup.base_sha256(), table["base"]["name"]
+            done = merge_stored(store, [candidate], experts, setup.fan_in, *base, workers=setup.threads)
             totals = traffic.totals()
 
             def account() -> Extra:
                 new = [name for name in store.list("artifacts/") if name not in before]
                 manifests = [Manifest.from_json(store.get(name)) for name in new]
                 stored = sum(f.size for each in manifests if "adapter" not in each.files for f in each.files.values())
-                root = schedule.merged[candidate]
+                root = done.merged[candidate]
                 merged = AdapterReader(FileSource(store.download_file(root.files["adapter"], setup.out(name))))
                 width = sum(statistic_dtype(each, setup.experts).itemsize for each in plan[0].spec.statistics)
                 positions = sum(map(merged.count, merged.names))
                 elements = sum(math.prod(merged.shape(each)) for each in merged.names)
                 return {
                     **totals,
-                    "nodes_made": schedule.made["merge_nodes"],
-                    "nodes_reused": schedule.reused["merge_nodes"],
+                    "nodes_made": done.tally.made["merge_nodes"],
+                    "nodes_reused": done.tally.reused["merge_nodes"],
                     "path_nodes": len(path_to(build_tree(list(experts), setup.fan_in), first)),
                     # the root's statistics are not stored: what they would take, in the bitmap that they fill
                     "node_bytes": stored + positions * width + elements // 8,

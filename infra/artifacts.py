@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,7 +73,7 @@ class Recipe:
     config: Mapping[str, Any]
     inputs: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Hex SHA-256 of the recipe's canonical JSON."""
         return hashlib.sha256(canonical_json(_recipe_body(self))).hexdigest()

@@ -1,7 +1,7 @@
 """Merged adapters as files: written tensor by tensor in the format of `workers.adapter`, and adapters as merge inputs.
 
 `workers.adapter.save_adapter` needs all tensors at once; the writer here does not, at the price of a padded header.
-`AdapterReader` reads both. Not here: joining the parts of a merge (`merge.assemble`).
+`AdapterReader` reads both.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def adapter_metadata(outline: Outline, table: Mapping[str, Any]) -> dict[str, st
 
 
 def adapter_room(outline: Outline) -> int:
-    """Bytes kept for the header of a merged adapter's file: the same for a whole one and for its parts."""
+    """Bytes kept for the header of a merged adapter's file."""
     worst = {
         n: {"shape": list(s), "count": math.prod(s), "encoding": "x" * 16} for n, s in sorted(outline.shapes.items())
     }

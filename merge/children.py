@@ -77,32 +77,6 @@ class NodeChild:
 Child = ExpertChild | NodeChild
 
 
-@dataclass(frozen=True)
-class Part:
-    """A contiguous share of a node's tensors, by sorted name: number `index` (from 0) of `of`.
-
-    Where the shares begin depends on the children's headers alone, so that every worker of a node sees the same.
-    """
-
-    index: int
-    of: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.of:
-            raise MergeError(f"part {self.index} of {self.of}; accepted: from 0 to one below the number of parts")
-
-    def select(self, weights: Mapping[str, int]) -> list[str]:
-        """This part's names out of all, in their order; `weights` is about how much work each is (at least 1)."""
-        total = sum(weights.values())
-        before, chosen = 0, []
-        for name, weight in weights.items():
-            # a tensor belongs to the part in which its middle lies
-            if (2 * before + weight) * self.of // (2 * total) == self.index:
-                chosen.append(name)
-            before += weight
-        return chosen
-
-
 class _Expert:
     """An opened expert."""
 
@@ -226,7 +200,7 @@ class JoinedTensor:
 class Join:
     """Opened children that fit together: one base, one shape per tensor, no expert twice.
 
-    `experts` in the order joined; `shapes` of all tensors by sorted name; `names`, those of the part.
+    `experts` in the order joined; `shapes` of all tensors by sorted name, which are `names`.
     """
 
     spec: LiftSpec
@@ -243,7 +217,6 @@ class Join:
         spec: LiftSpec,
         base_sha256: str | None = None,
         reference: DeltaReader | None = None,
-        part: Part | None = None,
     ) -> Join:
         """Reads headers only. Raises MergeError naming the two inputs that do not fit, AdapterError for a bad file."""
         if not children:
@@ -275,17 +248,10 @@ class Join:
                     _check_shape(name, reference.shape(name), what, shapes, owner)
         count_dtype(len(seen))
         shapes = dict(sorted(shapes.items()))
-        names = list(shapes)
-        if part is not None:
-            work = dict.fromkeys(shapes, 1)
-            for child in opened:
-                for name in child.names:
-                    work[name] += child.count(name)
-            names = part.select(work)
-        return Join(spec, expected, tuple(seen), shapes, names, opened, reference)
+        return Join(spec, expected, tuple(seen), shapes, list(shapes), opened, reference)
 
     def tensors(self, depth: int = 2) -> Generator[JoinedTensor]:
-        """Each tensor of the part, by name. In memory are the joined statistics, the child's that is being added and
+        """Each tensor, by name. In memory are the joined statistics, the child's that is being added and
         those that threads read ahead (`depth` at most)."""
         holders = {name: [c for c in self._children if _has(c.names, name)] for name in self.names}
         references: deque[_Once[SparseTensor | None]] = deque()
@@ -326,7 +292,7 @@ class Join:
 
     @property
     def elements(self) -> int:
-        """Elements of the part's tensors."""
+        """Elements of all tensors."""
         return sum(math.prod(self.shapes[name]) for name in self.names)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from infra.artifacts import Manifest, Recipe, find, new_attempt, publish
+from infra.engine.step import Made, Place
 from infra.environment import environment
 from infra.store import Store
 from infra.store_source import StoreSource
@@ -31,6 +32,9 @@ class ExportJob:
     base_sha256: str
     dtype: str
     shard_bytes: int
+
+    def __call__(self, store: Store, place: Place) -> Made:
+        return (export_checkpoint(store, self),)
 
 
 def export_job(merged: Manifest, base_sha256: str, dtype: str, shard_bytes: int) -> ExportJob:

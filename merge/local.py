@@ -1,70 +1,104 @@
-"""Drives a merge schedule with threads of this process: every job runs here, as soon as its inputs exist.
+"""The stored tree in this process: every node a piece of work in a thread, as soon as its inputs exist.
 
-Torch and the object store release the interpreter's lock in what takes time. What another process is making is waited
-for. Not here: several machines (the pipeline runs the same jobs as Ray tasks).
+What another process is making is waited for. Not here: several machines (the pipeline runs the same flow with Ray).
 """
 
-import contextlib
+import asyncio
 import sys
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from infra.claims import Busy, Claim, under_claim
-from infra.elsewhere import Elsewhere
+from infra.artifacts import Manifest
+from infra.engine.keyed import KeyedEngine, Workers
+from infra.engine.once import every
+from infra.engine.tally import Tally
+from infra.engine.threads import Threads
 from infra.leases import EXPIRY_S
 from infra.store import Store
-from merge.dispatch import Dispatch
-from merge.jobs import Job, JobResult, Ref, run_job
-from merge.schedule import MergeSchedule
+from merge.jobs import Ref
+from merge.methods import METHODS
+from merge.reduce import NOT_FUSED, Fused
+from merge.reduction import Merges
+from merge.specs import Candidate, plan_reductions
 
-_POLL_S = 0.25  # while something is made elsewhere
+
+@dataclass(frozen=True)
+class Stored:
+    """Merges that are there, those that only later rounds read included; masks by candidate and expert; and what was
+    made and reused by kind."""
+
+    merged: Mapping[Candidate, Manifest]
+    masks: Mapping[tuple[Candidate, str], Manifest]
+    tally: Tally
 
 
-def run_threads(
-    schedule: MergeSchedule,
+def merge_stored(
     store: Store,
+    candidates: Sequence[Candidate],
     experts: Mapping[str, Ref],
-    workers: int,
+    fan_in: int,
+    base_sha256: str,
+    base_weights: str | None = None,
     extras: Mapping[tuple[str, str], Ref] | None = None,
-    progress: Callable[[Job], None] | None = None,
+    fused: Fused = NOT_FUSED,
+    workers: Workers | int = 1,
     expiry_s: float = EXPIRY_S,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
-) -> None:
-    """Make everything that the schedule still misses.
+    tell: Callable[[str, int, int], None] = lambda name, done, nodes: None,
+) -> Stored:
+    """Make everything that is still missing of these merges, and of the masks of methods that need them.
 
-    `workers` jobs run at a time, each with the memory of one node: how many fit is the caller's to say. `extras`:
-    (expert name, "fisher" or "gram") -> artifact, for the kinds in `schedule.extras`. `progress` is called after each
-    job. `expiry_s`: of leases. `say` gets a line about each piece of work that another process is making and that is
-    waited for. The first error is raised once the jobs under way have ended; those that wait are not started.
+    `base_weights`, `fused`: as of `merge.reduction.Merges`. `extras`: (expert name, "fisher" or "gram") -> artifact.
+    `workers`: how many nodes are made at a time, each with the memory of one, or who makes them. `expiry_s`: of leases.
+    `say` gets a line about each piece of work that another process is making; `tell`, what was made and how many of all
+    nodes are there. The first error is raised once the work under way has ended; what depends on it is not started.
     """
-    elsewhere = Elsewhere(store, expiry_s, say)
-    running: dict[Future[JobResult | Busy], Callable[[JobResult | Busy], None]] = {}
-
-    def enqueue(job: Job, claim: Claim | None, answered: Callable[[JobResult | Busy], None]) -> None:
-        running[pool.submit(_run, store, job, claim)] = answered
-
-    def done(job: Job, result: JobResult) -> None:
-        if progress:
-            progress(job)
-
-    dispatch = Dispatch(store, schedule, elsewhere, enqueue, done, workers)
-    with contextlib.closing(dispatch), ThreadPoolExecutor(workers, thread_name_prefix="merge") as pool:
-        try:
-            for (name, kind), ref in (extras or {}).items():
-                dispatch.start(schedule.add_extra(name, kind, ref))
-            dispatch.start(schedule.add_experts(experts))
-            while running or elsewhere.open:
-                for future in wait(running, _POLL_S if elsewhere.open else None, FIRST_COMPLETED).done:
-                    running.pop(future)(future.result())
-                elsewhere.poll()
-                if elsewhere.open and not running:
-                    time.sleep(_POLL_S)
-        finally:
-            for future in running:
-                future.cancel()
+    return asyncio.run(
+        _merge(store, candidates, experts, fan_in, base_sha256, base_weights, extras or {}, fused, workers, expiry_s,
+               say, tell)
+    )  # fmt: skip
 
 
-def _run(store: Store, job: Job, claim: Claim | None) -> JobResult | Busy:
-    """A job under its claim, or under leases that the dispatch holds."""
-    return run_job(store, job) if claim is None else under_claim(store, claim, lambda: run_job(store, job))
+async def _merge(
+    store: Store,
+    candidates: Sequence[Candidate],
+    experts: Mapping[str, Ref],
+    fan_in: int,
+    base_sha256: str,
+    base_weights: str | None,
+    extras: Mapping[tuple[str, str], Ref],
+    fused: Fused,
+    workers: Workers | int,
+    expiry_s: float,
+    say: Callable[[str], None],
+    tell: Callable[[str, int, int], None],
+) -> Stored:
+    async def expert(name: str) -> Ref:
+        return experts[name]
+
+    async def extra(name: str, kind: str) -> Ref:
+        return extras[name, kind]
+
+    async def complete(kind: str | None) -> bool:
+        return True
+
+    def made(name: str, manifest: Manifest) -> None:
+        tell(name, min(merges.visited, merges.nodes), merges.nodes)
+
+    threads = Threads(store, {"node": workers}) if isinstance(workers, int) else workers
+    engine = KeyedEngine(store, threads, expiry_s, say)
+    merges = Merges(
+        engine, plan_reductions(candidates), list(experts), fan_in, base_sha256, expert, extra, complete, base_weights,
+        fused, made,
+    )  # fmt: skip
+
+    async def flow() -> Stored:
+        await every(*(merges.merge(candidate) for candidate in candidates))
+        masked = [(each, name) for each in candidates if METHODS[each.method].per_task for name in experts]
+        masks = await every(*(merges.mask(*each) for each in masked))
+        return Stored(dict(merges.merged), dict(zip(masked, masks, strict=True)), engine.tally)
+
+    try:
+        return await engine.run(flow())
+    finally:
+        engine.close()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from infra.errors import MergeError
 from merge.adapter_file import AdapterDelta, AdapterWriter
-from merge.children import Child, DeltaReader, ExpertChild, Join, NodeChild, Part
+from merge.children import Child, DeltaReader, ExpertChild, Join, NodeChild
 from merge.lift import LIFT_VERSION
 from merge.lowering import Root
 from merge.methods import LOWER_VERSION, lower
@@ -42,11 +42,9 @@ __all__ = [
     "MergedInfo",
     "NodeChild",
     "NodeInfo",
-    "Part",
     "RootInfo",
     "Sink",
     "flat_merge",
-    "join_roots",
     "reduce_node",
     "reduce_root",
 ]
@@ -123,17 +121,15 @@ def reduce_node(
     out: Path,
     base_sha256: str | None = None,
     reference: DeltaReader | None = None,
-    part: Part | None = None,
     progress: Progress | None = None,
 ) -> NodeInfo:
     """Join the children, in their order, into the statistics file `out`.
 
     `base_sha256` is the base they must be made for (default: the first child's); `reference` the merged adapter that
-    the reduction's lift reads; `part` restricts it to a share of the tensors. `progress(done, all)` is called after
-    each tensor. Raises MergeError for inputs that do not fit together, AdapterError for corrupted adapters; leaves no
-    file behind then.
+    the reduction's lift reads. `progress(done, all)` is called after each tensor. Raises MergeError for inputs that do
+    not fit together, AdapterError for corrupted adapters; leaves no file behind then.
     """
-    join = Join.open(children, spec, base_sha256, reference, part)
+    join = Join.open(children, spec, base_sha256, reference)
     meta = NodeMeta.of(spec, join.base_sha256, join.experts)
     positions = 0
     shapes = {name: join.shapes[name] for name in join.names}
@@ -154,7 +150,6 @@ def reduce_root(
     base_sha256: str | None = None,
     base: ByteSource | None = None,
     reference: DeltaReader | None = None,
-    part: Part | None = None,
     progress: Progress | None = None,
     fused: Fused = NOT_FUSED,
     device: str = "cpu",
@@ -172,7 +167,7 @@ def reduce_root(
         raise MergeError("no candidate to lower the merge for")
     for candidate in sinks:
         check_served(candidate, spec)
-    join = Join.open(children, spec, base_sha256, reference, part)
+    join = Join.open(children, spec, base_sha256, reference)
     weights = RangedReader(base, "the base's safetensors file") if base is not None else None
     if weights:
         _check_in_base(weights, join)
@@ -221,34 +216,6 @@ def reduce_root(
         for candidate, tally in tallies.items()
     )
     return RootInfo(join.experts, len(join.names), positions, join.elements, merged_infos)
-
-
-def join_roots(parts: Sequence[RootInfo]) -> RootInfo:
-    """What the parts of one root are together; `bytes_written` is the sum of theirs."""
-    first = parts[0]
-    merged = []
-    for same in zip(*(part.merged for part in parts), strict=True):
-        square = sum(each.norm**2 for each in same)
-        lost = sum(((each.rounding_loss or 0.0) * each.norm) ** 2 for each in same)
-        merged.append(
-            MergedInfo(
-                candidate=same[0].candidate,
-                experts=first.experts,
-                positions=sum(each.positions for each in same),
-                elements=sum(each.elements for each in same),
-                nonzero=sum(each.nonzero for each in same),
-                norm=math.sqrt(square),
-                rounding_loss=None if same[0].rounding_loss is None else _ratio(lost, square),
-                bytes_written=sum(each.bytes_written for each in same),
-            )
-        )
-    return RootInfo(
-        experts=first.experts,
-        tensors=sum(part.tensors for part in parts),
-        positions=sum(part.positions for part in parts),
-        elements=sum(part.elements for part in parts),
-        merged=tuple(merged),
-    )
 
 
 def flat_merge(

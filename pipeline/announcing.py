@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from infra.announcements import announce, await_removals
 from infra.errors import StoreError
 from infra.store import Store
+from pipeline.flow.rehearse import known_keys
 from pipeline.outcome import Inputs, Outcome
-from pipeline.planning import planned_keys
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Announcements:
         collection is removing any of it. Raises StoreError."""
         shared = {each.base.sha256 for each in inputs}
         shared |= {sha256 for each in inputs for data in each.tasks.values() for sha256 in data.fingerprints.values()}
-        self.add(shared.union(*(planned_keys(each) for each in inputs)))
+        self.add(shared.union(*(known_keys(each) for each in inputs)))
         await_removals(self.store, shared)
 
     @contextlib.contextmanager

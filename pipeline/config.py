@@ -265,7 +265,7 @@ class ResourcesConfig(Section):
     node: WorkerResources = WorkerResources(cpus=0, memory_gib=1.5)
     """One merge node; 0 CPUs, so that merging never keeps an expert waiting."""
     node_tasks: Positive = 1
-    """Ray tasks that the tensors of one merge node are split over."""
+    """Has no effect any more, and is accepted so that earlier configurations load: a node is one task."""
     concurrent_nodes: Positive = 2
     """Ray tasks of merge nodes at a time."""
     concurrent_registrations: Positive = 2

@@ -19,7 +19,7 @@ from ray.util.state import list_nodes
 from infra.artifacts import Manifest
 from pipeline.cluster import slots_of
 from pipeline.config import ResourcesConfig
-from pipeline.forecast import Forecast
+from pipeline.flow.rehearse import Forecast
 from pipeline.preflight import Cost
 
 _SECONDS = 20  # for Ray's dashboard to answer
@@ -108,7 +108,7 @@ def estimate(
         if size is None and calculated:
             size, sources[1] = calculated / total, "bytes: calculated"
         if kind == "merge_nodes" and size is not None and sources[1] != "bytes: calculated":
-            size *= sum(len(each.planned.nodes) for each in forecasts) / total  # roots are stored as merges
+            size *= sum(each.inner_nodes for each in forecasts) / total  # roots are stored as merges
         stages.append(
             Stage(
                 kind,

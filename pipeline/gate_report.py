@@ -1,6 +1,6 @@
 """The gate in results.json, in the report and in the terminal: which versions became champions, and why others did not.
 
-Not here: deciding (`pipeline.gate`, `pipeline.promotion`).
+Not here: deciding (`pipeline.gate`, `pipeline.flow.promotion`).
 """
 
 from typing import Any

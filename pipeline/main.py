@@ -32,11 +32,12 @@ from pipeline.announcing import Announcements
 from pipeline.cluster import connect_to_ray, submission_id
 from pipeline.config import dump_config, load_config
 from pipeline.display import Display
+from pipeline.flow.execute import Stopped, execute
+from pipeline.outcome import Outcome
 from pipeline.preflight import Prepared, check_services, prepare_inputs, upload_inputs
 from pipeline.publishing import publish_report
 from pipeline.replicates import combine
 from pipeline.results import build_results
-from pipeline.run import Run, Stopped
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -81,10 +82,10 @@ def run(prepared: Prepared, run_id: str, slots: int, report: Path | None, consol
         for at, inputs in enumerate(replicates):
             if len(seeds) > 1:
                 console.print(f"seed {seeds[at]}, {at + 1} of {len(seeds)}", highlight=False)
-            display = Display(list(config.held_in), console)
-            machine = Run(inputs, display, slots, stop, announced.add)
-            with announced.following(machine.outcome):
-                found.append(build_results(inputs, machine.execute()))
+            outcome = Outcome(slots=slots)
+            with announced.following(outcome):
+                execute(inputs, outcome, Display(list(config.held_in), console), stop, announced.add)
+            found.append(build_results(inputs, outcome))
         publish_report(prepared.store, config, run_id, combine(seeds, found), report, console)
         status = "FINISHED"
         return 0

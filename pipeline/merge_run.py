@@ -23,12 +23,12 @@ from infra.errors import MergeError, StoreError
 from infra.store import Store
 from merge.adapter_file import AdapterDelta, AdapterWriter
 from merge.checkpoint_file import BaseCheckpoint, CheckpointInfo, CheckpointWriter, write_checkpoint
-from merge.jobs import Job, Ref, job_name
-from merge.local import run_threads
+from merge.jobs import Ref
+from merge.local import merge_stored as merge_stored_tree
 from merge.mask_file import MaskWriter, write_task_mask
 from merge.methods import METHODS
 from merge.reduce import ROOT_VERSIONS, DeltaReader, ExpertChild, flat_merge
-from merge.schedule import MergeSchedule
+from merge.reduction import NODES
 from merge.sink import Outline, Sink, Tee
 from merge.spectral import merge_device
 from merge.tree import build_tree, leaf_names
@@ -130,31 +130,24 @@ def merge_stored(checked: Checked, scratch: Path, report: Report | None = None) 
     store = Store.from_env()
     upload_base(store, checked.base)
     inputs = Inputs(checked.base, scratch)
-    schedule = MergeSchedule(
-        store,
-        checked.reductions,
-        [expert.name for expert in checked.experts],
-        FAN_IN,
-        checked.base.sha256,
-        f"bases/{checked.base.sha256}/{WEIGHTS}",
-        fused=checked.fused,
-    )
     experts = {expert.name: _stored_expert(store, expert, inputs) for expert in checked.experts}
     kind = checked.extra_kind
     extras = {
         (name, str(kind)): _stored_extra(store, extra, str(kind), scratch) for name, extra in checked.extras.items()
     }
-    jobs = schedule.open
-    done = 0
-
-    def progress(job: Job) -> None:
-        nonlocal done
-        done += 1
-        if report:
-            report(job_name(job), min(done, jobs), jobs)
-
-    run_threads(schedule, store, experts, min(_WORKERS, len(os.sched_getaffinity(0))), extras, progress)
-    manifest = schedule.merged[checked.candidate]
+    made = merge_stored_tree(
+        store,
+        [checked.candidate],
+        experts,
+        FAN_IN,
+        checked.base.sha256,
+        f"bases/{checked.base.sha256}/{WEIGHTS}",
+        extras,
+        checked.fused,
+        min(_WORKERS, len(os.sched_getaffinity(0))),
+        tell=report or (lambda name, done, nodes: None),
+    )
+    manifest = made.merged[checked.candidate]
     file = store.download_file(manifest.files["adapter"], scratch / "merged.safetensors")
     merged = AdapterDelta(LocalFile(file), "the merge")
     written = None
@@ -166,13 +159,13 @@ def merge_stored(checked: Checked, scratch: Path, report: Report | None = None) 
             _copy_delta(merged, AdapterWriter(outputs.adapter, _about_tree(checked)))
         files = outputs.publish(written)
         for name, mask in mask_outputs(checked).items():
-            (ref,) = schedule.masks[checked.candidate, name].files.values()
-            found, made = store.download_file(ref, scratch / "stored.mask"), scratch / "mask.safetensors"
-            _copy_task_mask(found, made, file_sha256(outputs.adapter), name)
-            files |= _deliver(made, mask)
+            (ref,) = made.masks[checked.candidate, name].files.values()
+            stored, copied = store.download_file(ref, scratch / "stored.mask"), scratch / "mask.safetensors"
+            _copy_task_mask(stored, copied, file_sha256(outputs.adapter), name)
+            files |= _deliver(copied, mask)
         files |= outputs.deliver()
-    meta = manifest.meta
-    nodes = (schedule.made["merge_nodes"], schedule.reused["merge_nodes"])
+    meta, tally = manifest.meta, made.tally
+    nodes = tally.made[NODES], tally.reused[NODES]
     return Done(meta["density"], meta["delta_norm"], meta["rounding_loss_bfloat16"], files, written, nodes)
 
 

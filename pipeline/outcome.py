@@ -1,7 +1,7 @@
 """What a run starts from and what it ends with: plain records between preflight, run, registration and results."""
 
+import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,6 @@ from pipeline.gate import GateDecision
 from pipeline.search import Rung, Standing
 from pipeline.tasks import TaskData
 from workers.base import PreparedBase
-
-Problem = Callable[[str], Callable[[BaseException], None]]
-"""Makes the callback that notes what failed."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +95,16 @@ class Outcome:
     """What became of those versions."""
     made: Counters = field(default_factory=Counters)
     reused: Counters = field(default_factory=Counters)
-    spans: dict[str, tuple[float, float]] = field(default_factory=dict)
+    spans: list[tuple[float, float]] = field(default_factory=list)
     """Seconds since the epoch in which each expert that was made held its slot."""
     seconds: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     slots: int = 1
+
+    def copy(self) -> "Outcome":
+        """What is added to either one is not in the other."""
+        plain = {name: copy.copy(value) for name, value in vars(self).items()}
+        return Outcome(**plain)
 
     def mean(self, candidate: Candidate, split: str) -> float:
         """Mean score of a candidate over all held-in tasks, each with an expert."""
@@ -115,5 +117,5 @@ def span(spans: list[tuple[float, float]]) -> float:
 
 def utilisation(outcome: Outcome) -> float | None:
     """Share of the slot-seconds between first start and last end that experts filled; None if none was made."""
-    total = span(list(outcome.spans.values()))
-    return sum(end - start for start, end in outcome.spans.values()) / (outcome.slots * total) if total else None
+    total = span(outcome.spans)
+    return sum(end - start for start, end in outcome.spans) / (outcome.slots * total) if total else None

@@ -23,7 +23,7 @@ from infra.snapshot import Snapshot
 from infra.store import Store
 from pipeline.config import load_config
 from pipeline.estimate import Estimate, estimate, find_slots
-from pipeline.forecast import Count, Forecast, forecast
+from pipeline.flow.rehearse import Count, Forecast, forecast
 from pipeline.gc_command import size_text
 from pipeline.preflight import Prepared, check_names, measured_flops, prepare_inputs
 from pipeline.reasons import Reasons, find_reasons
@@ -103,7 +103,7 @@ def plan_json(found: Plan) -> dict[str, Any]:
                 "why": list(reasons[task].why) if task in reasons else [],
             }
             for each, reasons in zip(found.forecasts, found.reasons, strict=True)
-            for task, recipe in each.planned.experts.items()
+            for task, recipe in each.experts.items()
         ],
         "estimate": {
             "slots": cost.slots.experts,
@@ -127,7 +127,7 @@ def show(found: Plan, console: Console) -> None:
         if len(found.forecasts) > 1:
             console.print(f"seed {each.inputs.config.seed}", highlight=False)
         if not reasons:
-            console.print(f"all {len(each.planned.experts)} experts exist", highlight=False)
+            console.print(f"all {len(each.experts)} experts exist", highlight=False)
             continue
         table = Table("expert", "why it has to be made", title="stale experts", title_justify="left", box=None)
         for task, reason in reasons.items():

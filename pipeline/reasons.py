@@ -17,7 +17,7 @@ from infra.history import expert_keys
 from infra.snapshot import Snapshot
 from infra.store import Store
 from infra.store_errors import ObjectMissing
-from pipeline.forecast import Forecast
+from pipeline.flow.rehearse import Forecast
 from pipeline.outcome import Inputs
 from pipeline.staleness import SEED, why_lost, why_stale
 from workers.base import index_object
@@ -57,7 +57,7 @@ class _Lookup:
         return self.forecast.inputs
 
     def reasons(self, task: str) -> Reasons:
-        recipe, support = self.forecast.planned.experts[task], self.forecast.support
+        recipe, support = self.forecast.experts[task], self.forecast.support
         consumed = {support.key: support.digest} if support else {}
         lost = why_lost(self.snapshot, recipe.key, consumed)
         if lost is not None:
@@ -80,15 +80,14 @@ class _Lookup:
         return len(self._inputs.config.seeds or [self._inputs.config.seed])
 
     def _why(self, task: str, before: Manifest) -> tuple[str, ...]:
-        inputs, planned = self._inputs, self.forecast.planned
+        inputs, support = self._inputs, self.forecast.support_recipe
         supports = None
-        if planned.support is not None:
+        if support is not None:
             earlier = next((found for key in before.inputs if (found := peek(self.snapshot, key))), None)
-            supports = (planned.support, earlier, inputs.tasks)
+            supports = (support, earlier, inputs.tasks)
         data = inputs.tasks[task]
-        return tuple(
-            why_stale(inputs.config, data, planned.experts[task], before, self._rows, self._base_name, supports)
-        )
+        recipe = self.forecast.experts[task]
+        return tuple(why_stale(inputs.config, data, recipe, before, self._rows, self._base_name, supports))
 
     def _rows(self, fingerprint: str) -> Sequence[Row] | None:
         for data in self._inputs.tasks.values():

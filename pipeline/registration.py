@@ -1,5 +1,5 @@
 """What is registered in MLflow of an expert, of the merge and of its full checkpoint. Handing it over is
-`pipeline.promotion`; what the descriptions say is `pipeline.model_card`."""
+`pipeline.flow.promotion`; what the descriptions say is `pipeline.model_card`."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -31,7 +31,7 @@ def expert_model(inputs: Inputs, outcome: Outcome, task: str) -> tuple[Registere
 
 def plain_expert(inputs: Inputs, task: str, manifest: Manifest) -> RegisteredAdapter:
     """One expert without its card: what loading it gives."""
-    common = _common(inputs, task, manifest, str(manifest.meta["run_id"]), {task: manifest}) | {
+    common = _common(inputs, task, manifest, str(manifest.meta.get("run_id", "")), {task: manifest}) | {
         "prompt_template": inputs.tasks[task].config.template,
         "max_new_tokens": inputs.max_new_tokens[task],
         "prompts": _prompts(inputs, [task]),

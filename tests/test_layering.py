@@ -44,13 +44,12 @@ EXCEPTIONS = {
 SERVICES = {"ray", "mlflow", "boto3", "botocore"}
 CONNECTED = {
     "merge.__main__",
-    "merge.dispatch",
     "merge.export",
     "merge.jobs",
     "merge.keys",
     "merge.licences",
     "merge.local",
-    "merge.schedule",
+    "merge.reduction",
     "workers.evaluator",
     "workers.expert",
     "workers.importance",

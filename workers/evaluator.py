@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from infra.artifacts import Manifest, Recipe, find, publish
+from infra.engine.step import Made, Place
 from infra.environment import environment
 from infra.store import FileRef, Store
 from workers.adapter import AdapterReader, FileSource, check_base
@@ -40,6 +41,7 @@ class EvaluationJob:
     """Score one model on one split of one task."""
 
     recipe: Recipe
+    base_sha256: str
     task: str
     split: str
     rows: str
@@ -49,22 +51,36 @@ class EvaluationJob:
     """Name for people: base, expert or a merge method."""
     adapter: FileRef | None
     """The adapter's file; None scores the base."""
+    compute_dtype: str
     weights_dtype: str
     """Adapted weights are rounded to this type before scoring."""
+    batch_size: int
+    """Rows at a time; changes no score."""
     head: FileRef | None = None
     """Classification: the adapter file whose head is used; None takes the untrained head that an expert starts from."""
     head_seed: int = 0
     """Classification: seed of the untrained head."""
     mask: FileRef | None = None
     """A task's mask file of `adapter` (EMR, TALL): only what the mask keeps is added, scaled as it says."""
-    base_sha256: str | None = None
-    """Identity of the base; None is the one that the evaluator was made for."""
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the manifest says about base and data (name, source, licence); part of no key."""
 
+    @property
+    def classifies(self) -> bool:
+        """Whether it is labels that are scored."""
+        return isinstance(self.spec, ClassifySpec)
+
+    def __call__(self, store: Store, place: Place) -> Made:
+        def load() -> Evaluator:
+            kind = self.compute_dtype, self.classifies
+            return Evaluator(store, self.base_sha256, *kind, place.devices, place.threads)
+
+        evaluator = place.keep(("evaluator", self.compute_dtype, self.classifies), load)
+        return (evaluator.evaluate(self, self.batch_size),)
+
 
 class Evaluator:
-    """A base in memory, the given one until a job names another, and at most one adapter applied to it.
+    """A base in memory, the one that the last job named, and at most one adapter applied to it.
 
     `classifies`: with a head for labels.
     """
@@ -74,7 +90,6 @@ class Evaluator:
     ) -> None:
         torch.set_num_threads(threads)
         self._store = store
-        self._base_sha256 = base_sha256
         self._dtype = getattr(torch, compute_dtype)
         self._classifies, self._devices = classifies, devices
         self._applied: tuple[str, str | None, str] | None = None
@@ -87,7 +102,7 @@ class Evaluator:
         earlier = find(self._store, job.recipe.key, {})
         if earlier is not None:  # made meanwhile, or by a try before this one
             return earlier, False
-        self._rebase(job.base_sha256 or self._base_sha256)
+        self._rebase(job.base_sha256)
         before = time.perf_counter()
         swapped = self._swap(job.adapter, job.mask, job.weights_dtype)
         start = time.perf_counter()

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import nn
 
 from infra import registry
 from infra.artifacts import Manifest, Recipe, find, publish
+from infra.engine.step import Made, Place
 from infra.environment import environment
 from infra.errors import ExpertError, RegistryError, StoreError
 from infra.store import Store
@@ -84,22 +86,16 @@ class ExpertJob:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Names and licences of base and data, for the manifest."""
 
-
-@dataclass(frozen=True)
-class ExpertOutcome:
-    """What the driver learns about a finished expert."""
-
-    manifest: Manifest
-    made: bool
-    started_at: float
-    """Seconds since the epoch, after the task's imports."""
-    ended_at: float
+    def __call__(self, store: Store, place: Place) -> Made:
+        return (make_expert(store, self, place.devices, place.threads, partial(place.report, self.task)),)
 
 
 def make_expert(
     store: Store, job: ExpertJob, devices: Sequence[str], threads: int, on_step: Callable[[StepReport], None]
-) -> ExpertOutcome:
+) -> tuple[Manifest, bool]:
     """Train, save and publish one expert. A base is spread over all of `devices`.
+
+    Returns the manifest and whether this call made it.
 
     Raises:
         ExpertError: training failed; the message names the task.
@@ -114,7 +110,7 @@ def make_expert(
     found = find(store, job.recipe.key, consumed)
     if found is not None:  # made meanwhile, or by a try that was lost between publishing and answering
         drop_checkpoint(store, job.recipe.key)
-        return ExpertOutcome(found, False, started_at, time.time())
+        return found, False
     run_id = registry.start_run(
         job.experiment, job.task, {**job.tags, "kind": "expert", "expert_key": job.recipe.key},
         _parameters(job), parent_run_id=job.parent_run_id,
@@ -146,7 +142,7 @@ def make_expert(
             )
         if untold:
             _LOG.warning("the expert of %r is made, but MLflow does not have all of its curves", job.task)
-        return ExpertOutcome(manifest, made, started_at, time.time())
+        return manifest, made
     except ExpertError as error:
         with contextlib.suppress(RegistryError):
             registry.describe_run(run_id, f"**Failed**: {error}")

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from infra.artifacts import Manifest, Recipe, find, publish
+from infra.engine.step import Made, Place
 from infra.environment import environment
 from infra.errors import AdapterError, ConfigError, ExpertError
 from infra.store import FileRef, Store
@@ -79,6 +80,9 @@ class ImportanceJob:
             raise ConfigError(f"importance {self.recipe.kind!r}; accepted: {', '.join(KINDS)}")
         if self.rows < 1:
             raise ConfigError(f"{self.recipe.kind} of {self.rows} rows: accepted is 1 or more")
+
+    def __call__(self, store: Store, place: Place) -> Made:
+        return (make_importance(store, self, place.devices, place.threads),)
 
 
 def make_importance(store: Store, job: ImportanceJob, devices: Sequence[str], threads: int) -> tuple[Manifest, bool]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from infra.artifacts import Manifest, Recipe, find, publish
+from infra.engine.step import Made, Place
 from infra.environment import environment
 from infra.store import FileRef, Store
 from infra.store_source import StoreSource
@@ -57,6 +58,9 @@ class SupportJob:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the manifest says about base and data (licences); part of no key."""
 
+    def __call__(self, store: Store, place: Place) -> Made:
+        return (make_support(store, self, place.devices, place.threads),)
+
 
 @dataclass(frozen=True)
 class SupportRef:
@@ -68,11 +72,11 @@ class SupportRef:
     mask: MaskSpec
 
 
-def make_support(store: Store, job: SupportJob, devices: Sequence[str], threads: int) -> Manifest:
-    """Select, save and publish the support, unless it exists."""
+def make_support(store: Store, job: SupportJob, devices: Sequence[str], threads: int) -> tuple[Manifest, bool]:
+    """Select, save and publish the support, unless it exists. Returns its manifest and whether this call made it."""
     found = find(store, job.recipe.key, {})
     if found is not None:  # made meanwhile, or by a try before this one
-        return found
+        return found, False
     start = time.perf_counter()
     torch.set_num_threads(threads)
     path = fetch_base(store, job.base_sha256, cache_dir())
@@ -106,7 +110,7 @@ def make_support(store: Store, job: SupportJob, devices: Sequence[str], threads:
         file = Path(folder) / "support.safetensors"
         about = AdapterMeta(job.base_sha256, kind="support", info={"recipe": job.recipe.key})
         save_adapter(file, tensors, about, blocks=blocks)
-        return publish(store, job.recipe, {"support": file}, {}, meta)[0]
+        return publish(store, job.recipe, {"support": file}, {}, meta)
 
 
 def pooled_supports(

@@ -21,7 +21,7 @@ from infra.artifacts import Manifest
 from infra.stack import StackState
 from infra.store import Store
 from pipeline.config import load_config
-from pipeline.planning import Planned, plan_recipes
+from pipeline.outcome import Inputs
 from pipeline.preflight import prepare_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,11 +78,11 @@ class Factory:
         store = Store(stack_env["FACTORY_S3_BUCKET"], stack_env["FACTORY_S3_ENDPOINT"], prefix)
         return Factory(store, {**stack_env, "FACTORY_S3_PREFIX": prefix})
 
-    def planned(self, config: dict[str, Any], folder: Path) -> Planned:
-        """What a run will use or make, as far as it is known before anything is made."""
+    def inputs(self, config: dict[str, Any], folder: Path) -> Inputs:
+        """What a run will start from, for asking what it will use or make."""
         file = folder / "planned.yaml"
         file.write_text(yaml.safe_dump(config, sort_keys=False))
-        return plan_recipes(prepare_inputs(load_config(file), self.store, Console(quiet=True)).inputs("none"))
+        return prepare_inputs(load_config(file), self.store, Console(quiet=True)).inputs("none")
 
     def manifests(self) -> dict[str, Manifest]:
         """Everything that is published, by key."""

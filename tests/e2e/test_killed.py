@@ -13,6 +13,7 @@ import psutil
 from infra.artifacts import Manifest
 from infra.leases import Holder
 from infra.model_versions import models_of
+from pipeline.flow.rehearse import known_keys
 from tests.e2e.background import Factory, start, wait_for, workers
 
 CONFIG = Callable[..., dict[str, Any]]
@@ -50,7 +51,7 @@ def until_idle(stack: Any) -> None:
 def test_a_driver_killed_at_any_point_is_continued(stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
     factory = Factory.fresh(stack.env(), "continued")
     config = small(tiny_config, "driver-killed", EXPIRY_S)
-    expected = {recipe.key for recipe in factory.planned(config, tmp_path).recipes()}
+    expected = known_keys(factory.inputs(config, tmp_path))
 
     def published(kind: str) -> Callable[[], bool]:
         return lambda: any(manifest.kind == kind for manifest in factory.manifests().values())
@@ -110,7 +111,7 @@ def test_a_killed_worker_is_replaced_without_waiting_for_its_lease(
     stack: Any, tiny_config: CONFIG, tmp_path: Path
 ) -> None:
     """The leases would live for an hour. An expert and an evaluation lose their worker; a merge node of this size is
-    made too fast to be caught (tests/merge/test_dispatch.py has a dead holder of one)."""
+    made too fast to be caught (tests/merge/test_drivers.py has a dead holder of one)."""
     factory = Factory.fresh(stack.env(), "worker")
     config = small(tiny_config, "worker-killed", 3600.0, steps=120)
     config["splits"] |= {"test": 40}  # evaluations that last long enough to be caught
@@ -132,7 +133,7 @@ def test_a_killed_worker_is_replaced_without_waiting_for_its_lease(
                 worker.resume()
             return None
 
-        for title in ("expert", "EvaluationActor.evaluate"):
+        for title in ("expert", "Resident.work"):
             wait_for(lambda title=title: stopped(title), process, tmp_path).kill()  # type: ignore[misc]
         assert process.wait(timeout=900) == 0, log.read_text()[-3000:]
     finally:

@@ -45,7 +45,6 @@ def configuration(tiny_config: CONFIG) -> dict[str, Any]:
     }
     config = tiny_config("merging", merge=merge)
     config["evaluate"] |= {"few_shot": 0, "serving_dtype": None}
-    config["resources"]["node_tasks"] = 2
     return config
 
 
@@ -138,9 +137,7 @@ def test_the_checkpoint_is_base_and_merge(stack: Any, shared: dict[str, Any], ti
 
 
 def test_the_same_again_makes_nothing(pipeline: Any, tiny_config: CONFIG, shared: dict[str, Any]) -> None:
-    config = configuration(tiny_config)
-    config["resources"]["node_tasks"] = 1  # in no key
-    finished = pipeline(config)
+    finished = pipeline(configuration(tiny_config))
     assert finished.code == 0, finished.output[-4000:]
     results = finished.results
     assert results is not None

@@ -9,6 +9,7 @@ from typing import Any
 import mlflow
 
 from infra.leases import holding, new_owner, try_acquire
+from pipeline.flow.rehearse import expert_recipes
 from tests.e2e.background import Factory, start, wait_for
 
 CONFIG = Callable[..., dict[str, Any]]
@@ -52,7 +53,7 @@ def check_worked_once(factory: Factory, suite: str, results: list[dict[str, Any]
 
 
 def test_two_runs_of_one_configuration(stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
-    """With everything that has a key: a shared support, importances, nodes in parts, masks, a checkpoint."""
+    """With everything that has a key: a shared support, importances, masks, a checkpoint."""
     factory = Factory.fresh(stack.env(), "twins")
     mask = {"criterion": "connection_sensitivity", "density": 0.2, "shared": True, "reselect_every": None,
             "modules": r".*\.(v_proj|o_proj|up_proj)"}  # fmt: skip
@@ -61,9 +62,8 @@ def test_two_runs_of_one_configuration(stack: Any, tiny_config: CONFIG, tmp_path
     config = tiny_config("twins", held_in=3, mask=mask, merge=merge)
     config["evaluate"] |= {"few_shot": 0}
     config["resources"]["evaluator"] |= {"cpus": 0}  # idle evaluators of one run keep the other's experts not waiting
-    parts = config | {"resources": config["resources"] | {"node_tasks": 2}}  # how a node is made is in no key
-    held = factory.planned(config, tmp_path).experts["in0"].key
-    results = run_both(factory, [config, parts], tmp_path, held)
+    held = expert_recipes(factory.inputs(config, tmp_path))["in0"].key
+    results = run_both(factory, [config, config], tmp_path, held)
     check_worked_once(factory, "twins", results)
     kinds = Counter(manifest.kind for manifest in factory.manifests().values())
     assert {"expert", "fisher", "node", "merged", "task_mask", "evaluation", "checkpoint"} < set(kinds)
@@ -97,7 +97,7 @@ def test_two_runs_that_overlap(stack: Any, tiny_config: CONFIG, tmp_path: Path) 
     left = whole | {"held_in": {name: tasks[name] for name in ("in0", "in1")}}
     merge = {"fan_in": 2, "candidates": [{"method": "mean"}, {"method": "task_arithmetic", "params": {"lambda": 0.6}}]}
     right = whole | {"held_in": {name: tasks[name] for name in ("in1", "in2")}, "merge": merge}
-    held = factory.planned(left, tmp_path).experts["in1"].key
+    held = expert_recipes(factory.inputs(left, tmp_path))["in1"].key
     results = run_both(factory, [left, right], tmp_path, held)
     check_worked_once(factory, "overlap", results)
     kinds = Counter(manifest.kind for manifest in factory.manifests().values())

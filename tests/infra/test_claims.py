@@ -1,4 +1,4 @@
-"""Claims and the list of work that is held elsewhere, against a real store: all keys or none, takeover, waiting."""
+"""Claims against a real store: all keys or none, and takeover."""
 
 import signal
 import subprocess
@@ -6,7 +6,6 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 
 from infra.claims import Busy, Claim, claimed, release_claims, under_claim
-from infra.elsewhere import Elsewhere
 from infra.errors import StoreError
 from infra.leases import Holder, Watcher, holding, lease_name, new_owner, try_acquire
 from infra.store import Store
@@ -172,186 +170,6 @@ def test_a_killed_worker_is_replaced_by_its_retry_without_waiting(store: Store) 
     with claimed(store, Claim(("j", "k"), id="mine")) as busy:
         assert busy is None
     assert list(store.list("leases/")) == []
-
-
-# -- what is held elsewhere --------------------------------------------------------------------------------------
-
-
-class Driver:
-    """A driver whose worker is the test: claims that were handed out, results, and what `find` gives."""
-
-    def __init__(self, store: Store, expiry_s: float = 6.0) -> None:
-        self.now = 0.0
-        self.said: list[str] = []
-        self.elsewhere = Elsewhere(store, expiry_s, self.said.append, lambda: self.now)
-        self.handed: list[tuple[Claim, Callable[[Any], None]]] = []
-        self.results: list[Any] = []
-        self.existing: Any = None
-        self.looks = 0
-
-    def submit(self, *keys: str) -> None:
-        self.elsewhere.submit(
-            "it", keys, lambda claim, answer: self.handed.append((claim, answer)), self.find, self.results.append
-        )
-
-    def find(self) -> Any:
-        self.looks += 1
-        return self.existing
-
-    def work(self, store: Store) -> None:
-        """Do what was handed out last, as a worker would."""
-        claim, answer = self.handed.pop()
-        answer(under_claim(store, claim, lambda: "mine"))
-
-    def polls(self, seconds: float, step: float = 0.1) -> int:
-        """Poll for so long; how often something moved."""
-        moved = 0
-        for _ in range(round(seconds / step)):
-            self.now += step
-            moved += self.elsewhere.poll()
-        return moved
-
-
-def test_what_nobody_holds_is_done_at_once(store: Store) -> None:
-    driver = Driver(store)
-    driver.submit("a", "b")
-    driver.work(store)
-    assert driver.results == ["mine"]
-    assert driver.elsewhere.open == 0
-    assert driver.polls(10) == 0
-    assert driver.looks == 0
-
-
-def test_what_somebody_else_publishes_is_used_and_not_made(store: Store) -> None:
-    driver = Driver(store)
-    with holding(store, "a"):
-        driver.submit("a")
-        driver.work(store)
-        assert (driver.results, driver.elsewhere.open) == ([], 1)
-        assert driver.polls(0.2) == 0
-        driver.existing = "theirs"  # published, although the lease is still held
-        assert driver.polls(5) == 1
-    assert (driver.results, driver.handed, driver.elsewhere.open) == (["theirs"], [], 0)
-
-
-def test_what_somebody_else_gave_up_is_handed_out_again(store: Store) -> None:
-    driver = Driver(store)
-    with holding(store, "b"):
-        driver.submit("a", "b")
-        (first, _) = driver.handed[0]
-        driver.work(store)
-        assert driver.polls(30) == 0  # half of the expiry that the lease names
-    assert driver.polls(5) == 1
-    assert driver.handed[0][0].keys == ("a", "b")
-    assert driver.handed[0][0].id != first.id
-    driver.work(store)
-    assert driver.results == ["mine"]
-
-
-def test_what_a_dead_one_held_is_taken_over_after_the_expiry(store: Store) -> None:
-    driver = Driver(store)
-    dead = {key: try_acquire(store, key, new_owner(), expiry_s=6.0) for key in "ab"}
-    assert all(dead.values())
-    driver.submit("a", "b", "c")
-    driver.work(store)
-    driver.polls(5.5)
-    assert driver.handed == []
-    assert driver.polls(2.0) == 1
-    assert set(driver.handed[0][0].takeover) == {"a", "b"}
-    driver.work(store)
-    assert driver.results == ["mine"]
-    assert list(store.list("leases/")) == []
-
-
-def test_of_two_drivers_that_take_over_one_works_and_the_other_waits_for_it(store: Store) -> None:
-    assert try_acquire(store, "a", new_owner(), expiry_s=6.0) is not None
-    drivers = [Driver(store), Driver(store)]
-    for driver in drivers:
-        driver.submit("a")
-        driver.work(store)
-        assert driver.polls(10) == 1
-    (claim, answer) = drivers[0].handed.pop()
-    with claimed(store, claim) as busy:
-        assert busy is None
-        drivers[1].work(store)
-        assert drivers[1].polls(2) == 0
-    answer("mine")
-    drivers[1].existing = "theirs"
-    assert drivers[1].polls(2) == 1
-    assert [driver.results for driver in drivers] == [["mine"], ["theirs"]]
-
-
-def test_who_beats_is_waited_for(store: Store) -> None:
-    driver = Driver(store)
-    alive = try_acquire(store, "a", new_owner(), expiry_s=6.0)
-    assert alive is not None
-    driver.submit("a")
-    driver.work(store)
-    for _ in range(12):
-        assert driver.polls(3.0) == 0
-        assert alive.beat()
-    assert driver.elsewhere.open == 1
-    assert driver.looks < 12 * 3.0 / 0.4  # it is not asked for at every poll
-    assert len(driver.said) == 1
-    assert "it: being made elsewhere (process " in driver.said[0]
-
-
-def test_an_outage_of_the_store_is_survived_up_to_the_expiry(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = Driver(store)
-    assert try_acquire(store, "a", new_owner(), expiry_s=6.0) is not None
-    driver.submit("a")
-    driver.work(store)
-    driver.polls(4)
-
-    def fail(name: str) -> Any:
-        raise StoreError("down")
-
-    with monkeypatch.context() as down:
-        down.setattr(store.hasty(), "get_with_etag", fail)
-        driver.polls(4)
-    assert driver.polls(4) == 0  # nobody could beat meanwhile
-    monkeypatch.setattr(store.hasty(), "get_with_etag", fail)
-    with pytest.raises(StoreError, match="down"):
-        driver.polls(7)
-
-
-def test_work_behind_work_that_fails_is_looked_at_and_the_failing_one_raises_in_time(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    driver = Driver(store)
-    broken, found = [True], ["theirs"]
-
-    def fails() -> Any:
-        if broken[0]:
-            raise StoreError("not readable")
-
-    again: list[Any] = []
-    driver.elsewhere.wait("bad", ("a",), fails, driver.results.append, again.append)
-    driver.elsewhere.wait("good", ("b",), lambda: found.pop() if found else None, driver.results.append, again.append)
-    assert driver.polls(1) == 1
-    assert driver.results == ["theirs"]
-    alive = try_acquire(store, "b", new_owner(), expiry_s=6.0)
-    assert alive is not None
-    driver.elsewhere.wait("long", ("b",), lambda: None, driver.results.append, again.append)
-    for _ in range(4):  # others that succeed do not make it start anew
-        assert driver.polls(1) == 0
-        assert alive.beat()
-    with pytest.raises(StoreError, match="not readable"):
-        driver.polls(3)
-    assert driver.elsewhere.open == 2
-
-
-def test_a_driver_that_ends_frees_what_its_workers_hold(store: Store) -> None:
-    driver = Driver(store)
-    driver.submit("a")
-    driver.submit("b")
-    driver.submit("c")
-    driver.work(store)  # c
-    for claim, _ in driver.handed:
-        assert try_acquire(store, claim.keys[0], new_owner(), claim=claim.id) is not None
-    assert try_acquire(store, "c", new_owner()) is not None
-    driver.elsewhere.release()
-    assert [state(store, key) for key in "abc"] == ["free", "free", "live"]
 
 
 def test_requests_of_a_lease(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

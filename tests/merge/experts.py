@@ -1,13 +1,13 @@
 """Small experts for tests of merging: adapters with dyadic values, so that every sum is exact in any order."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from merge.adapter_file import AdapterDelta
 from merge.methods import METHODS
-from merge.reduce import ExpertChild
+from merge.reduce import DeltaReader, ExpertChild
 from merge.specs import Candidate
 from workers.adapter import AdapterMeta, AdapterReader, FileSource, save_adapter
 from workers.importance_file import FisherWriter, GramWriter, ImportanceMeta
@@ -65,6 +65,21 @@ def children(paths: Mapping[str, Path], extra: str | None = None) -> list[Expert
         ExpertChild(name, AdapterDelta(LocalFile(path), name), LocalFile(make_extra(extra, path)) if extra else None)
         for name, path in paths.items()
     ]
+
+
+class Only:
+    """Some tensors of a δ: what a node's file had when its tensors were split over several."""
+
+    def __init__(self, reader: DeltaReader, names: Sequence[str]) -> None:
+        self._reader = reader
+        self.names = [name for name in reader.names if name in names]
+        self.base_sha256, self.identity = reader.base_sha256, reader.identity
+        self.shape, self.count, self.load = reader.shape, reader.count, reader.load
+
+
+def only(children: Sequence[ExpertChild], names: Sequence[str]) -> list[ExpertChild]:
+    """The experts with these tensors alone."""
+    return [ExpertChild(child.name, Only(child.reader, names), child.extra) for child in children]
 
 
 def default_candidate(method: str, names: Iterable[str]) -> Candidate:

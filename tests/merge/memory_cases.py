@@ -13,9 +13,10 @@ from merge.adapter_file import AdapterDelta, AdapterWriter
 from merge.checkpoint_file import BaseCheckpoint, CheckpointDelta, CheckpointFiles, CheckpointWriter, FolderTarget
 from merge.lowering import Root
 from merge.methods import lower
-from merge.reduce import ExpertChild, NodeChild, Part, reduce_node, reduce_root
+from merge.reduce import ExpertChild, NodeChild, reduce_node, reduce_root
 from merge.specs import Candidate, plan_reductions
 from merge.statistics import TensorStatistics
+from tests.merge.experts import only
 from workers.adapter import AdapterMeta, save_adapter
 from workers.memory import give_back, peak_bytes, reset_peak
 from workers.ranged_file import LocalFile
@@ -49,15 +50,17 @@ def experts(folder: Path, layers: int, n: int) -> list[ExpertChild]:
     return [ExpertChild(f"e{at}", AdapterDelta(LocalFile(path), f"e{at}")) for at, path in enumerate(paths)]
 
 
-def root(folder: Path, children, part: Part | None = None) -> None:
+def root(folder: Path, children) -> None:
     (reduction,) = plan_reductions(CANDIDATES)
     sinks = {c: AdapterWriter(folder / f"{os.getpid()}-{at}") for at, c in enumerate(CANDIDATES)}
-    reduce_root(children, reduction.spec, sinks, BASE, part=part)
+    reduce_root(children, reduction.spec, sinks, BASE)
 
 
 def flat(folder: Path, n: int, layers: int, parts: int) -> None:
     """A flat merge of n adapters, of one of `parts` shares of the tensors; all headers are read and kept."""
-    root(folder, experts(folder, layers, n), Part(0, parts))
+    children = experts(folder, layers, n)
+    names = children[0].reader.names
+    root(folder, only(children, names[: len(names) // parts]))
 
 
 def node(folder: Path, layers: int) -> None:

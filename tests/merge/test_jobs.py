@@ -14,27 +14,21 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge.jobs
-import merge.local
-from infra.artifacts import Recipe, find, peek
+from infra.artifacts import find, peek
+from infra.claims import Busy, Claim
+from infra.engine.step import Answer, Place, Step
+from infra.engine.threads import Threads
 from infra.errors import AdapterError, StoreError
 from infra.store import Store
 from infra.store_source import StoreSource
 from merge.adapter_file import AdapterDelta, AdapterWriter
 from merge.export import export_checkpoint, export_job
-from merge.jobs import (
-    FinishJob,
-    Job,
-    NodeJob,
-    Ref,
-    RootJob,
-    TaskMaskJob,
-    manifests_of,
-    run_job,
-)
-from merge.local import run_threads
+from merge.jobs import ChildRef, NodeJob, Ref, RootJob, TaskMaskJob
+from merge.keys import merged_recipe
+from merge.local import Stored, merge_stored
 from merge.methods import METHODS
 from merge.reduce import ExpertChild, Fused, flat_merge
-from merge.schedule import MASKS, NODES, MergeSchedule
+from merge.reduction import MASKS, NODES
 from merge.specs import Candidate, plan_reductions
 from merge.spectral import spectrum
 from merge.tree import build_tree, path_to, post_order
@@ -65,6 +59,25 @@ CANDIDATES = (
     Candidate("spectral_power", {"p": -0.5}),
     Candidate("iso_c"),
 )
+
+
+class Recording(Threads):
+    """Notes the jobs that were done."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.jobs: list[Any] = []
+
+    async def run(self, step: Step, claim: Claim) -> Answer | Busy:
+        answer = await super().run(step, claim)
+        if not isinstance(answer, Busy):
+            self.jobs.append(step.call)
+        return answer
+
+
+def do(store: Store, job: Any) -> list[bool]:
+    """Run a job again: of each of its artifacts, whether it was made."""
+    return [made for _, made in job(store, Place())]
 
 
 class Experts:
@@ -113,23 +126,22 @@ class Experts:
         return Ref(key, file.sha256, (file,))
 
     def merge(
-        self,
-        names: Sequence[str],
-        candidates: Sequence[Candidate],
-        fan_in: int = 2,
-        parts: int = 1,
-        fused: Fused | None = None,
-    ) -> tuple[MergeSchedule, list[Job]]:
-        """Run the whole schedule; returns it and the jobs that were run."""
-        reductions = plan_reductions(candidates)
-        schedule = MergeSchedule(
-            self.store, reductions, names, fan_in, BASE, "bases/b/model.safetensors", parts, fused
+        self, names: Sequence[str], candidates: Sequence[Candidate], fused: Fused | None = None
+    ) -> tuple[Stored, list[Any]]:
+        """Merge with all candidates; returns what there is and the jobs that were run."""
+        workers = Recording(self.store, {"node": 2})
+        return self.stored(workers, names, candidates, fused), workers.jobs
+
+    def stored(
+        self, workers: Threads, names: Sequence[str], candidates: Sequence[Candidate], fused: Fused | None = None,
+        expiry_s: float = 60.0,
+    ) -> Stored:  # fmt: skip
+        """The same by these workers."""
+        refs = {name: self.refs[name] for name in names}
+        weights = "bases/b/model.safetensors"
+        return merge_stored(
+            self.store, candidates, refs, 2, BASE, weights, self.extras, fused or {}, workers, expiry_s
         )  # fmt: skip
-        extras = {(n, kind): self.extras[n, kind] for kind in schedule.extras for n in names}
-        done: list[Job] = []
-        run_threads(schedule, self.store, {n: self.refs[n] for n in names}, 2, extras, done.append)
-        assert schedule.complete
-        return schedule, done
 
     def flat(self, names: Sequence[str], candidate: Candidate) -> AdapterReader:
         kind = next((r.spec.extra for r in plan_reductions([candidate]) if r.spec.extra), None)
@@ -145,7 +157,7 @@ class Experts:
         flat_merge(children, [candidate], lambda _: AdapterWriter(out), BASE, scratch=self.folder)
         return AdapterReader(FileSource(out))
 
-    def merged(self, schedule: MergeSchedule, candidate: Candidate) -> AdapterReader:
+    def merged(self, schedule: Stored, candidate: Candidate) -> AdapterReader:
         return AdapterReader(StoreSource(self.store, schedule.merged[candidate].files["adapter"].name))
 
 
@@ -157,7 +169,7 @@ def experts(store: Store, tmp_path: Path) -> Experts:
     return made
 
 
-def labels(jobs: Sequence[Job]) -> Counter[str]:
+def labels(jobs: Sequence[Any]) -> Counter[str]:
     return Counter(job.label for job in jobs if isinstance(job, NodeJob | RootJob))
 
 
@@ -192,15 +204,15 @@ def test_the_tree_gives_what_a_flat_merge_gives_and_a_second_run_makes_nothing(e
         assert meta["delta_norm"] > 0
     again, jobs = experts.merge(NAMES, CANDIDATES)
     assert jobs == []
-    assert again.made == Counter()
-    assert again.reused == schedule.made
+    assert +again.tally.made == Counter()
+    assert +again.tally.reused == +schedule.tally.made
     assert {c: m.digest for c, m in again.merged.items()} == {c: m.digest for c, m in schedule.merged.items()}
 
 
 def test_a_mask_for_every_task_of_emr(experts: Experts) -> None:
     emr = Candidate("emr")
     schedule, jobs = experts.merge(NAMES, [emr])
-    assert schedule.made[MASKS] == len(NAMES) == sum(isinstance(job, TaskMaskJob) for job in jobs)
+    assert schedule.tally.made[MASKS] == len(NAMES) == sum(isinstance(job, TaskMaskJob) for job in jobs)
     unstated = {"base": ["not stated"], "data": ["not stated"]}  # these experts have no manifests
     nodes = [peek(experts.store, job.recipe.key) for job in jobs if isinstance(job, NodeJob)]
     assert nodes
@@ -217,45 +229,16 @@ def test_a_mask_for_every_task_of_emr(experts: Experts) -> None:
         assert kept == pytest.approx(mass, rel=1e-5)  # the scale restores the expert's L1 norm
 
 
-def test_parts_of_a_node_give_the_same_bytes(experts: Experts, store: Store) -> None:
-    candidates = CANDIDATES[1:4] + CANDIDATES[7:8]
-    schedule, done = experts.merge(NAMES, candidates, parts=3)
-    other = Store(store.bucket, store.endpoint, f"{store.prefix}-whole")
-    whole = Experts(other, experts.folder)
-    for number, name in enumerate(NAMES):
-        whole.make(name, number)
-    plain, _ = whole.merge(NAMES, candidates)
-    for candidate in candidates:
-        one, two = schedule.merged[candidate], plain.merged[candidate]
-        assert one.key == two.key
-        assert one.files["adapter"].sha256 == two.files["adapter"].sha256
-        for figure in ("delta_norm", "density", "rounding_loss_bfloat16"):
-            assert one.meta[figure] == pytest.approx(two.meta[figure])
-    left = {name.rpartition("/")[2] for name in store.list("objects/")}
-    assert left <= {"file", "adapter", "statistics-00000", "statistics-00001", "statistics-00002"}
-    roots = [manifest for manifest in schedule.merged.values()]
-    for manifest in roots:
-        assert [name for name in store.list(f"objects/{manifest.key}/")] == [manifest.files["adapter"].name]
-    finishes = [job for job in done if isinstance(job, FinishJob) and isinstance(job.whole, RootJob)]
-    assert finishes
-    for job in finishes:  # the worker died before its answer was seen: the call is repeated, the parts are gone
-        repeated = manifests_of(run_job(store, job))
-        assert not any(made for _, made in repeated)
-        assert {found.digest for found, _ in repeated} <= {manifest.digest for manifest in roots}
-    again, jobs = experts.merge(NAMES, candidates, parts=2)  # how a node is split is in no key
-    assert (jobs, again.reused) == ([], schedule.made)
-
-
 def test_changing_one_expert_remakes_its_path_and_all_of_later_rounds(experts: Experts) -> None:
     candidates = [CANDIDATES[0], CANDIDATES[2], CANDIDATES[6]]
     experts.merge(NAMES, candidates)
     experts.make(NAMES[3], 100)
     _, jobs = experts.merge(NAMES, candidates)
-    rounds = {number: reduction.round for number, reduction in enumerate(plan_reductions(candidates))}
-    for number, round_ in rounds.items():
-        own = labels([job for job in jobs if isinstance(job, NodeJob | RootJob) and job.reduction == number])
-        everything = Counter(node.label for node in post_order(build_tree(NAMES, 2)))
-        assert own == (path_labels(NAMES, NAMES[3]) if round_ == 1 else everything)
+    rounds = Counter(reduction.round for reduction in plan_reductions(candidates))
+    path, everything = path_labels(NAMES, NAMES[3]), Counter(node.label for node in post_order(build_tree(NAMES, 2)))
+    first, later = ([job for job in jobs if (job.reference is None) == is_first] for is_first in (True, False))
+    assert labels(first) == Counter({label: count * rounds[1] for label, count in path.items()})
+    assert labels(later) == Counter({label: count * rounds[2] for label, count in everything.items()})
 
 
 def test_adding_and_removing_an_expert_remake_what_differs(experts: Experts) -> None:
@@ -278,7 +261,7 @@ def test_another_scale_lowers_the_root_alone(experts: Experts) -> None:
     (root,) = jobs
     assert isinstance(root, RootJob)
     assert [candidate.params["lambda"] for candidate, _ in root.candidates] == [0.25]
-    assert (schedule.made[NODES], schedule.reused[NODES]) == (1, len(post_order(build_tree(NAMES, 2))) - 1)
+    assert (schedule.tally.made[NODES], schedule.tally.reused[NODES]) == (1, len(post_order(build_tree(NAMES, 2))) - 1)
 
 
 def test_another_power_lowers_the_root_alone(experts: Experts) -> None:
@@ -288,14 +271,13 @@ def test_another_power_lowers_the_root_alone(experts: Experts) -> None:
     schedule, jobs = experts.merge(NAMES, [*others, Candidate("iso_c", {"floor": 0.1})])
     (root,) = jobs
     assert isinstance(root, RootJob)
-    assert (schedule.made[NODES], schedule.reused[NODES]) == (1, len(post_order(build_tree(NAMES, 2))) - 1)
+    assert (schedule.tally.made[NODES], schedule.tally.reused[NODES]) == (1, len(post_order(build_tree(NAMES, 2))) - 1)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_the_parts_of_a_fused_weight_reach_the_root(experts: Experts, parts: int) -> None:
+def test_the_parts_of_a_fused_weight_reach_the_root(experts: Experts) -> None:
     name, rows = "l0.up.weight", (8, 4, 4)
     candidate = Candidate("spectral_power", {"p": -1, "parts": "qkv"})
-    schedule, _ = experts.merge(NAMES, [candidate, Candidate("mean")], parts=parts, fused={name: rows})
+    schedule, _ = experts.merge(NAMES, [candidate, Candidate("mean")], {name: rows})
     merged = experts.merged(schedule, candidate).load(name).values.view(SHAPES[name])
     mean = experts.merged(schedule, Candidate("mean")).load(name)
     total = torch.zeros(mean.numel).index_copy_(0, mean.indices, mean.values).view(SHAPES[name]) * len(NAMES)
@@ -355,40 +337,14 @@ def test_a_repeated_job_finds_what_it_published(
     monkeypatch.setattr(merge.jobs, "reduce_node", None)
     monkeypatch.setattr(merge.jobs, "reduce_root", None)
     for job in done:
-        assert not any(made for _, made in manifests_of(run_job(store, job)))
+        assert not any(do(store, job))
 
 
 def test_a_root_lowers_only_what_is_missing(experts: Experts, store: Store) -> None:
     schedule, done = experts.merge(NAMES, CANDIDATES[:2])
     (root,) = [job for job in done if isinstance(job, RootJob)]
     store.delete(schedule.merged[CANDIDATES[0]].files["adapter"].name)
-    assert [made for _, made in manifests_of(run_job(store, root))] == [True, False]
-
-
-def test_parts_stay_until_every_merge_of_a_root_is_published(
-    experts: Experts, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    published: list[Candidate] = []
-    real = merge.jobs._publish_merged
-
-    def fail_once(store: Store, job: RootJob, recipe: Recipe, file: Any, merged: Any, *rest: Any) -> Any:
-        if len(published) == 1:
-            published.append(merged.candidate)
-            raise StoreError("gone for a moment")
-        published.append(merged.candidate)
-        return real(store, job, recipe, file, merged, *rest)
-
-    monkeypatch.setattr(merge.jobs, "_publish_merged", fail_once)
-    jobs: list[Job] = []
-    monkeypatch.setattr(merge.local, "run_job", lambda store, job: (jobs.append(job), run_job(store, job))[1])
-    with pytest.raises(StoreError, match="for a moment"):
-        experts.merge(NAMES, CANDIDATES[:2], parts=2)
-    (finish,) = [job for job in jobs if isinstance(job, FinishJob) and isinstance(job.whole, RootJob)]
-    parts = {file.name for output in finish.outputs for file in output.files.values()}
-    assert len(parts) == 4
-    assert parts <= set(store.list("objects/"))
-    assert [made for _, made in manifests_of(run_job(store, finish))] == [False, True]
-    assert not parts & set(store.list("objects/"))
+    assert do(store, root) == [True, False]
 
 
 def test_corrupted_and_missing_inputs_end_the_merge_with_their_reason(experts: Experts, store: Store) -> None:
@@ -400,7 +356,7 @@ def test_corrupted_and_missing_inputs_end_the_merge_with_their_reason(experts: E
         experts.merge(NAMES, CANDIDATES[:1])
     store.put(file.name, bytes(data[:100]))
     with pytest.raises((StoreError, AdapterError)):
-        experts.merge(NAMES, CANDIDATES[:1], parts=2)
+        experts.merge(NAMES, CANDIDATES[:1])
 
 
 def test_a_checkpoint_is_exported_and_found(experts: Experts, tmp_path: Path, store: Store) -> None:
@@ -414,9 +370,11 @@ def test_a_checkpoint_is_exported_and_found(experts: Experts, tmp_path: Path, st
     delta = SparseTensor((32, 32), torch.tensor([0, 5]), torch.tensor([0.5, -0.25]))
     save_adapter(path, {name: delta}, AdapterMeta(base.sha256))
     ref = experts.put(path, "one")
-    schedule = MergeSchedule(store, plan_reductions(CANDIDATES[:1]), ["one"], 2, base.sha256)
-    run_threads(schedule, store, {"one": ref}, 1)
-    merged = schedule.merged[CANDIDATES[0]]
+    (reduction,) = plan_reductions(CANDIDATES[:1])
+    recipe = merged_recipe(CANDIDATES[0], "r" * 64)
+    child = ChildRef("expert", "one", ref)
+    root = RootJob("", reduction.spec, (child,), base.sha256, None, None, ((CANDIDATES[0], recipe),), {})
+    ((merged, _),) = root(store, Place())
     assert merged.meta["rounding_loss_bfloat16"] is None  # no base was given
     job = export_job(merged, base.sha256, "float32", 1 << 30)
     manifest, made = export_checkpoint(store, job)

@@ -10,23 +10,19 @@ from safetensors.torch import save_file
 
 from infra.errors import AdapterError, MergeError
 from merge.adapter_file import AdapterDelta, AdapterWriter
-from merge.children import Join
 from merge.methods import METHODS
-from merge.node_file import StatisticsReader
 from merge.prefetch import Load, prefetch
 from merge.reduce import (
     ROOT_VERSIONS,
     ExpertChild,
     NodeChild,
-    Part,
     flat_merge,
-    join_roots,
     reduce_node,
     reduce_root,
 )
 from merge.specs import Candidate, LiftSpec, plan_reductions
 from merge.tree import Leaf, Node, build_tree, leaf_names, post_order
-from tests.merge.experts import BASE, SHAPES, children, default_candidate, load, make_experts, make_extra, same
+from tests.merge.experts import BASE, SHAPES, children, default_candidate, load, make_experts, make_extra, only, same
 from workers.adapter import AdapterMeta, AdapterReader, FileSource, save_adapter
 from workers.ranged_file import LocalFile
 from workers.support import SparseTensor
@@ -49,29 +45,26 @@ def by_default(method: str, names) -> Candidate:
     return Candidate(method, EXACT[method]) if method in EXACT else default_candidate(method, names)
 
 
-def run_tree(folder: Path, paths: dict[str, Path], fan_in: int, candidates, parts: int = 1) -> dict[Candidate, Path]:
-    """All reductions and rounds over the whole tree, each inner node in `parts` files."""
+def run_tree(folder: Path, paths: dict[str, Path], fan_in: int, candidates) -> dict[Candidate, Path]:
+    """All reductions and rounds over the whole tree."""
     tree = build_tree(list(paths), fan_in)
     outs: dict[Candidate, Path] = {}
     for number, reduction in enumerate(plan_reductions(candidates)):
-        files: dict[Node, tuple[Path, ...]] = {}
+        files: dict[Node, Path] = {}
         spec = reduction.spec
         earlier = AdapterDelta(LocalFile(outs[spec.reference]), "earlier") if spec.reference else None
         experts = {child.name: child for child in children(paths, spec.extra)}
 
         def below(node: Node, experts=experts, files=files):
             return [
-                experts[c.name]
-                if isinstance(c, Leaf)
-                else NodeChild(c.label, tuple(LocalFile(path) for path in files[c]))
+                experts[c.name] if isinstance(c, Leaf) else NodeChild(c.label, (LocalFile(files[c]),))
                 for c in node.children
             ]
 
         for node in post_order(tree)[:-1]:
-            files[node] = tuple(folder / f"node-{number}-{node.label}-{part}" for part in range(parts))
-            for part, path in enumerate(files[node]):
-                info = reduce_node(below(node), spec, path, BASE, earlier, Part(part, parts))
-                assert info.experts == tuple(leaf_names(node))
+            files[node] = folder / f"node-{number}-{node.label}"
+            info = reduce_node(below(node), spec, files[node], BASE, earlier)
+            assert info.experts == tuple(leaf_names(node))
         targets = {candidate: folder / f"out-{number}-{i}" for i, candidate in enumerate(reduction.candidates)}
         info = reduce_root(below(tree), spec, {c: AdapterWriter(p) for c, p in targets.items()}, BASE, None, earlier)
         assert [merged.candidate for merged in info.merged] == list(reduction.candidates)
@@ -102,7 +95,7 @@ def test_a_tree_equals_the_flat_merge_exactly(tmp_path, fan_in, n):
     paths = make_experts(tmp_path, [f"task-{i}" for i in range(n)], seed=n, skip="l1.v.weight")
     shuffled = list(paths.items())
     random.Random(n).shuffle(shuffled)
-    outs = run_tree(tmp_path, dict(shuffled), fan_in, CANDIDATES, parts=1 + n % 3)
+    outs = run_tree(tmp_path, dict(shuffled), fan_in, CANDIDATES)
     _, flat = run_flat(tmp_path / "flat", paths, CANDIDATES)
     for candidate in CANDIDATES:
         assert same(load(flat[candidate]), load(outs[candidate])), candidate
@@ -143,44 +136,6 @@ def test_real_values_agree_across_trees_within_the_bound_of_their_sums(tmp_path,
     assert bool(((flat - tree).abs() <= bound)[clear].all())
     assert int(clear.sum()) > 1990
     assert not torch.equal(flat, tree)  # else the test says nothing
-
-
-@pytest.mark.parametrize("parts", [2, 3, 7])
-def test_parts_of_a_node_are_the_whole(tmp_path, parts):
-    paths = make_experts(tmp_path, ["a", "b", "c", "d"], skip="l1.v.weight")
-    spec = LiftSpec(("sum", "count"))
-    reduce_node(children(paths), spec, tmp_path / "whole")
-    whole = StatisticsReader(FileSource(tmp_path / "whole"))
-    names = []
-    for part in range(parts):
-        reduce_node(children(paths), spec, tmp_path / "part", part=Part(part, parts))
-        reader = StatisticsReader(FileSource(tmp_path / "part"))
-        assert reader.meta == whole.meta
-        for name in reader.names:
-            a, b = reader.load(name), whole.load(name)
-            assert torch.equal(a.indices, b.indices)
-            assert all(torch.equal(a.arrays[key], b.arrays[key]) for key in a.arrays)
-        names += reader.names
-    assert names == whole.names
-    assert Join.open(children(paths), spec, part=Part(0, 2)).names == ["l0.up.weight"]  # half of the positions
-
-
-def test_infos_of_parts_add_up(tmp_path):
-    paths = make_experts(tmp_path, ["a", "b", "c"])
-    g = torch.Generator().manual_seed(5)
-    save_file({n: torch.randn(s, generator=g).bfloat16() for n, s in SHAPES.items()}, tmp_path / "base")
-    base, spec = LocalFile(tmp_path / "base"), plan_reductions([Candidate("mean")])[0].spec
-
-    def root(part):
-        return reduce_root(
-            children(paths), spec, {Candidate("mean"): AdapterWriter(tmp_path / "o")}, None, base, None, part
-        )
-
-    whole, joined = root(None), join_roots([root(Part(at, 3)) for at in range(3)])
-    assert (joined.experts, joined.tensors, joined.positions) == (whole.experts, whole.tensors, whole.positions)
-    a, b = joined.merged[0], whole.merged[0]
-    assert (a.nonzero, a.positions, a.elements, a.density) == (b.nonzero, b.positions, b.elements, b.density)
-    assert (a.norm, a.rounding_loss) == (pytest.approx(b.norm), pytest.approx(b.rounding_loss))
 
 
 def test_merged_adapters_say_what_they_are_and_repeat_byte_for_byte(tmp_path):
@@ -271,8 +226,6 @@ def test_misfits_are_refused_and_leave_no_file(tmp_path):
         reduce_node([], spec, out)
     with pytest.raises(MergeError, match="has no weight"):
         reduce_node(children(paths), LiftSpec(("sum",), weights=(("a", 1.0),)), out)
-    with pytest.raises(MergeError, match="part 2 of 2"):
-        Part(2, 2)
     for candidate in (Candidate("ties"), Candidate("overlap_mean"), Candidate("ties", {"density": 0.5})):
         with pytest.raises(MergeError, match="cannot be lowered"):
             reduce_root(children(paths), spec, {candidate: AdapterWriter(out)})
@@ -309,16 +262,19 @@ def test_nodes_of_other_reductions_are_refused(tmp_path):
         reduce_node([NodeChild("n", (FileSource(tmp_path / "second"),))], other, tmp_path / "out", reference=reference)
 
 
-def test_parts_of_different_nodes_are_refused(tmp_path):
+def test_a_node_in_several_files_is_read_and_files_of_different_nodes_are_refused(tmp_path):
+    """Former versions split a node's tensors over several files."""
     paths = make_experts(tmp_path, ["a", "b", "c"])
-    spec = LiftSpec(("sum",))
-    for name, group, part in (("1", "ab", 0), ("2", "ab", 1), ("3", "ac", 1)):
-        reduce_node(children({n: paths[n] for n in group}), spec, tmp_path / name, part=Part(part, 2))
+    spec, names = LiftSpec(("sum",)), sorted(SHAPES)
+    for name, group, own in (("1", "ab", names[:1]), ("2", "ab", names[1:]), ("3", "ac", names[1:])):
+        reduce_node(only(children({n: paths[n] for n in group}), own), spec, tmp_path / name)
 
     def node(*files, experts=None):
         return NodeChild("n", tuple(FileSource(tmp_path / file) for file in files), experts)
 
     assert reduce_node([node("1", "2")], spec, tmp_path / "out").tensors == 3
+    reduce_node(children({n: paths[n] for n in "ab"}), spec, tmp_path / "whole")
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
     assert reduce_node([node("1", "2", experts=("x", "y"))], spec, tmp_path / "out").experts == ("x", "y")
     for files, message in ((("1", "3"), "metadata differ"), (("1", "1"), "two hold"), ((), "no file")):
         with pytest.raises(MergeError, match=message):

@@ -31,7 +31,7 @@ def said(store: Store) -> set[str]:
 @pytest.fixture(autouse=True)
 def keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys that need no configuration."""
-    monkeypatch.setattr(announcing, "planned_keys", lambda each: frozenset({f"key of {each.base.sha256}"}))
+    monkeypatch.setattr(announcing, "known_keys", lambda each: frozenset({f"key of {each.base.sha256}"}))
 
 
 def test_all_seeds_are_announced_and_what_is_learnt_is_added(store: Store) -> None:

@@ -11,12 +11,12 @@ import pytest
 from infra.artifacts import Manifest
 from infra.store import FileRef, Store
 from pipeline.estimate import Estimate, Slots, Stage, estimate, find_slots, spread
-from pipeline.forecast import Count, Forecast
-from pipeline.planning import plan_recipes
+from pipeline.flow.rehearse import Count, Forecast
 from pipeline.preflight import Cost
-from tests.pipeline.test_planning import inputs
+from tests.pipeline.given import inputs
 
 NOWHERE = Store("bucket", "http://127.0.0.1:9")
+INNER = 2
 TASKS = [f"task{number}" for number in range(4)]
 COST = Cost(
     trainable=100, adapted=500, parameters=1000, expert_tokens=dict.fromkeys(TASKS, 300), worker_bytes=1,
@@ -34,7 +34,7 @@ def of(
     results: list[dict[str, Any]] | None = None, slots: int = 2,
 ) -> dict[str, Stage]:  # fmt: skip
     given = inputs(NOWHERE, 4, merge={"fan_in": 2, "candidates": [{"method": "mean"}]})
-    forecast = Forecast(given, plan_recipes(given), None, counts, stale, found)
+    forecast = Forecast(given, None, counts, stale, found, INNER)
     cost = estimate([forecast], before or {}, results or [], COST, Slots(slots, slots, "a test"), lambda: 1000.0)
     return {stage.kind: stage for stage in cost.stages}
 
@@ -84,8 +84,7 @@ def test_a_root_that_several_merges_came_from_counts_once_and_stores_no_node() -
     node = manifest("node", 3, 100, label="0", seconds=2.0)
     stages = of({"merge_nodes": Count(2, 2), "merges": Count(1, 2)}, *merges, node)
     assert stages["merge_nodes"].seconds == 3.0
-    inner = len(plan_recipes(inputs(NOWHERE, 4, merge={"fan_in": 2, "candidates": [{"method": "mean"}]})).nodes)
-    assert stages["merge_nodes"].bytes == 100 * inner / 4 * 2
+    assert stages["merge_nodes"].bytes == 100 * INNER / 4 * 2
     assert (stages["merges"].seconds, stages["merges"].bytes) == (None, 5)
 
 

@@ -414,14 +414,14 @@ def test_a_claimed_recipe_names_no_bytes(
     edited = claiming(folder, base, "edited", recipe.key, 1)
     publish(store, recipe, {"adapter": own}, {}, {})
     found: dict[str, list[str]] = {}
-    make = merge_run.run_threads
+    make = merge_run.merge_stored_tree
 
-    def note(schedule: Any, store: Store, experts: dict[str, Ref], *more: Any) -> None:
+    def note(store: Store, candidates: Any, experts: dict[str, Ref], *more: Any, **named: Any) -> Any:
         for name, ref in experts.items():
             found.setdefault(name, []).append(ref.key)
-        make(schedule, store, experts, *more)
+        return make(store, candidates, experts, *more, **named)
 
-    monkeypatch.setattr(merge_run, "run_threads", note)
+    monkeypatch.setattr(merge_run, "merge_stored_tree", note)
     for method in ("mean", "dare_linear"):
         given = [item for file in (own, edited) for item in ("--expert", str(file))]
         succeeded(merge("run", "--store", *given, "--out", "stored", method=method, count=0))

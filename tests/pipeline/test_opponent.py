@@ -15,7 +15,7 @@ from infra.store import FileRef, Store
 from infra.store_errors import ObjectCorrupted, ObjectMissing
 from pipeline.candidates import Candidates
 from pipeline.config import PipelineConfig
-from pipeline.jobs import evaluation_job, opponent_job
+from pipeline.flow.steps import evaluation_job, opponent_job
 from pipeline.opponent import Incomparable, Opponent, find_champion, is_lasting, unseen
 from pipeline.outcome import Inputs
 from pipeline.tasks import SPLITS, TaskConfig, TaskData
@@ -253,11 +253,11 @@ def test_a_champion_has_the_scores_that_it_got_as_a_challenger() -> None:
     made = Manifest("1" * 64, "expert", 1, {"prompt": OLD}, {"adapter": FileRef("adapter", "2" * 64, 1)}, {})
     champion = Opponent(3, made, BASE, {"task": made})
     then = evaluation_job(inputs(), "expert", "gate", "task", made, made)
-    assert then.base_sha256 is None
+    assert then.base_sha256 == BASE
     for today in (inputs(), inputs(template="New: {input}", wrapper="[{prompt}]", max_input_tokens=5)):
         job = opponent_job(today, "expert_champion", "task", champion)
         assert (job.recipe.key, job.split, job.adapter) == (then.recipe.key, "gate", made.files["adapter"])
-        assert job.base_sha256 is None
+        assert job.base_sha256 == BASE
     moved = opponent_job(inputs("c" * 64), "expert_champion", "task", champion)
     assert (moved.recipe.key, moved.base_sha256) == (then.recipe.key, BASE)
 
@@ -266,5 +266,5 @@ def test_without_a_champion_the_base_is_asked_as_today() -> None:
     given = inputs(template="New: {input}")
     job = opponent_job(given, "base", "task", Opponent())
     assert str(Opponent()) == "base"
-    assert (job.adapter, job.base_sha256) == (None, None)
+    assert (job.adapter, job.base_sha256) == (None, given.base.sha256)
     assert job.recipe.key == evaluation_job(given, "base", "gate", "task", None, None).recipe.key

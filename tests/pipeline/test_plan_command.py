@@ -8,12 +8,11 @@ from rich.console import Console
 
 from infra.store import Store
 from pipeline.estimate import Estimate, Slots, Stage
-from pipeline.forecast import Count, Forecast
+from pipeline.flow.rehearse import Count, Forecast, expert_recipes
 from pipeline.plan_command import Plan, plan_json, show
-from pipeline.planning import plan_recipes
 from pipeline.preflight import Cost, Prepared
 from pipeline.reasons import Reasons
-from tests.pipeline.test_planning import inputs
+from tests.pipeline.given import inputs
 
 GIVEN = inputs(Store("bucket", "http://127.0.0.1:9"), 3, merge={"fan_in": 2, "candidates": [{"method": "mean"}]})
 COUNTS = {
@@ -33,7 +32,7 @@ def plan(counts: dict[str, Count], reasons: dict[str, Reasons], stages: tuple[St
     given = {
         name: getattr(GIVEN, name) for name in ("config", "store", "base", "tasks", "max_new_tokens", "candidates")
     }
-    forecast = Forecast(GIVEN, plan_recipes(GIVEN), None, counts, tuple(reasons), ())
+    forecast = Forecast(GIVEN, None, counts, tuple(reasons), (), 2)
     return Plan(Prepared(**given, cost=cost), (forecast,), (reasons,), Estimate(Slots(2, 1, "the Ray cluster"), stages))
 
 
@@ -72,7 +71,7 @@ def test_machines_read_names_that_stay() -> None:
     row = found["experts"][1]
     assert row == {
         "task": "task1", "seed": 0, "state": "make", "why": ["data: 3 rows added to train, 1 removed", "seed → 1"],
-        "key": plan_recipes(GIVEN).experts["task1"].key,
+        "key": expert_recipes(GIVEN)["task1"].key,
     }  # fmt: skip
     assert found["estimate"]["slots"] == 2
     assert found["estimate"]["seconds"] == 7590.4

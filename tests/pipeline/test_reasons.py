@@ -9,7 +9,7 @@ import pytest
 from infra.artifacts import Recipe, manifest_name, publish
 from infra.snapshot import Snapshot
 from infra.store import Store
-from pipeline.forecast import Forecast
+from pipeline.flow.rehearse import Forecast
 from pipeline.reasons import NEW, Reasons, find_reasons
 from pipeline.recipes import expert_recipe
 from tests.pipeline.test_staleness import BASE, config, data, row
@@ -28,8 +28,8 @@ def ask(store: Store, monkeypatch: pytest.MonkeyPatch) -> Any:
     def found(*remembered: str, latest: str | None = None) -> Reasons:
         monkeypatch.setattr("pipeline.reasons.expert_keys", lambda suite, task, limit: list(remembered))
         inputs = SimpleNamespace(config=config(), tasks={"one": data()}, store=store, base=SimpleNamespace(sha256=BASE))
-        planned = SimpleNamespace(experts={"one": NOW}, support=None)
-        forecast = SimpleNamespace(stale=["one"], planned=planned, support=None, inputs=inputs)
+        given = {"experts": {"one": NOW}, "support": None, "support_recipe": None, "inputs": inputs}
+        forecast = SimpleNamespace(stale=["one"], **given)
         results = [{"held_in": {"one": {"expert_key": latest}}}] if latest else []
         return find_reasons(cast(Forecast, forecast), Snapshot(store), results)["one"]
 

@@ -72,7 +72,7 @@ def make(few_shot: int = 2, serving: str | None = "bfloat16", held_out: int = 1,
         standings={MEAN: Standing(0, 1, 1, 0.25), TIES: Standing(1, 2, 2, 0.5)},
         made=Counters(experts=1, merge_nodes=1, evaluations=9),
         reused=Counters(experts=1, evaluations=2),
-        spans={"alpha": (100.0, 104.0), "beta": (104.0, 106.0)},
+        spans=[(100.0, 104.0), (104.0, 106.0)],
         seconds={"experts": 6.0, "merge": 1.0, "evaluate": 2.0, "total": 9.0},
         slots=2,
     )  # fmt: skip
@@ -208,7 +208,7 @@ def test_json_has_no_nan() -> None:
 
 def test_a_run_that_made_nothing_has_no_utilisation() -> None:
     inputs, outcome = make()
-    outcome.spans = {}
+    outcome.spans = []
     found = build_results(inputs, outcome)
     assert found["slot_utilisation"] is None
     assert '"slot_utilisation": null' in results_json(found)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from infra.artifacts import Recipe
+from infra.artifacts import Manifest, Recipe
 from infra.digests import file_sha256
 from infra.errors import AdapterError, BaseModelError, MergeError, StoreError
 from infra.store import FileRef, ObjectInfo
@@ -117,9 +117,14 @@ def job(adapter: FileRef | None, weights: str = "float32", key: str = "") -> Eva
     spec = EvaluateSpec("exact_match", wrapper=WRAPPER, max_new_tokens=4)
     recipe = Recipe("evaluation", 1, {"adapter": adapter.name if adapter else None, "weights": weights, "key": key})
     return EvaluationJob(
-        recipe, "task", "test", ROWS_OBJECT, spec, "expert" if adapter else "base", adapter, weights,
+        recipe, "", "task", "test", ROWS_OBJECT, spec, "expert" if adapter else "base", adapter, "float32", weights, 4,
         provenance={"data": {"source": "here", "license": "mit"}},
     )  # fmt: skip
+
+
+def score(evaluator: Evaluator, job: EvaluationJob, batch_size: int = 4) -> tuple[Manifest, bool]:
+    """By the evaluator, on the base that it has unless the job names one."""
+    return evaluator.evaluate(replace(job, base_sha256=job.base_sha256 or evaluator._loaded), batch_size)
 
 
 def weights(evaluator: Evaluator) -> dict[str, torch.Tensor]:
@@ -147,17 +152,17 @@ def test_adapters_come_and_go_and_leave_the_base_as_it_was(
     one = put(files, tmp_path, "one", first, base.sha256)
     two = put(files, tmp_path, "two", second, base.sha256)
     before = weights(evaluator)
-    evaluator.evaluate(job(None), 4)
+    score(evaluator, job(None), 4)
     assert same(weights(evaluator), before)
-    evaluator.evaluate(job(one), 4)
+    score(evaluator, job(one), 4)
     assert same(weights(evaluator), added(before, first))
     assert not same(weights(evaluator), before)
-    evaluator.evaluate(job(two), 4)
+    score(evaluator, job(two), 4)
     assert same(weights(evaluator), added(before, second))
-    evaluator.evaluate(job(two, "bfloat16"), 4)
-    evaluator.evaluate(job(one, key="again"), 4)
+    score(evaluator, job(two, "bfloat16"), 4)
+    score(evaluator, job(one, key="again"), 4)
     assert same(weights(evaluator), added(before, first))
-    evaluator.evaluate(job(None, key="again"), 4)
+    score(evaluator, job(None, key="again"), 4)
     assert same(weights(evaluator), before)
 
 
@@ -175,19 +180,19 @@ def test_a_job_may_name_another_base(
     assert other.sha256 != base.sha256
     before = weights(evaluator)
     mine, theirs = delta(1, UP), delta(2, UP)
-    own = job(put(files, tmp_path, "own", mine, base.sha256), key="own")
+    own = replace(job(put(files, tmp_path, "own", mine, base.sha256), key="own"), base_sha256=base.sha256)
     foreign = replace(job(put(files, tmp_path, "foreign", theirs, other.sha256), key="o"), base_sha256=other.sha256)
-    evaluator.evaluate(own, 3)
-    evaluator.evaluate(foreign, 3)
+    score(evaluator, own, 3)
+    score(evaluator, foreign, 3)
     expected = {name: parameter.detach().float() for name, parameter in second.named_parameters()}
     assert same(weights(evaluator), added(expected, theirs))
-    evaluator.evaluate(job(None, key="base"), 3)
+    score(evaluator, replace(job(None, key="base"), base_sha256=base.sha256), 3)
     assert same(weights(evaluator), before)
     with pytest.raises(AdapterError, match=other.sha256[:12]):
-        evaluator.evaluate(replace(foreign, base_sha256=None, recipe=Recipe("evaluation", 1, {"key": "w"})), 3)
+        score(evaluator, replace(foreign, base_sha256=base.sha256, recipe=Recipe("evaluation", 1, {"key": "w"})), 3)
     with pytest.raises(BaseModelError, match="not in the object store"):
-        evaluator.evaluate(replace(foreign, base_sha256="0" * 64, recipe=Recipe("evaluation", 1, {"key": "g"})), 3)
-    evaluator.evaluate(replace(own, recipe=Recipe("evaluation", 1, {"key": "again"})), 3)
+        score(evaluator, replace(foreign, base_sha256="0" * 64, recipe=Recipe("evaluation", 1, {"key": "g"})), 3)
+    score(evaluator, replace(own, recipe=Recipe("evaluation", 1, {"key": "again"})), 3)
     assert same(weights(evaluator), added(before, mine))
 
 
@@ -196,12 +201,12 @@ def test_an_adapter_that_is_in_place_is_not_fetched_again(
 ) -> None:
     one = put(files, tmp_path, "one", delta(1, UP), base.sha256)
     for number in range(3):
-        evaluator.evaluate(job(one, key=str(number)), 4)
+        score(evaluator, job(one, key=str(number)), 4)
     assert files.downloads == 1
-    evaluator.evaluate(job(one, "bfloat16"), 4)
+    score(evaluator, job(one, "bfloat16"), 4)
     assert files.downloads == 2
-    evaluator.evaluate(job(None), 4)
-    evaluator.evaluate(job(one, key="again"), 4)
+    score(evaluator, job(None), 4)
+    score(evaluator, job(one, key="again"), 4)
     assert files.downloads == 3
 
 
@@ -210,7 +215,7 @@ def test_scores_follow_the_weights(evaluator: Evaluator, files: Files, base: Pre
     one = put(files, tmp_path, "one", large, base.sha256)
 
     def outputs(adapter: FileRef | None, key: str) -> list[str]:
-        manifest, made = evaluator.evaluate(job(adapter, key=key), 4)
+        manifest, made = score(evaluator, job(adapter, key=key), 4)
         assert made
         lines = [json.loads(line) for line in files.data[manifest.files["rows"].name].decode().splitlines()]
         assert [line["id"] for line in lines] == [row.id for row in ROWS]
@@ -246,20 +251,20 @@ def test_a_task_mask_is_applied_and_taken_off(
     unified = put(files, tmp_path, "unified", whole, base.sha256)
     masks = {every: put_mask(files, tmp_path, f"mask{every}", unified, base.sha256, 1.5, every) for every in (2, 3)}
     before = weights(evaluator)
-    evaluator.evaluate(job(unified), 4)
+    score(evaluator, job(unified), 4)
     for every in (2, 3):
-        evaluator.evaluate(replace(job(unified, key=str(every)), mask=masks[every]), 4)
+        score(evaluator, replace(job(unified, key=str(every)), mask=masks[every]), 4)
         kept = torch.arange(300) % every == 0
         seen = {name: SparseTensor(t.shape, t.indices[kept], t.values[kept] * 1.5) for name, t in whole.items()}
         assert same(weights(evaluator), added(before, seen))
     downloads = files.downloads
-    evaluator.evaluate(replace(job(unified, key="again"), mask=masks[3]), 4)
+    score(evaluator, replace(job(unified, key="again"), mask=masks[3]), 4)
     assert files.downloads == downloads
-    evaluator.evaluate(job(unified, key="unmasked"), 4)
+    score(evaluator, job(unified, key="unmasked"), 4)
     assert same(weights(evaluator), added(before, whole))
     other = put(files, tmp_path, "other", delta(2, UP), base.sha256)
     with pytest.raises(MergeError, match="is over the merged adapter"):
-        evaluator.evaluate(replace(job(other, key="wrong"), mask=masks[2]), 4)
+        score(evaluator, replace(job(other, key="wrong"), mask=masks[2]), 4)
     assert same(weights(evaluator), before)
 
 
@@ -289,8 +294,11 @@ def test_the_file_of_an_expert_is_fetched_once_for_its_change_and_its_head(
         before = files.downloads
         recipe = Recipe("evaluation", 1, {"adapter": adapter, "head": head})
         rows = rows_object(fingerprint(labelled))
-        evaluator.evaluate(
-            EvaluationJob(recipe, "task", "test", rows, spec, "x", refs[adapter], "float32", head=refs[head]), 4
+        score(
+            evaluator,
+            replace(
+                job(refs[adapter]), recipe=recipe, base_sha256=encoder.sha256, rows=rows, spec=spec, head=refs[head]
+            ),
         )
         expected = load_classifier(encoder.path, 2, torch.float32, ("expert", "other").index(head))
         found = head_state(evaluator._model)
@@ -313,11 +321,11 @@ def test_an_adapter_of_another_base_is_refused(
     own = put(files, tmp_path, "own", delta(1, UP), base.sha256)
     other = put(files, tmp_path, "other", delta(1, UP), "f" * 64)
     before = weights(evaluator)
-    evaluator.evaluate(job(own), 4)
+    score(evaluator, job(own), 4)
     with pytest.raises(AdapterError, match="made for base ffffffffffff"):
-        evaluator.evaluate(job(other), 4)
+        score(evaluator, job(other), 4)
     assert same(weights(evaluator), before)
-    evaluator.evaluate(job(own, key="again"), 4)  # applied anew, although it was the last one that worked
+    score(evaluator, job(own, key="again"), 4)  # applied anew, although it was the last one that worked
     assert same(weights(evaluator), added(before, delta(1, UP)))
 
 
@@ -326,7 +334,7 @@ def test_changed_bytes_are_refused(evaluator: Evaluator, files: Files, base: Pre
     before = weights(evaluator)
     files.data["one"] = files.data["one"][:-1] + b"\x00"
     with pytest.raises(StoreError, match="corrupted"):
-        evaluator.evaluate(job(one), 4)
+        score(evaluator, job(one), 4)
     assert same(weights(evaluator), before)
 
 
@@ -352,9 +360,9 @@ def test_a_file_that_is_no_adapter_is_refused_and_leaves_the_base(
     one = files.upload_file("one", tmp_path / "one")
     before = weights(evaluator)
     with pytest.raises(AdapterError, match="damaged"):
-        evaluator.evaluate(job(one, weights_dtype), 4)
+        score(evaluator, job(one, weights_dtype), 4)
     assert same(weights(evaluator), before)
-    evaluator.evaluate(job(None), 4)
+    score(evaluator, job(None), 4)
     assert same(weights(evaluator), before)
 
 
@@ -363,7 +371,7 @@ def test_a_wrong_shape_is_refused(evaluator: Evaluator, files: Files, base: Prep
     one = put(files, tmp_path, "one", {UP[0]: delta(1, UP)[UP[0]], UP[1]: wrong}, base.sha256)
     before = weights(evaluator)
     with pytest.raises(AdapterError, match="shape"):
-        evaluator.evaluate(job(one), 4)
+        score(evaluator, job(one), 4)
     assert same(weights(evaluator), before)
 
 
@@ -374,7 +382,7 @@ def test_a_weight_that_is_absent_or_tied_is_refused(
     shape = tuple(tiny_model().lm_head.weight.shape) if name == "lm_head.weight" else (48, 32)
     odd = {name: SparseTensor(shape, torch.tensor([1]), torch.tensor([1.0]))}
     with pytest.raises(AdapterError, match=r"does not have|tied"):
-        evaluator.evaluate(job(put(files, tmp_path, "one", odd, base.sha256)), 4)
+        score(evaluator, job(put(files, tmp_path, "one", odd, base.sha256)), 4)
 
 
 # -- rounding --

@@ -93,15 +93,15 @@ def test_a_killed_worker_costs_only_the_steps_since_its_last_state(
     resumed: list[StepReport] = []
     made = [make_expert(store, mine, ["cpu"], 1, resumed.append)]
     assert [report.step for report in resumed] == list(range(INTERRUPTED + 1, SPEC.steps + 1))
-    assert made[0].manifest.meta["resumed_after"] == INTERRUPTED
+    assert made[0][0].meta["resumed_after"] == INTERRUPTED
     assert find_checkpoint(store, mine.recipe.key) is None
     assert not list(store.list("checkpoints/"))
     other = Store(store.bucket, store.endpoint, f"{store.prefix}-whole")
     fill(other, tmp_path / "base")
     made.append(make_expert(other, mine, ["cpu"], 1, lambda report: None))
     torch.set_num_threads(threads)
-    assert made[1].manifest.meta["resumed_after"] == 0
-    assert made[0].manifest.digest == made[1].manifest.digest
+    assert made[1][0].meta["resumed_after"] == 0
+    assert made[0][0].digest == made[1][0].digest
 
 
 @pytest.mark.parametrize("away", ["for a while", "to the end"])
@@ -126,12 +126,12 @@ def test_an_mlflow_that_does_not_answer_costs_no_training(
         for name in ("set_tags", "finish_run"):
             monkeypatch.setattr(registry, name, gone)
     mine, threads = job("full", fill(store, tmp_path / "base")), torch.get_num_threads()
-    made = make_expert(store, mine, ["cpu"], 1, lambda report: None)
+    manifest, made = make_expert(store, mine, ["cpu"], 1, lambda report: None)
     torch.set_num_threads(threads)
-    assert made.made
-    assert find(store, mine.recipe.key, {}) == made.manifest
+    assert made
+    assert find(store, mine.recipe.key, {}) == manifest
     assert ("does not have all of its curves" in caplog.text) == (away == "to the end")
-    run = registry.client().get_run(made.manifest.meta["run_id"])
+    run = registry.client().get_run(manifest.meta["run_id"])
     assert ({TRAINING_LOSS, "result/best_step"} <= set(run.data.metrics)) == (away == "for a while")
 
 

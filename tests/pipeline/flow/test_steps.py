@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from infra.artifacts import Manifest, Recipe
+from infra.artifacts import Manifest
 from infra.store import FileRef, Store
-from pipeline.jobs import evaluation_job, expert_job, importance_job, support_job
-from tests.pipeline.test_planning import inputs
+from pipeline.flow.steps import evaluation_job, expert_step, importance_step, support_step
+from tests.pipeline.given import inputs
+from workers.expert import ExpertJob
+from workers.importance import ImportanceJob
+from workers.shared_support import SupportJob
 
-RECIPE = Recipe("any", 1, {})
 EXPERT = Manifest("e" * 64, "expert", 1, {}, {"adapter": FileRef("objects/e/1/adapter", "s", 1)}, {}, {})
 
 
@@ -24,9 +26,15 @@ def test_jobs_carry_licences_outside_their_keys(store: Store) -> None:
     }
     scored = evaluation_job(given, "expert", "test", "task1", EXPERT, EXPERT)
     assert scored.provenance == of_task1
-    assert importance_job(given, "task1", Recipe("fisher", 1, {}), EXPERT).provenance == of_task1
-    assert expert_job(given, "task1", RECIPE, None).provenance == of_task1
-    assert support_job(given, RECIPE).provenance == {"licenses": {"base": ["none"], "data": ["cc0-1.0", "mit"]}}
+    measured, trained = importance_step(given, "task1", "fisher", EXPERT).call, expert_step(given, "task1", None).call
+    assert isinstance(measured, ImportanceJob)
+    assert isinstance(trained, ExpertJob)
+    assert measured.provenance == trained.provenance == of_task1
+    mask = given.config.mask.model_copy(update={"shared": True, "criterion": "gradient", "reselect_every": None})
+    shared = support_step(replace(given, config=given.config.model_copy(update={"mask": mask})))
+    assert shared is not None
+    assert isinstance(shared.call, SupportJob)
+    assert shared.call.provenance == {"licenses": {"base": ["none"], "data": ["cc0-1.0", "mit"]}}
     other = evaluation_job(given, "champion", "gate", "task1", EXPERT, EXPERT, base_sha256="c" * 64)
     assert other.provenance == {"base": {"sha256": "c" * 64}, "data": of_task1["data"]}
     relicensed = replace(given, tasks={name: replace(data, license="gpl-3.0") for name, data in tasks.items()})

@@ -1,7 +1,14 @@
-"""What workers are asked to do: jobs of names and numbers, made from a run's inputs. `pipeline.run` hands them out."""
+"""The pieces of keyed work of a run, made from its inputs: recipe, job, and what each needs.
 
-from infra.artifacts import Manifest, Recipe
+The one place that knows how a configuration becomes work; plans, announcements and runs all ask here. Merging's steps
+are `merge.reduction`'s. What is in a key is `pipeline.recipes`' business.
+"""
+
+from infra.artifacts import Manifest
+from infra.engine.step import Needs, Step
+from merge.export import export_job
 from pipeline import recipes
+from pipeline.cluster import GIB
 from pipeline.config import PipelineConfig
 from pipeline.opponent import Opponent
 from pipeline.outcome import Inputs
@@ -14,29 +21,41 @@ from workers.prompt import PromptSpec
 from workers.scoring import EvaluateSpec
 from workers.shared_support import PooledTask, SupportJob, SupportRef
 
+SUPPORT, EXPERTS, IMPORTANCES, EVALUATIONS, CHECKPOINTS = (
+    "support", "experts", "importances", "evaluations", "checkpoints",
+)  # fmt: skip
+REGISTRATIONS = "registrations"
+KINDS = (
+    SUPPORT, EXPERTS, IMPORTANCES, "merge_nodes", "merges", "task_masks", EVALUATIONS, CHECKPOINTS, REGISTRATIONS,
+)  # fmt: skip
+"""What is counted, in the order of a run. Merge nodes count the roots too, and merges what roots are lowered to."""
 
-def support_job(inputs: Inputs, recipe: Recipe) -> SupportJob:
-    """Score positions on the training rows of all held-in tasks."""
+_EXPERT = Needs("expert")
+
+
+def support_step(inputs: Inputs) -> Step | None:
+    """Score positions on the training rows of all held-in tasks, for a support that all experts share; None where each
+    has its own, or no data are needed."""
     config, tasks = inputs.config, inputs.tasks
-    return SupportJob(
+    if not recipes.shares_scored_support(config):
+        return None
+    recipe = recipes.support_recipe(config, inputs.base.sha256, tasks)
+    order = recipes.pooled_order(config, tasks)
+    licences = {"base": [inputs.base.license], "data": sorted({tasks[name].license for name in order})}
+    job = SupportJob(
         recipe=recipe,
         base_sha256=inputs.base.sha256,
         tasks=tuple(
-            PooledTask(tasks[name].object_name("train"), recipes.prompt_spec(config, tasks[name]))
-            for name in recipes.pooled_order(config, tasks)
+            PooledTask(tasks[name].object_name("train"), recipes.prompt_spec(config, tasks[name])) for name in order
         ),
         max_target_tokens=config.prompt.max_target_tokens,
         mask=recipes.mask_spec(config, "shared"),
         batch_size=config.train.micro_batch_size or config.train.batch_size,
         compute_dtype=config.train.compute_dtype,
         recompute=config.train.gradient_checkpointing,
-        provenance={
-            "licenses": {
-                "base": [inputs.base.license],
-                "data": sorted({tasks[name].license for name in recipes.pooled_order(config, tasks)}),
-            }
-        },
+        provenance={"licenses": licences},
     )
+    return Step(SUPPORT, "shared support", (recipe,), {}, job, _EXPERT, "support")
 
 
 def support_ref(config: PipelineConfig, manifest: Manifest) -> SupportRef:
@@ -44,10 +63,11 @@ def support_ref(config: PipelineConfig, manifest: Manifest) -> SupportRef:
     return SupportRef(manifest.key, manifest.digest, manifest.files["support"], recipes.mask_spec(config, "shared"))
 
 
-def expert_job(inputs: Inputs, task: str, recipe: Recipe, support: SupportRef | None) -> ExpertJob:
+def expert_step(inputs: Inputs, task: str, support: Manifest | None) -> Step:
     """Train one expert."""
     config, data = inputs.config, inputs.tasks[task]
-    return ExpertJob(
+    recipe = recipes.expert_recipe(config, inputs.base.sha256, data, support.key if support else None)
+    job = ExpertJob(
         task=task,
         recipe=recipe,
         base_sha256=inputs.base.sha256,
@@ -58,7 +78,7 @@ def expert_job(inputs: Inputs, task: str, recipe: Recipe, support: SupportRef | 
         labels=data.labels if config.objective == "classification" else None,
         expert=recipes.expert_spec(config, data),
         train=recipes.train_spec(config, data),
-        support=support,
+        support=support_ref(config, support) if support else None,
         compute_dtype=config.train.compute_dtype,
         value_dtype=config.train.value_dtype,
         recompute=config.train.gradient_checkpointing,
@@ -69,6 +89,14 @@ def expert_job(inputs: Inputs, task: str, recipe: Recipe, support: SupportRef | 
         tags={"suite": config.suite, "base": inputs.base.name, "source": data.config.source},
         provenance=provenance(inputs, data),
     )
+    consumed = {support.key: support.digest} if support else {}
+    return Step(EXPERTS, f"expert {task}", (recipe,), consumed, job, _EXPERT, "adapter")
+
+
+def expected_tokens(inputs: Inputs, task: str) -> float:
+    """About how long an expert trains, to begin with the longest."""
+    data = inputs.tasks[task]
+    return recipes.train_spec(inputs.config, data).steps * data.mean_tokens
 
 
 def provenance(inputs: Inputs, data: TaskData) -> dict[str, dict[str, str]]:
@@ -79,10 +107,11 @@ def provenance(inputs: Inputs, data: TaskData) -> dict[str, dict[str, str]]:
     }
 
 
-def importance_job(inputs: Inputs, task: str, recipe: Recipe, expert: Manifest) -> ImportanceJob:
+def importance_step(inputs: Inputs, task: str, kind: str, expert: Manifest) -> Step:
     """Measure the Fisher diagonal or the Gram matrices of one expert."""
     config, data = inputs.config, inputs.tasks[task]
-    return ImportanceJob(
+    recipe = recipes.importance_recipe(config, kind, expert.key, data)
+    job = ImportanceJob(
         task=task,
         recipe=recipe,
         base_sha256=inputs.base.sha256,
@@ -96,6 +125,8 @@ def importance_job(inputs: Inputs, task: str, recipe: Recipe, expert: Manifest) 
         labels=data.labels if config.objective == "classification" else None,
         provenance=provenance(inputs, data),
     )
+    consumed = {expert.key: expert.digest}
+    return Step(IMPORTANCES, f"{kind} of {task}", (recipe,), consumed, job, _EXPERT, kind)
 
 
 def base_models(config: PipelineConfig) -> tuple[tuple[str, int], ...]:
@@ -135,20 +166,29 @@ def evaluation_job(
     )  # fmt: skip
     return EvaluationJob(
         recipe=recipe,
+        base_sha256=base_sha256 or inputs.base.sha256,
         task=task,
         split=split,
         rows=data.object_name(split),
         spec=spec,
         model=model,
         adapter=manifest.files["adapter"] if manifest else None,
+        compute_dtype=dtype,
         weights_dtype=weights_dtype or dtype,
+        batch_size=config.evaluate.batch_size,
         head=expert.files["adapter"] if expert and classifies else None,
         head_seed=seed,
         mask=mask.files["mask"] if mask else None,
-        base_sha256=base_sha256,
         # Of another base only the identity is at hand; its name and licence are in its champion's manifest.
         provenance={**provenance(inputs, data), **({"base": {"sha256": base_sha256}} if base_sha256 else {})},
     )
+
+
+def evaluation_step(job: EvaluationJob) -> Step:
+    """What an evaluator has to do."""
+    affinity = " ".join([ref.name for ref in (job.adapter, job.mask) if ref] + [job.weights_dtype])
+    needs = Needs("evaluator", affinity, job.base_sha256)
+    return Step(EVALUATIONS, f"{job.model} on {job.task}", (job.recipe,), {}, job, needs, "rows")
 
 
 def opponent_job(inputs: Inputs, model: str, task: str, opponent: Opponent) -> EvaluationJob:
@@ -172,3 +212,12 @@ def _evaluation_spec(inputs: Inputs, data: TaskData, few_shot: int, prompt: Prom
         length_normalised=data.config.length_normalised,
         few_shot=tuple(data.splits["train"][:few_shot]),
     )
+
+
+def export_step(inputs: Inputs, merged: Manifest) -> Step | None:
+    """The merge as a full checkpoint, if one is asked for; of several seeds, the first one's."""
+    export = inputs.config.merge.export
+    if export is None or not inputs.registers:
+        return None
+    job = export_job(merged, inputs.base.sha256, export.dtype, round(export.shard_gib * GIB))
+    return Step(CHECKPOINTS, "export", (job.recipe,), {}, job, Needs("node"), "checkpoint")

@@ -1,27 +1,36 @@
 """What a run would make, from what a real store holds: artifacts without content stand for those of earlier runs."""
 
+import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from infra.artifacts import Manifest, Recipe, publish
+from infra.artifacts import Manifest
+from infra.engine.keyed import KeyedEngine
+from infra.engine.once import every
+from infra.engine.step import Engine, Step
 from infra.model_registry import CONFIG_TAG, identity
 from infra.model_versions import CHAMPION, DECISION, PREVIOUS, PROMOTED, Model, Version
 from infra.snapshot import Snapshot
 from infra.store import Store
-from merge.jobs import NodeJob, Ref, RootJob, TaskMaskJob, consumed
-from merge.schedule import MergeSchedule
 from merge.specs import Candidate, plan_reductions
 from merge.tree import build_tree, path_to, post_order
-from pipeline.forecast import Count, Forecast, forecast
-from pipeline.jobs import base_models, evaluation_job
-from pipeline.outcome import Inputs
-from pipeline.planning import plan_recipes
+from pipeline.display import Display
+from pipeline.flow.context import Flow
+from pipeline.flow.merges import merges_of
+from pipeline.flow.rehearse import Count, Forecast, expert_recipes, forecast, known_keys, known_steps
+from pipeline.flow.run import run
+from pipeline.flow.steps import base_models, evaluation_job, evaluation_step, expert_step, support_step
+from pipeline.outcome import Inputs, Outcome
+from pipeline.recipes import expert_recipe, support_recipe
 from pipeline.registration import plain_expert
 from pipeline.search import plan_rungs, task_order
-from tests.pipeline.test_planning import inputs
+from tests.pipeline.given import inputs
+from tests.pretend import Empty
 
 METHODS = [{"method": "mean"}, {"method": "ties", "params": {"lambda": [0.5, 1.0, 1.5]}}]
 SMALL: dict[str, Any] = {
@@ -34,51 +43,59 @@ class World:
     """Everything that a run of `given` would have left in its store, made as far as asked."""
 
     def __init__(self, given: Inputs, folder: Path) -> None:
-        self.given, self._folder = given, folder
+        self.given, self.folder = given, folder
+        self.workers = Empty(given.store, folder, meta)
         self.experts: dict[str, Manifest] = {}
         self.merged: Mapping[Candidate, Manifest] = {}
 
-    def put(self, recipe: Recipe, used: Mapping[str, str], label: str, **meta: Any) -> Manifest:
-        file = self._folder / label
-        file.write_text(recipe.key)
-        return publish(self.given.store, recipe, {label: file}, used, meta)[0]
+    def make(self, step: Step, **more: Any) -> Manifest:
+        (recipe,) = step.recipes
+        return self.workers.put(recipe, step.inputs, step.label, **{**meta(step), **more})[0]
 
     def train(self, *tasks: str) -> None:
-        planned = plan_recipes(self.given)
-        support = self.put(planned.support, {}, "support") if planned.support else None
-        used = {support.key: support.digest} if support else {}
-        self.experts = {
-            task: self.put(planned.experts[task], used, "adapter", base_sha256=self.given.base.sha256, run_id="run1")
-            for task in tasks or planned.experts
-        }
+        step = support_step(self.given)
+        support = self.make(step) if step else None
+        wanted = tasks or self.given.config.held_in
+        self.experts = {task: self.make(expert_step(self.given, task, support)) for task in wanted}
 
     def merge(self) -> None:
-        given = self.given
-        reductions, names = plan_reductions(given.candidates.all), list(given.config.held_in)
-        schedule = MergeSchedule(given.store, reductions, names, given.config.merge.fan_in, given.base.sha256)
-        todo = schedule.add_experts({task: Ref.of(manifest) for task, manifest in self.experts.items()})
-        while todo:
-            job = todo.pop()
-            if isinstance(job, RootJob):
-                made = [self.put(recipe, job.inputs, "adapter") for _, recipe in job.candidates]
-            elif isinstance(job, NodeJob):
-                made = [self.put(job.recipe, consumed(job.children, job.reference), "statistics")]
-            else:
-                assert isinstance(job, TaskMaskJob)
-                read = {ref.key: ref.digest for ref in (job.unified, job.adapter)}
-                made = [self.put(job.recipe, read, "mask")]
-            todo += schedule.finished(job, tuple((manifest, True) for manifest in made))
-        self.merged = schedule.merged
+        async def flow() -> None:
+            flow = flow_of(self.given, KeyedEngine(self.given.store, self.workers))
+            merges = merges_of(flow)
+            await every(*(merges.merge(candidate) for candidate in self.given.candidates.all))
+            self.merged = merges.merged
+
+        asyncio.run(flow())
 
     def score(self, model: str, split: str, task: str, manifest: Manifest | None, score: float = 0.5) -> None:
         job = evaluation_job(self.given, model, split, task, manifest, self.experts.get(task) if manifest else None)
-        self.put(job.recipe, {}, "rows", score=score)
+        self.make(evaluation_step(job), score=score)
 
     def validate(self, candidate: Candidate, task: str, score: float) -> None:
         self.score(candidate.to_json(), "validation", task, self.merged[candidate], score)
 
     def forecast(self, models: Mapping[str, Model] | None = None) -> Forecast:
         return forecast(self.given, Snapshot(self.given.store), models or {})
+
+    def run(self, given: Inputs | None = None) -> tuple[KeyedEngine, Outcome]:
+        """A run of `given`, with work that is only pretended."""
+        engine = KeyedEngine(self.given.store, self.workers)
+        flow = flow_of(given or self.given, engine)
+        asyncio.run(engine.run(run(flow)))
+        return engine, flow.outcome
+
+
+def meta(step: Step) -> dict[str, Any]:
+    """What results and cards read of an artifact. Scores follow from the key, so that there is a best candidate."""
+    found = {"base_sha256": "b" * 64, "run_id": "run1", "validation_loss": 1.0, "seconds": 1.0, "rows": 4}
+    found |= {"experts": 5, "density": 0.5, "rounding_loss_bfloat16": 0.0, "delta_norm": 1.0}
+    score = int(step.keys[0][:4], 16) / 0xFFFF
+    return {**found, "score": score, "metric": "exact_match", "n": 9, "format_free": score, "scores": [score] * 9}
+
+
+def flow_of(given: Inputs, engine: Engine) -> Flow:
+    display = Display(list(given.config.held_in), Console(quiet=True))
+    return Flow(given, engine, Outcome(), display, lambda keys: None)
 
 
 @pytest.fixture
@@ -121,7 +138,7 @@ def test_what_exists_is_reused_and_a_stale_expert_takes_its_path_along(world: Wo
     config = world.given.config.model_copy(update={"held_in": {**world.given.config.held_in, "task1": changed}})
     tasks = dict(world.given.tasks)
     tasks["task1"] = type(tasks["task1"])("task1", changed, tasks["task1"].splits, tasks["task1"].fingerprints)
-    later = World(Inputs(**{**vars(world.given), "config": config, "tasks": tasks}), world._folder).forecast()
+    later = World(replace(world.given, config=config, tasks=tasks), world.folder).forecast()
     assert later.stale == ("task1",)
     reductions, path = len(plan_reductions(world.given.candidates.all)), len(path_to(tree, "task1"))
     assert later.counts["merge_nodes"] == Count(reductions * path, reductions * (len(post_order(tree)) - path))
@@ -187,7 +204,7 @@ def test_experts_of_a_support_that_must_be_made_are_stale_at_most(store: Store, 
 def test_seeds_share_the_scores_of_the_base(world: World) -> None:
     expected: set[str] = set()
     other = world.given.config.model_copy(update={"seed": 1})
-    both = [world.given, Inputs(**{**vars(world.given), "config": other, "registers": False})]
+    both = [world.given, replace(world.given, config=other, registers=False)]
     first, second = (forecast(each, Snapshot(world.given.store), {}, expected) for each in both)
     assert len(base_models(other)) == 1
     assert second.counts["evaluations"].reuse == 6
@@ -232,3 +249,77 @@ def test_what_the_gate_asks_for_follows_from_the_registered_versions(
     assert plain.counts["registrations"].make - found.counts["registrations"].make == 1 - registrations
     spared = plain.counts["evaluations"].make - found.counts["evaluations"].make
     assert spared == {"champion cannot be scored": 1, "settled": 1, "base": 0}[gate]
+
+
+# -- a plan and the run after it --------------------------------------------------------------------------------
+
+UNREGISTERED = SMALL | {"registers": False}
+MANY: list[dict[str, Any]] = [
+    {"method": "mean"},
+    {"method": "ties", "params": {"lambda": [0.5, 1.0], "density": [0.5, 1.0]}},
+    {"method": "weighted_mean", "weights": "training_rows"},
+    {"method": "consensus"},
+    {"method": "fisher_on_support"},
+    {"method": "emr"},
+]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        UNREGISTERED,
+        UNREGISTERED | {"merge": {"fan_in": 2, "candidates": MANY, "export": {"dtype": "float32"}}},
+        UNREGISTERED | {"mask": {"shared": True, "criterion": "gradient"}, "merge": {"candidates": MANY[:1]}},
+        UNREGISTERED | {"evaluate": {"few_shot": 2, "serving_dtype": "bfloat16"}},
+    ],
+    ids=["small", "many methods", "shared support", "few shots and a serving type"],
+)
+def test_a_run_makes_what_its_plan_says_and_the_next_plan_says_nothing(
+    store: Store, tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    world = World(inputs(store, 5, **sections), tmp_path)
+    planned = world.forecast().counts
+    engine, _ = world.run()
+    for kind, count in planned.items():
+        made, reused = engine.tally.made[kind], engine.tally.reused[kind]
+        if count.at_most or kind == "evaluations":  # the choice was open
+            assert made + reused == count.make + count.reuse
+            assert made <= count.make
+        else:
+            assert (made, reused) == (count.make, count.reuse), kind
+    assert not any(count.make for count in world.forecast().counts.values())
+    before = len(world.workers.steps)
+    again, _ = world.run()
+    assert +again.tally.made == {}
+    assert len(world.workers.steps) == before
+    assert +again.tally.reused == +(engine.tally.made + engine.tally.reused)
+
+
+def test_a_run_uses_every_key_that_it_announced(store: Store, tmp_path: Path) -> None:
+    merge = {"fan_in": 2, "candidates": MANY}
+    world = World(inputs(store, 5, **SMALL | {"merge": merge, "registers": False}), tmp_path)
+    known = known_keys(world.given)
+    world.run()
+    asked = {step.kind: set[str]() for step in world.workers.steps}
+    for step in world.workers.steps:
+        asked[step.kind].update(step.keys)
+    everything = set[str]().union(*asked.values())
+    assert known <= everything
+    base = {evaluation_job(world.given, "base", "test", task, None, None).recipe.key for task in world.given.tasks}
+    assert everything - known == asked["evaluations"] - base  # keyed by bytes that were made meanwhile
+
+
+def test_experts_of_a_scored_shared_support_are_keyed_by_it(store: Store) -> None:
+    mask = {"shared": True, "criterion": "gradient"}
+    given = inputs(store, mask=mask, merge={"candidates": [{"method": "mean"}]})
+    support = support_recipe(given.config, given.base.sha256, given.tasks)
+    for task, recipe in expert_recipes(given).items():
+        assert recipe == expert_recipe(given.config, given.base.sha256, given.tasks[task], support.key)
+    assert support in [recipe for step in known_steps(given) for recipe in step.recipes]
+
+
+def test_seeds_have_only_the_scores_of_the_base_in_common(store: Store) -> None:
+    given = inputs(store, evaluate={"few_shot": 0}, registers=False)
+    other = replace(given, config=given.config.model_copy(update={"seed": 1}))
+    base = {evaluation_job(given, "base", "test", task, None, None).recipe.key for task in given.tasks}
+    assert known_keys(given) & known_keys(other) == base

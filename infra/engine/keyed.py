@@ -1,0 +1,184 @@
+"""The engine of real runs: find, lease, call, publish, once per key; workers of any sort do the work.
+
+A driver holds keys, manifests and scores, never tensors. What somebody else makes is waited for and not made again
+(`infra.engine.elsewhere`). Not here: where work runs (`Workers`).
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from infra.artifacts import Manifest, find_each
+from infra.claims import Busy, Claim
+from infra.engine.elsewhere import Elsewhere
+from infra.engine.in_thread import in_thread
+from infra.engine.once import Once
+from infra.engine.step import Answer, Engine, Made, Query, Step
+from infra.engine.tally import Tally
+from infra.errors import StoreError
+from infra.leases import EXPIRY_S
+from infra.store import Store
+
+QUERIES = "queries"
+T = TypeVar("T")
+_Wanted = Sequence[tuple[str, Mapping[str, str]]]
+
+
+class Workers(Protocol):
+    """Where work is done. Cancelling a call ends the work or keeps it from starting."""
+
+    async def run(self, step: Step, claim: Claim) -> Answer | Busy:
+        """The step's work under the claim. Raises what it raised, after the retries that are due."""
+        ...
+
+    async def ask(self, query: Query[T]) -> T:
+        """The query's answer, after the retries that are due."""
+        ...
+
+
+class KeyedEngine:
+    """`infra.engine.step.Engine` over a store and workers. `close` it in the end."""
+
+    def __init__(
+        self,
+        store: Store,
+        workers: Workers,
+        expiry_s: float = EXPIRY_S,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """`expiry_s`: of leases; `say` gets a line about work that is held elsewhere."""
+        self._store, self._workers = store, workers
+        self._elsewhere = Elsewhere(store, expiry_s, say)
+        self._steps = Once()
+        self._asked: list[tuple[_Wanted, asyncio.Future[list[Manifest | None]]]] = []
+        self._looking: asyncio.Task[None] | None = None
+        self._lost: asyncio.Future[None] | None = None
+        self.tally = Tally()
+        self.open: Counter[str] = Counter()
+        """By kind, steps that are awaited and not done."""
+
+    @property
+    def held_elsewhere(self) -> int:
+        """Steps that wait for somebody else."""
+        return self._elsewhere.open
+
+    async def run(self, flow: Coroutine[Any, Any, T]) -> T:
+        """The flow's result, unless the store is lost to the driver itself before: then its StoreError, at once."""
+        self._lost = asyncio.get_running_loop().create_future()
+        task = asyncio.ensure_future(flow)
+        either: set[asyncio.Future[Any]] = {task, self._lost}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if self._lost.done() and not task.done():
+                self._lost.result()
+            return await task
+        finally:
+            self._lost.cancel()
+            task.cancel()
+            await asyncio.wait({task})
+
+    def close(self) -> None:
+        """Give back what is claimed: nobody works any more."""
+        self._elsewhere.release()
+
+    # -- the protocol -------------------------------------------------------------------------------------------
+
+    async def make(self, step: Step) -> Made:
+        first = False
+
+        def start() -> Coroutine[Any, Any, Made]:
+            nonlocal first
+            first = True
+            return self._obtain(step)
+
+        made = await self._steps(step.keys, start)
+        new = sum(each for _, each in made) if first else 0
+        self.tally.add(step.kind, int(new > 0), int(new == 0))
+        if step.each:
+            self.tally.add(step.each, new, len(made) - new)
+        return made if first else tuple((manifest, False) for manifest, _ in made)
+
+    async def find(self, wanted: _Wanted) -> list[Manifest | None]:
+        if not wanted:
+            return []
+        future: asyncio.Future[list[Manifest | None]] = asyncio.get_running_loop().create_future()
+        self._asked.append((wanted, future))
+        if self._looking is None:
+            self._looking = asyncio.ensure_future(self._look())
+        return await future
+
+    async def ask(self, query: Query[T]) -> T:
+        self.open[QUERIES] += 1
+        try:
+            return await self._workers.ask(query)
+        finally:
+            self.open[QUERIES] -= 1
+
+    def known(self, *manifests: Manifest) -> bool:
+        return True
+
+    async def some_of(self, count: int, steps: Sequence[Step]) -> None:
+        raise NotImplementedError("only a rehearsal leaves open which steps are wanted")
+
+    async def alternatives(self, options: Collection[T], then: Callable[[Engine, T], Awaitable[None]]) -> None:
+        (option,) = options
+        await then(self, option)
+
+    def _note(self, kind: str, answer: Answer) -> None:
+        new = [manifest for manifest, made in answer.made if made]
+        if new:
+            self.tally.spans[kind].append((answer.began, answer.ended))
+            self.tally.seconds[kind] += max(float(manifest.meta.get("seconds", 0)) for manifest in new)
+
+    # -- making -------------------------------------------------------------------------------------------------
+
+    async def _look(self) -> None:
+        """Look up together what is asked for at the same time: a run asks for thousands. Who asked first goes on
+        first."""
+        while self._asked:
+            asked, self._asked = self._asked, []
+            try:
+                found = iter(await in_thread(find_each, self._store, [one for wanted, _ in asked for one in wanted]))
+            except BaseException as error:
+                if isinstance(error, StoreError) and self._lost is not None and not self._lost.done():
+                    self._lost.set_exception(error)
+                for _, future in asked:
+                    if not future.done():
+                        future.set_exception(error)
+                if not isinstance(error, Exception):
+                    raise
+                continue
+            for wanted, future in asked:
+                results = [next(found) for _ in wanted]
+                if not future.done():
+                    future.set_result(results)
+        self._looking = None
+
+    async def _find(self, step: Step) -> Made | None:
+        found = await self.find([(key, step.inputs) for key in step.keys])
+        return None if None in found else tuple((manifest, False) for manifest in found if manifest is not None)
+
+    async def _find_hastily(self, step: Step) -> Made | None:
+        """As `_find`, for who looks again anyway: a store that does not answer costs nothing."""
+        wanted = [(key, step.inputs) for key in step.keys]
+        found = await in_thread(find_each, self._store.hasty(), wanted)
+        return None if None in found else tuple((manifest, False) for manifest in found if manifest is not None)
+
+    async def _obtain(self, step: Step) -> Made:
+        """Find the artifacts, have them made, or wait for who makes them; and again, if that one is lost."""
+        self.open[step.kind] += 1
+        try:
+            found = await self._find(step)
+            takeover: Mapping[str, str] = {}
+            while found is None:
+                claim = self._elsewhere.claim(step.keys, takeover)
+                answer = await self._workers.run(step, claim)
+                self._elsewhere.returned(claim)
+                if not isinstance(answer, Busy):
+                    self._note(step.kind, answer)
+                    return answer.made
+                found, takeover = await self._elsewhere.wait(step.name, step.keys, lambda: self._find_hastily(step))
+            return found
+        finally:
+            self.open[step.kind] -= 1

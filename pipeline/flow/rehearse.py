@@ -1,0 +1,133 @@
+"""A run rehearsed: what it would make and reuse (`plan`), and which keys it will use (announcements).
+
+Nothing is made and nothing registered: the flow of a run goes through an engine that answers with stand-ins.
+"""
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from rich.console import Console
+
+from infra.artifacts import Manifest, Recipe
+from infra.engine.once import Failed
+from infra.engine.rehearsal import Rehearsal
+from infra.engine.step import Step
+from infra.model_versions import Model
+from infra.snapshot import Snapshot
+from infra.store import ObjectInfo
+from pipeline.display import Display
+from pipeline.flow.context import Flow
+from pipeline.flow.queries import Registry
+from pipeline.flow.run import run
+from pipeline.flow.steps import EXPERTS, KINDS, SUPPORT, expert_step, support_step
+from pipeline.outcome import Inputs, Outcome
+
+
+@dataclass
+class Count:
+    """How many artifacts of a kind a run would make and reuse; `at_most`: it may make fewer and reuse more."""
+
+    make: int = 0
+    reuse: int = 0
+    at_most: bool = False
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run of one seed would do."""
+
+    inputs: Inputs
+    support: Manifest | None
+    """The shared support, if there is one and it exists."""
+    counts: Mapping[str, Count]
+    stale: tuple[str, ...]
+    """Tasks whose expert would be made, in the order of the configuration."""
+    found: tuple[Manifest, ...]
+    """What would be reused, scores included."""
+    inner_nodes: int
+    """Merge nodes that are no roots."""
+
+    @cached_property
+    def support_recipe(self) -> Recipe | None:
+        """Of the shared support, if experts share a scored one."""
+        step = support_step(self.inputs)
+        return step.recipes[0] if step else None
+
+    @cached_property
+    def experts(self) -> dict[str, Recipe]:
+        """By task."""
+        return expert_recipes(self.inputs)
+
+
+def forecast(
+    inputs: Inputs, snapshot: Snapshot, models: Mapping[str, Model], expected: set[str] | None = None
+) -> Forecast:
+    """What a run of these inputs would do. `models` are the suite's registered models by name; `expected`: keys that
+    runs of other seeds make before, to which those of this one are added. Raises StoreError."""
+    services = Registry(models, inputs.store)
+    engine = Rehearsal(snapshot, KINDS, services, set() if expected is None else expected)
+    outcome = _rehearse(inputs, engine)
+    tally, doubtful = engine.tally, engine.doubtful()
+    supports = [each for each in engine.found if each.kind == SUPPORT]
+    return Forecast(
+        inputs=inputs,
+        support=supports[0] if supports else None,
+        counts={
+            kind: Count(tally.made[kind], tally.reused[kind], kind in doubtful and tally.made[kind] > 0)
+            for kind in KINDS
+        },
+        stale=tuple(task for task in inputs.config.held_in if outcome.experts[task].key in engine.lacking),
+        found=tuple(engine.found),
+        inner_nodes=sum(step.label == "statistics" for step in engine.steps),
+    )
+
+
+def known_steps(inputs: Inputs) -> Iterator[Step]:
+    """What a run asks for, told without looking at anything. Steps whose keys follow from bytes that have yet to be
+    made are among them; `known_keys` leaves those out."""
+    engine = Rehearsal(Snapshot(_Nothing()), KINDS, Registry({}, inputs.store))
+    _rehearse(inputs, engine)
+    yield from engine.steps
+
+
+def known_keys(inputs: Inputs) -> frozenset[str]:
+    """Every key that a run of these inputs uses or makes and that is known before it starts. Not known: whatever is
+    keyed by the bytes of what is made, so scores of experts and merges, and the full checkpoint."""
+    engine = Rehearsal(Snapshot(_Nothing()), KINDS, Registry({}, inputs.store))
+    _rehearse(inputs, engine)
+    return frozenset(engine.keys())
+
+
+def expert_recipes(inputs: Inputs) -> dict[str, Recipe]:
+    """The recipes of a run's experts by task."""
+    engine = Rehearsal(Snapshot(_Nothing()), (SUPPORT, EXPERTS))
+
+    async def support() -> Manifest | None:
+        step = support_step(inputs)
+        return None if step is None else (await engine.make(step))[0][0]
+
+    shared = asyncio.run(support())
+    return {task: expert_step(inputs, task, shared).recipes[0] for task in inputs.config.held_in}
+
+
+def _rehearse(inputs: Inputs, engine: Rehearsal) -> Outcome:
+    """Raises what kept the rehearsal from its end."""
+    display = Display(list(inputs.config.held_in), Console(quiet=True))
+    flow = Flow(inputs, engine, Outcome(), display, lambda keys: None, rehearsed=True)
+    try:
+        asyncio.run(run(flow))
+    except Failed:
+        raise flow.errors[0] from None
+    return flow.outcome
+
+
+class _Nothing:
+    """An empty store."""
+
+    def get_with_etag(self, name: str) -> tuple[bytes, str] | None:
+        return None
+
+    def head(self, name: str) -> ObjectInfo | None:
+        return None
