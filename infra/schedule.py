@@ -14,14 +14,13 @@ this place.
 Exit status: 0 ended by SIGTERM or SIGINT; 2 bad input.
 """
 
-import argparse
 import json
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -326,20 +325,17 @@ def mlflow_run(suite: str, submission: str) -> str | None:
         return None
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline schedule", description="Submit the main job at every tick."
-    )
-    parser.add_argument("--cron", required=True, help='minute hour day month weekday, for example "0 2 * * *"')
-    parser.add_argument("--config", required=True, type=Path, help="configuration file of the run")
-    parser.add_argument("--timezone", default="UTC", help="of the cron expression, for example Europe/Berlin")
-    parser.add_argument("--address", help="Ray's job API (default: $RAY_API_SERVER_ADDRESS)")
-    parser.add_argument("--grace-hours", type=float, default=12.0, help="a tick missed longer ago is not run")
-    parser.add_argument("--max-hours", type=float, help="stop a run that lasts longer (default: it may take any time)")
-    parser.add_argument("--webhook", help=f"POST outcomes there (default: ${webhook.VARIABLE}, which ps does not show)")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    options = parser.parse_intermixed_args(arguments)
+def schedule(
+    cron: str,
+    config: Path,
+    timezone: str = "UTC",
+    address: str | None = None,
+    grace_hours: float = 12.0,
+    max_hours: float | None = None,
+    url: str | None = None,
+    overrides: Sequence[str] = (),
+) -> int:
+    """The command `python -m pipeline schedule`; returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -347,22 +343,22 @@ def main(arguments: list[str] | None = None) -> int:
     # A link in a notice is not worth minutes of retries.
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"], os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "1", "10"
     try:
-        cron, url = Cron(options.cron, options.timezone), webhook.webhook_url(options.webhook)
-        for name, hours in (("--grace-hours", options.grace_hours), ("--max-hours", options.max_hours)):
+        ticks, url = Cron(cron, timezone), webhook.webhook_url(url)
+        for name, hours in (("--grace-hours", grace_hours), ("--max-hours", max_hours)):
             if hours is not None and hours <= 0:
                 raise ConfigError(f"{name} {hours:g}: more than 0 is accepted")
-        address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS")
+        address = address or os.environ.get("RAY_API_SERVER_ADDRESS")
         if not address:
             raise ConfigError('give --address, or set RAY_API_SERVER_ADDRESS (eval "$(python -m infra.stack env)")')
-        scheduled = read_scheduled(options.config, options.overrides)
+        scheduled = read_scheduled(config, list(overrides))
         suite = scheduled.suite
-        for source in check_reachable(address, options.config, scheduled):
+        for source in check_reachable(address, config, scheduled):
             _LOG.warning("%s: the cluster's head node must have this path", source)
-        jobs = RayJobs(address, suite, job_entrypoint(options.config, options.overrides))
+        jobs = RayJobs(address, suite, job_entrypoint(config, list(overrides)))
         store = Store.from_env()
-        grace = timedelta(hours=options.grace_hours)
-        limit = timedelta(hours=options.max_hours) if options.max_hours else None
-        scheduler = Scheduler(suite, cron, grace, jobs, store, SystemClock(stop), url, limit)
+        grace = timedelta(hours=grace_hours)
+        limit = timedelta(hours=max_hours) if max_hours else None
+        scheduler = Scheduler(suite, ticks, grace, jobs, store, SystemClock(stop), url, limit)
         jobs.list()  # an address or a token that is wrong is refused now
         store.check()
         scheduler.run()
@@ -370,7 +366,3 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
-"""`python -m merge`: merge adapters and full checkpoints by hand. The command is `pipeline.merge_command`."""
+"""`python -m merge`: merge adapters and full checkpoints by hand."""
 
-from pipeline.merge_command import main
+from merge.commands import main
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="python -m merge")

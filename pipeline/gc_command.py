@@ -10,7 +10,6 @@ input. Rules and safety: `infra/gc.py`.
 import sys
 from dataclasses import dataclass, field
 
-import click
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +17,7 @@ from infra import registry
 from infra.announcements import Registered, RootReader
 from infra.errors import ConfigError, FactoryError
 from infra.gc import GcOutcome, collect, execute
-from infra.gc_plan import MIN_AGE_S, GcPlan, summary
+from infra.gc_plan import GcPlan, summary
 from infra.registry_roots import RunState, pipeline_runs, referred
 from infra.store import Store
 from infra.store_admin import server_time
@@ -38,15 +37,6 @@ _KINDS = {
 """For people."""
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--keep-days", type=click.FloatRange(min=0), help="Keep runs that ended within so many days; else all.")
-@click.option(
-    "--min-age-hours", type=click.FloatRange(min=0), default=MIN_AGE_S / 3600, show_default=True,
-    help="Remove nothing younger. Less than a day only while no run is in progress.",
-)  # fmt: skip
-@click.option("--forget-unknown-runs", is_flag=True, help="Do not keep runs that MLflow does not know (purged ones).")
-@click.option("--list", "listed", is_flag=True, help="Also print every single thing that would go.")
-@click.option("--remove", is_flag=True, help="Remove what the table says goes.")
 def gc(keep_days: float | None, min_age_hours: float, forget_unknown_runs: bool, listed: bool, remove: bool) -> None:
     """Remove what no kept run and no registered version needs. Without --remove: only say what."""
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)

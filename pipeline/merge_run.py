@@ -39,7 +39,7 @@ from pipeline.merge_outputs import RECORD_FIELD, Output, recipe_key, recorded
 from pipeline.merge_request import shard_bytes
 from workers.adapter import ByteSource
 from workers.base import PreparedBase, upload_base
-from workers.convert import from_peft
+from workers.conversions import from_peft
 from workers.layout import read_layout
 from workers.mask_file import MaskReader
 from workers.ranged_file import LocalFile

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable
 
-import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -30,13 +29,7 @@ from infra.model_versions import (
 from infra.registry import CHECKPOINT, MERGED, model_name
 from infra.store import Store
 
-_HELP = {"help_option_names": ["-h", "--help"]}
-_task = click.option("--task", default=MERGED, show_default=True, help="A task, for its expert.")
 
-
-@click.command(context_settings=_HELP)
-@click.argument("suite")
-@click.option("--task", help="Only this task's model (or `merged`), with all its versions.")
 def models(suite: str, task: str | None) -> None:
     """The registered models of SUITE: champions, challengers, and why they are that."""
     console = _console()
@@ -55,11 +48,6 @@ def models(suite: str, task: str | None) -> None:
     _guarded(console, show)
 
 
-@click.command(context_settings=_HELP)
-@click.argument("suite")
-@click.option("--version", type=click.IntRange(min=1), required=True, help="The version to be champion.")
-@_task
-@click.option("--reason", default="promoted by hand", show_default=True, help="Recorded with the version.")
 def promote(suite: str, version: int, task: str, reason: str) -> None:
     """Make a version of SUITE's merge, or of a task's expert, the champion, whatever the gate said."""
     console = _console()
@@ -82,11 +70,6 @@ def promote(suite: str, version: int, task: str, reason: str) -> None:
     _guarded(console, change)
 
 
-@click.command(context_settings=_HELP)
-@click.argument("suite")
-@click.option("--version", type=click.IntRange(min=1), help="The version to go: if it is not champion, nothing does.")
-@_task
-@click.option("--reason", default="rolled back by hand", show_default=True, help="Recorded with the version.")
 def rollback(suite: str, version: int | None, task: str, reason: str) -> None:
     """Make the former champion of SUITE's merge, or of a task's expert, champion again.
 

@@ -48,10 +48,6 @@ def _added(counts: Sequence[Count]) -> Count:
     return Count(sum(c.make for c in counts), sum(c.reuse for c in counts), any(c.at_most and c.make for c in counts))
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--config", "config_path", required=True, help="Configuration file (see pipeline/configs/).")
-@click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object on stdout.")
-@click.argument("overrides", nargs=-1, metavar="[SECTION.FIELD=VALUE]...")
 def plan(config_path: str, as_json: bool, overrides: tuple[str, ...]) -> None:
     """What a run would make and what it would reuse, why each expert is stale, and at what cost. Changes nothing."""
     terminal = sys.stderr if as_json else sys.stdout

@@ -4,6 +4,8 @@ What a module imports only for type checking counts as well.
 """
 
 import ast
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,8 @@ FORMATS = {
 """What merges share with workers: the files that one writes and the other reads."""
 
 EXCEPTIONS = {
-    "merge.__main__": {"pipeline.merge_command"},  # `python -m merge`
+    "merge.commands": {"pipeline.merge_command"},  # `python -m merge`
+    "infra.scheduled_job": {"pipeline.config"},  # in a process of its own: what a schedule runs is checked beforehand
     # MLflow loads these files as models: what serves an expert is what evaluates it
     "infra.adapter_model": {"workers.base", "workers.cache", "workers.inplace"},
     "infra.checkpoint_model": {"workers.base", "workers.cache"},
@@ -44,6 +47,7 @@ EXCEPTIONS = {
 SERVICES = {"ray", "mlflow", "boto3", "botocore"}
 CONNECTED = {
     "merge.__main__",
+    "merge.commands",
     "merge.export",
     "merge.jobs",
     "merge.keys",
@@ -68,9 +72,14 @@ MODULES = _modules()
 
 
 def imported(text: str) -> set[str]:
-    """Full names of the modules that a source imports, wherever it does; `from package import module` is the module."""
+    """Full names of the modules that a source imports, wherever it does; `from package import module` is the module.
+
+    Programs in strings count, and `module:function`, which is imported when it is called (`infra.deferred`).
+    """
     found: set[str] = set()
     for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= _in_string(node.value)
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -78,6 +87,17 @@ def imported(text: str) -> set[str]:
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= inner & MODULES.keys() or {str(node.module)}
     return found
+
+
+def _in_string(text: str) -> set[str]:
+    if re.fullmatch(r"[a-z_.]+:[a-z_]+", text):
+        return {text.partition(":")[0]} & MODULES.keys()
+    if not re.search(r"^\s*(from|import) ", text, re.MULTILINE):
+        return set()
+    try:
+        return imported(textwrap.dedent(text))
+    except (SyntaxError, AssertionError):  # words, not a program
+        return set()
 
 
 IMPORTS = {name: imported(path.read_text()) for name, path in MODULES.items()}
@@ -99,6 +119,8 @@ def reaches(name: str, what: set[str]) -> list[str]:
 def test_imports_are_found_wherever_they_stand():
     text = "import a.b\nfrom infra import store\nfrom infra.errors import X\ndef f():\n    from merge.tree import g\n"
     assert imported(text) == {"a.b", "infra.store", "infra.errors", "merge.tree"}
+    strings = "run('import infra.gc; infra.gc.x()')\ncall('pipeline.config:load')\nsay('from here on: nothing')\n"
+    assert imported(strings) == {"infra.gc", "pipeline.config"}
 
 
 @pytest.mark.parametrize("package", BELOW)

@@ -10,7 +10,7 @@ alone: torch does not promise its generator's stream across releases.
 Reading needs the header once and then one ranged read per stored tensor (a weight's neighbouring ones in one), from a
 file or an object store. A file is treated as hostile: it reads as what it says, or ``AdapterError``; never a crash,
 never a large allocation on a false claim. Does not cover how a file is named, stored or registered, nor other formats
-(``workers.convert``).
+(``workers.conversions``).
 """
 
 from __future__ import annotations

@@ -1,224 +1,21 @@
 """Adapters from other formats and back: `python -m workers.convert COMMAND --help`.
 
-PEFT folders (`workers.peft_folder`), full checkpoints (their difference from the base, sparsified; or base and adapter
-joined into one) and dense differences. Tensors are read one at a time; a file is written only after every name and
-shape has been checked. Training and merging are elsewhere.
+What a command does (`workers.conversions`) is imported when it is called.
 """
 
-from __future__ import annotations
-
-import functools
-import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
-from torch import Tensor
 
-from infra.errors import AdapterError, FactoryError
-from workers.adapter import AdapterMeta, AdapterReader, FileSource, check_base, save_adapter
-from workers.base import prepare_base
-from workers.cache import cache_dir
-from workers.inplace import rounded_sum
-from workers.layout import BaseLayout, read_layout
-from workers.peft_folder import read_peft, write_peft
-from workers.selection import best, budget
-from workers.support import LazyTensors, SparseTensor
-from workers.tensorfile import DTYPES, WEIGHTS, Entry, list_entries, read_chunks, write_tensors
+from infra.deferred import deferred
+from infra.errors import FactoryError
 
-
-def from_peft(folder: Path, base: BaseLayout, out: Path, value_dtype: torch.dtype = torch.float32) -> None:
-    """A PEFT LoRA or SHiRA folder as an adapter file. ``AdapterError`` for what such a file cannot hold."""
-    found = read_peft(folder, base)
-    save_adapter(out, found.tensors, AdapterMeta(base.sha256, found.kind, found.info), value_dtype, head=found.head)
-
-
-def to_peft(file: Path, base: BaseLayout, folder: Path) -> None:
-    """An adapter file as a PEFT folder. ``AdapterError`` for another base's, or one that PEFT cannot express."""
-    reader = AdapterReader(FileSource(file))
-    check_base(reader, base.sha256)
-    write_peft(reader, base, folder)
-
-
-def from_checkpoint(
-    folder: Path,
-    base: BaseLayout,
-    density: float,
-    out: Path,
-    every_tensor: bool = False,
-    value_dtype: torch.dtype = torch.float32,
-) -> None:
-    """The difference of a full checkpoint from ``base``, of each tensor the share ``density`` that differs most.
-
-    Density 1 keeps every position (kind ``full``). Tensors that are equal are left out. Differences outside the linear
-    layers' weights are refused unless ``every_tensor`` is set, so that none is lost unnoticed. Differences are taken in
-    float64 and rounded once to fp32.
-
-    Raises:
-        AdapterError: other tensors or shapes than the base's, a difference that is refused, or none at all.
-    """
-    _check_density(density)
-    theirs = _checkpoint_entries(folder)
-    ours = {entry.name: entry for entry in list_entries(base.path / WEIGHTS) if entry.floating}
-    if missing := sorted(set(ours) - set(theirs)):
-        raise AdapterError(f"{folder}: lacks {len(missing)} tensors of the base, {missing[0]} first")
-    for name in sorted(set(theirs) - set(ours)):
-        if not any(_same_bytes(theirs[name], theirs[other]) for other in ours):  # a tied weight, written out
-            raise AdapterError(f"{folder}: holds {name}, which the base has not; is it a model of another kind?")
-    for name in ours:
-        base.check_shape(name, theirs[name].shape, str(folder))
-    changed = [name for name in ours if not torch.equal(_read(theirs[name]).double(), _read(ours[name]).double())]
-    if (others := [name for name in changed if name not in base.linear]) and not every_tensor:
-        raise AdapterError(
-            f"{folder}: {len(others)} tensors differ that are no linear layer's weight: {', '.join(others[:20])}; "
-            "keep them with --all"
-        )
-    if not changed:
-        raise AdapterError(f"{folder}: does not differ from the base, there is no adapter to make")
-
-    def difference(name: str) -> SparseTensor:
-        return keep_largest((_read(theirs[name]).double() - _read(ours[name]).double()).float(), density)
-
-    _save_dense(out, changed, difference, base, {"source": "checkpoint", "density": density}, value_dtype)
-
-
-def from_delta(
-    file: Path, base: BaseLayout, density: float, out: Path, value_dtype: torch.dtype = torch.float32
-) -> None:
-    """A dense state dict of differences (parameter name to delta), sparsified as by :func:`from_checkpoint`.
-
-    ``AdapterError`` for names and shapes that are not the base's.
-    """
-    _check_density(density)
-    if not file.is_file():
-        raise AdapterError(f"{file}: no such file")
-    entries = {entry.name: entry for entry in list_entries(file)}
-    for name, entry in entries.items():
-        base.check_shape(name, entry.shape, str(file))
-        if not entry.floating:
-            raise AdapterError(f"{file}: {name} is {entry.dtype}, a difference must be floating point")
-    changed = [name for name, entry in entries.items() if bool(_read(entry).any())]
-    if not changed:
-        raise AdapterError(f"{file}: every difference in it is zero, there is no adapter to make")
-
-    def difference(name: str) -> SparseTensor:
-        return keep_largest(_read(entries[name]).float(), density)
-
-    _save_dense(out, changed, difference, base, {"source": "delta", "density": density}, value_dtype)
-
-
-def to_delta(file: Path, out: Path) -> None:
-    """Every tensor's difference as dense fp32 in a safetensors file. A head is not part of it."""
-    reader = AdapterReader(FileSource(file))
-    rows = [(name, "F32", reader.shape(name)) for name in reader.names]
-    write_tensors(out, rows, lambda name: [_raw(_dense(reader.load(name)))])
-
-
-def to_checkpoint(file: Path, base: BaseLayout, folder: Path) -> None:
-    """Base and adapter joined into one checkpoint in the base's types, W := round(W + delta) on the support.
-
-    ``AdapterError`` for another base's adapter, or one with a classification head (its base has no place for it).
-    """
-    reader = AdapterReader(FileSource(file))
-    check_base(reader, base.sha256)
-    if reader.head_names:
-        raise AdapterError(
-            f"{file}: has a classification head ({reader.head_names[0]}), which this base has no place for"
-        )
-    for name in reader.names:
-        base.check_shape(name, reader.shape(name), str(file))
-    entries = {entry.name: entry for entry in list_entries(base.path / WEIGHTS)}
-
-    def content(name: str) -> Iterable[bytes]:
-        if name not in reader.names:
-            return read_chunks(entries[name])
-        weight, delta = _read(entries[name]), reader.load(name)
-        flat = weight.view(-1)
-        flat[delta.indices] = rounded_sum(flat[delta.indices], delta.values)
-        return [_raw(weight)]
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for kept in base.path.iterdir():
-        if kept.suffix in (".json", ".jinja", ".txt", ".model") and kept.name != "identity.json":
-            shutil.copyfile(kept, folder / kept.name)
-    write_tensors(folder / WEIGHTS, [(e.name, e.dtype, e.shape) for e in entries.values()], content)
-
-
-def keep_largest(delta: Tensor, density: float) -> SparseTensor:
-    """The share ``density`` (at least one) of ``delta``'s positions with the largest absolute values, zeros left out.
-
-    Equal values: the lower position first. Density 1 keeps every position, zeros included. ``delta``: fp32;
-    ``AdapterError`` unless it is finite.
-    """
-    flat = delta.reshape(-1)
-    shape = tuple(delta.shape)
-    if not bool(torch.isfinite(flat).all()):
-        raise AdapterError(f"a difference of shape {list(shape)} is not finite; the checkpoint is damaged or diverged")
-    if density == 1:
-        return SparseTensor(shape, torch.arange(flat.numel()), flat)
-    kept = best(flat.abs(), budget(flat.numel(), density))
-    kept = kept[flat[kept] != 0]
-    return SparseTensor(shape, kept, flat[kept])
-
-
-def _save_dense(
-    out: Path,
-    names: Sequence[str],
-    difference: Callable[[str], SparseTensor],
-    base: BaseLayout,
-    info: dict[str, Any],
-    value_dtype: torch.dtype,
-) -> None:
-    kind = "full" if info["density"] == 1 else "sparse"
-    save_adapter(out, LazyTensors(names, difference), AdapterMeta(base.sha256, kind, info), value_dtype)
-
-
-def _check_density(density: float) -> None:
-    if not 0 < density <= 1:
-        raise AdapterError(f"density must be above 0 and at most 1, is {density}")
-
-
-def _checkpoint_entries(folder: Path) -> dict[str, Entry]:
-    """Floating tensors of a checkpoint folder, sharded or not."""
-    if not folder.is_dir():
-        raise AdapterError(f"{folder}: no such folder; give one with model.safetensors")
-    single = folder / WEIGHTS
-    files = [single] if single.is_file() else sorted(folder.glob("model-*.safetensors"))
-    if not files:
-        raise AdapterError(f"{folder}: no model.safetensors and no shards of it; pickled weights are not accepted")
-    return {entry.name: entry for file in files for entry in list_entries(file) if entry.floating}
-
-
-def _same_bytes(one: Entry, other: Entry) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return all(a == b for a, b in zip(read_chunks(one), read_chunks(other), strict=True))
-
-
-def _read(entry: Entry) -> Tensor:
-    raw = bytearray(b"".join(read_chunks(entry)))
-    dtype = DTYPES[entry.dtype]
-    return torch.frombuffer(raw, dtype=dtype).view(entry.shape) if raw else torch.empty(entry.shape, dtype=dtype)
-
-
-def _dense(tensor: SparseTensor) -> Tensor:
-    """fp32, zero off the support."""
-    flat = torch.zeros(tensor.numel).index_copy_(0, tensor.indices, tensor.values.float())
-    return flat.view(tensor.shape)
-
-
-def _raw(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-# -- command line --
-
-_BASE = click.option("--base", "source", required=True, help="pypi:NAME, path:FOLDER or hub:REPO[@REVISION]")
-_OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="what is written")
-_DENSITY = click.option("--density", type=float, required=True, help="share of each tensor's positions to keep, (0, 1]")
-_DTYPE = click.option(
+_base = click.option("--base", "source", required=True, help="pypi:NAME, path:FOLDER or hub:REPO[@REVISION]")
+_out = click.option("--out", type=click.Path(path_type=Path), required=True, help="what is written")
+_density = click.option("--density", type=float, required=True, help="share of each tensor's positions to keep, (0, 1]")
+_dtype = click.option(
     "--value-dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
     help="how values are stored",
 )  # fmt: skip
@@ -228,26 +25,14 @@ def _input(name: str) -> Callable[..., Any]:
     return click.argument(name, type=click.Path(path_type=Path))
 
 
-def _command(name: str) -> Callable[[Callable[..., None]], click.Command]:
-    """A command whose errors for the user are printed without a traceback."""
-
-    def decorate(run: Callable[..., None]) -> click.Command:
-        @functools.wraps(run)
-        def guarded(**options: Any) -> None:
-            try:
-                run(**options)
-            except FactoryError as error:
-                raise click.ClickException(str(error)) from error
-            except OSError as error:
-                raise click.ClickException(f"{error.filename}: {error.strerror}") from error
-
-        return main.command(name)(guarded)
-
-    return decorate
-
-
-def _layout(source: str) -> BaseLayout:
-    return read_layout(prepare_base(source, cache_dir()))
+def _call(function: str, **options: Any) -> None:
+    """Errors for the user are printed without a traceback."""
+    try:
+        deferred(f"workers.conversions:{function}")(**options)
+    except FactoryError as error:
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"{error.filename}: {error.strerror}") from error
 
 
 @click.group()
@@ -255,66 +40,64 @@ def main() -> None:
     """Convert adapters: PEFT folders, full checkpoints and dense differences to adapter files and back."""
 
 
-@_command("from-peft")
+@main.command("from-peft")
 @_input("folder")
-@_BASE
-@_OUT
-@_DTYPE
-def _from_peft(folder: Path, source: str, out: Path, value_dtype: str) -> None:
+@_base
+@_out
+@_dtype
+def from_peft(**options: Any) -> None:
     """A PEFT LoRA or SHiRA FOLDER as an adapter file."""
-    from_peft(folder, _layout(source), out, getattr(torch, value_dtype))
+    _call("convert_from_peft", **options)
 
 
-@_command("to-peft")
+@main.command("to-peft")
 @_input("file")
-@_BASE
-@_OUT
-def _to_peft(file: Path, source: str, out: Path) -> None:
+@_base
+@_out
+def to_peft(**options: Any) -> None:
     """An adapter FILE as a PEFT folder (low-rank: LoRA, sparse: SHiRA)."""
-    to_peft(file, _layout(source), out)
+    _call("convert_to_peft", **options)
 
 
-@_command("from-checkpoint")
+@main.command("from-checkpoint")
 @_input("folder")
-@_BASE
-@_DENSITY
-@_OUT
-@_DTYPE
+@_base
+@_density
+@_out
+@_dtype
 @click.option("--all", "every_tensor", is_flag=True, help="keep differences outside the linear layers' weights too")
-def _from_checkpoint(
-    folder: Path, source: str, density: float, out: Path, value_dtype: str, every_tensor: bool
-) -> None:
+def from_checkpoint(**options: Any) -> None:
     """The difference of the full checkpoint in FOLDER from the base, sparsified, as an adapter file."""
-    from_checkpoint(folder, _layout(source), density, out, every_tensor, getattr(torch, value_dtype))
+    _call("convert_from_checkpoint", **options)
 
 
-@_command("to-checkpoint")
+@main.command("to-checkpoint")
 @_input("file")
-@_BASE
-@_OUT
-def _to_checkpoint(file: Path, source: str, out: Path) -> None:
+@_base
+@_out
+def to_checkpoint(**options: Any) -> None:
     """Base and adapter FILE joined into a full checkpoint folder."""
-    to_checkpoint(file, _layout(source), out)
+    _call("convert_to_checkpoint", **options)
 
 
-@_command("from-delta")
+@main.command("from-delta")
 @_input("file")
-@_BASE
-@_DENSITY
-@_OUT
-@_DTYPE
-def _from_delta(file: Path, source: str, density: float, out: Path, value_dtype: str) -> None:
+@_base
+@_density
+@_out
+@_dtype
+def from_delta(**options: Any) -> None:
     """A safetensors FILE of dense differences as an adapter file."""
-    from_delta(file, _layout(source), density, out, getattr(torch, value_dtype))
+    _call("convert_from_delta", **options)
 
 
-@_command("to-delta")
+@main.command("to-delta")
 @_input("file")
-@_OUT
-def _to_delta(file: Path, out: Path) -> None:
+@_out
+def to_delta(**options: Any) -> None:
     """The dense fp32 differences of an adapter FILE as a safetensors file."""
-    to_delta(file, out)
+    _call("to_delta", **options)
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="python -m workers.convert")

@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 
-from pipeline import cluster, main, recipes
+from pipeline import cluster, driver, recipes
 from pipeline.__main__ import main as command
 
 
@@ -32,7 +32,7 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else writes there, libraries in C too, goes to the log
     cluster.connect_to_ray()
-    main.connect_to_ray = lambda: None  # type: ignore[assignment]
+    driver.connect_to_ray = lambda: None  # type: ignore[assignment]
     version = recipes.TRAIN_VERSION
     for line in sys.stdin:
         asked = json.loads(line)

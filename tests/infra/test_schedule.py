@@ -18,12 +18,13 @@ import requests
 
 from infra import registry, schedule, webhook
 from infra.errors import ConfigError
-from infra.schedule import JobApiError, RayJobs, Scheduler, main, mlflow_run
+from infra.schedule import JobApiError, RayJobs, Scheduler, mlflow_run
 from infra.scheduled_job import Scheduled, check_reachable, job_entrypoint, read_scheduled
 from infra.stack import StackState
 from infra.store import Store
 from infra.store_client import is_loopback
 from infra.ticks import ACTIVE, Cron, Job, submission_id
+from pipeline.commands.schedule import schedule as command
 from tests.infra.receiver import SECRET, Receiver, receiving
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -415,7 +416,8 @@ def test_wrong_options_are_refused_at_once(
     options = {"--cron": "0 2 * * *", "--config": str(QUICKSTART), "--address": "http://127.0.0.1:9", **changed}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        assert main([word for pair in options.items() for word in pair]) == 2
+        with pytest.raises(SystemExit, match="2"):
+            command.main([word for pair in options.items() for word in pair])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -427,7 +429,7 @@ def test_wrong_options_are_refused_at_once(
 def test_the_command_ends_cleanly(stack: StackState) -> None:
     suite = uuid.uuid4().hex[:8]
     process = subprocess.Popen(
-        [sys.executable, "-m", "infra.schedule", "--cron", "0 2 1 1 *", "--timezone", "Europe/Berlin",
+        [sys.executable, "-m", "pipeline", "schedule", "--cron", "0 2 1 1 *", "--timezone", "Europe/Berlin",
          "--config", str(QUICKSTART), f"suite={suite}"],
         cwd=ROOT, env={**os.environ, webhook.VARIABLE: "http://127.0.0.1:9/s3cret"}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from infra.stack import StackState
 from infra.store import Store
 from infra.store_admin import server_time
 from pipeline import gc_command
+from pipeline.commands.gc import gc
 from pipeline.retention import DAY_S, Rule
 
 
@@ -30,10 +31,10 @@ def test_without_remove_it_only_looks(store: Store, stack: StackState, monkeypat
     monkeypatch.setenv("FACTORY_S3_PREFIX", store.prefix)
     for write in ("put", "put_if_absent", "replace_if_match", "delete", "check"):
         monkeypatch.setattr(Store, write, None)
-    done = CliRunner().invoke(gc_command.gc, [])
+    done = CliRunner().invoke(gc, [])
     assert done.exit_code == 0, done.output
     assert "nothing to remove" in done.output
-    assert CliRunner().invoke(gc_command.gc, ["--remove"]).exception is not None
+    assert CliRunner().invoke(gc, ["--remove"]).exception is not None
 
 
 def test_a_version_registered_and_a_run_finished_meanwhile_are_seen(store: Store, stack: StackState) -> None:

@@ -19,10 +19,11 @@ from infra.errors import MergeError
 from infra.store import Store
 from infra.store_writer import StoreWriter
 from merge.checkpoint_file import CheckpointWriter
+from merge.commands import main
 from merge.jobs import Ref
 from merge.methods import METHODS
 from pipeline import merge_run
-from pipeline.merge_command import main, methods_markdown
+from pipeline.merge_command import methods_markdown
 from tests.e2e.conftest import write_tiny_base
 from workers.adapter import AdapterMeta, AdapterReader, FileSource, save_adapter
 from workers.base import PreparedBase, prepare_base

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from infra.errors import RegistryError
 from infra.model_versions import PREVIOUS, ROLLED_BACK, Version
 from pipeline import models_command
+from pipeline.commands import models as commands
 
 HINT = "to go on, and take no other version away: python -m pipeline rollback mine --version 3"
 
@@ -43,7 +44,7 @@ def rolled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
             "find_version",
             lambda name, n: Version(name, n, {PREVIOUS: str(n - 1), **gone}),
         )
-        done = CliRunner().invoke(models_command.rollback, ["mine", *options])
+        done = CliRunner().invoke(commands.rollback, ["mine", *options])
         assert done.exit_code == 2
         return done.output
 

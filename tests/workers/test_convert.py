@@ -16,7 +16,8 @@ from infra.errors import AdapterError, FactoryError
 from tests.workers.tiny import tiny_model, tiny_tokenizer
 from workers.adapter import AdapterMeta, AdapterReader, FileSource, LowRank, save_adapter
 from workers.base import prepare_base
-from workers.convert import from_checkpoint, from_delta, from_peft, keep_largest, main, to_checkpoint, to_delta, to_peft
+from workers.conversions import from_checkpoint, from_delta, from_peft, keep_largest, to_checkpoint, to_delta, to_peft
+from workers.convert import main
 from workers.inplace import apply_delta
 from workers.layout import BaseLayout, read_layout
 from workers.masks import random_indices
