@@ -40,7 +40,7 @@ from workers.losses import CHUNK_LOGITS
 from workers.masks import MaskSpec, accumulator_bytes, trainable_elements, unit_of
 from workers.model import load_classifier_tokenizer, load_tokenizer
 from workers.modules import find_targets, stacked_rows
-from workers.prompt import encode_example, target_token_cap
+from workers.prompt import encode_examples, target_token_cap
 from workers.tensorfile import WEIGHTS
 
 PROCESS_GIB = 0.9
@@ -240,7 +240,7 @@ def expected_cost(config: PipelineConfig, base: PreparedBase, tasks: dict[str, T
                 len(encode_labelled(tokenizer, prompt, row, data.labels).input_ids) for row in data.splits["train"]
             ]
         else:
-            examples = (encode_example(tokenizer, prompt, row, max_target_tokens=limit) for row in data.splits["train"])
+            examples = encode_examples(tokenizer, prompt, data.splits["train"], limit)
             lengths = [len(example.input_ids) for example in examples]
         train = train_spec(config, data)
         tokens[name] = round(train.steps * train.batch_size * sum(lengths) / len(lengths))

@@ -72,14 +72,29 @@ def tokenize(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def tokenize_all(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of every text, as `tokenize` gives them: many times faster than one call after the other."""
+    return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
+
+
 def truncate_left(tokenizer: Any, text: str, max_tokens: int) -> str:
     """The longest end of `text`, cut at a token border, that has at most `max_tokens` tokens in this context."""
-    if len(text) <= max_tokens:  # a token is at least one character, except for byte fallbacks, which are checked below
-        return text if len(tokenize(tokenizer, text)) <= max_tokens else text[-max(1, max_tokens // 4) :]
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = encoded["offset_mapping"]
+    return truncate_all(tokenizer, [text], max_tokens)[0]
+
+
+def truncate_all(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[str]:
+    """Every text as `truncate_left` gives it."""
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+    return [_end(text, offsets, max_tokens) for text, offsets in zip(texts, encoded["offset_mapping"], strict=True)]
+
+
+def _end(text: str, offsets: Sequence[tuple[int, int]], max_tokens: int) -> str:
     if len(offsets) <= max_tokens:
         return text
+    if len(text) <= max_tokens:  # a token is at least one character, except for byte fallbacks
+        return text[-max(1, max_tokens // 4) :]
     return text[offsets[-max_tokens][0] :].lstrip()
 
 
@@ -105,6 +120,22 @@ def encode_example(
     return Example(tuple(prompt + target), len(prompt))
 
 
+def encode_examples(
+    tokenizer: Any, spec: PromptSpec, rows: Sequence[Row], max_target_tokens: int | None = None
+) -> list[Example]:
+    """Every row with its first target as `encode_example` gives it, tokenised together."""
+    texts = truncate_all(tokenizer, [row.input for row in rows], spec.max_input_tokens)
+    prompts = tokenize_all(
+        tokenizer, [render(spec, text, row.options) for text, row in zip(texts, rows, strict=True)]
+    )  # fmt: skip
+    targets = tokenize_all(tokenizer, [row.targets[0] for row in rows])
+    eos = int(tokenizer.eos_token_id)
+    return [
+        Example(tuple(prompt + [*target, eos][:max_target_tokens]), len(prompt))
+        for prompt, target in zip(prompts, targets, strict=True)
+    ]
+
+
 def few_shot_prefix(tokenizer: Any, spec: PromptSpec, shots: Sequence[Row]) -> str:
     """Solved examples as finished turns, to stand before every prompt of a task; empty without shots."""
     turns = []
@@ -116,7 +147,7 @@ def few_shot_prefix(tokenizer: Any, spec: PromptSpec, shots: Sequence[Row]) -> s
 
 def target_token_cap(tokenizer: Any, rows: Sequence[Row], quantile: float = 0.95) -> int:
     """Tokens (eos included) that hold the first target of `quantile` of the rows: the default `max_new_tokens`."""
-    lengths = sorted(len(encode_target(tokenizer, row.targets[0])) for row in rows)
+    lengths = sorted(len(ids) + 1 for ids in tokenize_all(tokenizer, [row.targets[0] for row in rows]))
     return lengths[max(0, math.ceil(quantile * len(lengths)) - 1)] if lengths else 1
 
 

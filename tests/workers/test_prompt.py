@@ -1,15 +1,19 @@
 """Prompts, truncation, batches and padding."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from infra.errors import ConfigError
 from workers.prompt import (
     PromptSpec,
     collate,
     encode_example,
+    encode_examples,
     encode_prompt,
     few_shot_prefix,
     length_bucketed_batches,
@@ -49,6 +53,19 @@ def test_training_and_generation_see_the_same_prompt(tokenizer) -> None:
     assert list(example.input_ids[: example.target_start]) == encode_prompt(tokenizer, SPEC, row)
     assert tokenizer.convert_ids_to_tokens(example.input_ids[example.target_start :]) == ["w5", "w6", "</s>"]
     assert len(encode_example(tokenizer, SPEC, row, 1, max_target_tokens=1).input_ids) == example.target_start + 1
+
+
+words = st.lists(st.sampled_from(["w1", "w2", "w30", "nothing", "</s>", "é", "日本", " ", "\n"]), max_size=12).map(
+    " ".join
+)
+
+
+@given(st.lists(st.tuples(words, words), max_size=6), st.integers(1, 20), st.integers(1, 5))
+def test_rows_that_are_encoded_together_are_encoded_as_one_by_one(texts, longest, target) -> None:
+    tokenizer, spec = tiny.tiny_tokenizer(), replace(SPEC, max_input_tokens=longest)
+    rows = [Row(str(at), text, (answer,)) for at, (text, answer) in enumerate(texts)]
+    alone = [encode_example(tokenizer, spec, row, max_target_tokens=target) for row in rows]
+    assert encode_examples(tokenizer, spec, rows, target) == alone
 
 
 def test_long_inputs_lose_their_beginning_only(tokenizer) -> None:
