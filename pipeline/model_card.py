@@ -15,6 +15,7 @@ from infra.registry import model_name
 from pipeline.config import PipelineConfig
 from pipeline.outcome import Inputs, Outcome
 from pipeline.results import interval
+from pipeline.score import ScoreKey
 from pipeline.tasks import TaskData
 
 ROOM = 4900
@@ -33,7 +34,7 @@ def expert_card(inputs: Inputs, outcome: Outcome, task: str) -> str:
     config, data, manifest = inputs.config, inputs.tasks[task], outcome.experts[task]
     meta = manifest.meta
     metric, rows = data.config.metric, len(data.splits["test"])
-    scored = [model for model in _MODELS if (model, "test", task) in outcome.scores]
+    scored = [model for model in _MODELS if ScoreKey(model, "test", task) in outcome.scores]
     scores = ", ".join(_scored(inputs, outcome, model, [task]) for model in scored)
     facts = [
         ("Data", f"{_code(data.config.source)}, licence {data.license}; {_splits(data)}"),
@@ -136,13 +137,13 @@ def change(config: PipelineConfig) -> str:
 def _scored(inputs: Inputs, outcome: Outcome, model: str, tasks: list[str]) -> str:
     """The mean score of a model with its interval."""
     low, high = interval(outcome, model, tasks, inputs.config.seed)
-    mean = sum(outcome.scores[model, "test", task]["score"] for task in tasks) / len(tasks)
+    mean = sum(outcome.scores[ScoreKey(model, "test", task)].score for task in tasks) / len(tasks)
     return f"{_MODELS[model]} {mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _means(inputs: Inputs, outcome: Outcome, group: str, tasks: list[str]) -> str:
     """Mean scores of the models that are scored on all of the tasks; "" if there is none."""
-    scored = [model for model in _MODELS if all((model, "test", task) in outcome.scores for task in tasks)]
+    scored = [model for model in _MODELS if all(ScoreKey(model, "test", task) in outcome.scores for task in tasks)]
     if not tasks or not scored:
         return ""
     return f"{group} mean: " + ", ".join(_scored(inputs, outcome, model, tasks) for model in scored)
@@ -152,8 +153,8 @@ def _task_table(outcome: Outcome, held_in: list[str], held_out: list[str], room:
     """Scores by task, as many rows as there is room for: first those that lose most by the merge."""
 
     def score(model: str, task: str) -> float | None:
-        found = outcome.scores.get((model, "test", task))
-        return None if found is None else float(found["score"])
+        found = outcome.scores.get(ScoreKey(model, "test", task))
+        return None if found is None else found.score
 
     def gain(task: str) -> float:
         return (score("merged", task) or 0.0) - (score("expert", task) or 0.0)

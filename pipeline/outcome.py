@@ -3,7 +3,6 @@
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from infra.artifacts import Manifest
 from infra.store import Store
@@ -12,6 +11,7 @@ from merge.specs import Candidate
 from pipeline.candidates import Candidates
 from pipeline.config import PipelineConfig
 from pipeline.gate import GateDecision
+from pipeline.score import Score, ScoreKey
 from pipeline.search import Rung, Standing
 from pipeline.tasks import TaskData
 from workers.base import PreparedBase
@@ -74,9 +74,7 @@ class Outcome:
 
     experts: dict[str, Manifest] = field(default_factory=dict)
     merged: dict[Candidate, Manifest] = field(default_factory=dict)
-    scores: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
-    """(model, split, task) -> meta of the evaluation; a model is base, few_shot, expert, merged, serving, or a
-    candidate as JSON; on the gate split expert_champion and merged_champion too."""
+    scores: dict[ScoreKey, Score] = field(default_factory=dict)
     evaluations: set[str] = field(default_factory=set)
     """Keys of the scores."""
     masks: dict[tuple[Candidate, str], Manifest] = field(default_factory=dict)
@@ -108,7 +106,9 @@ class Outcome:
 
     def mean(self, candidate: Candidate, split: str) -> float:
         """Mean score of a candidate over all held-in tasks, each with an expert."""
-        return math.fsum(self.scores[candidate.to_json(), split, t]["score"] for t in self.experts) / len(self.experts)
+        return math.fsum(self.scores[ScoreKey(candidate.to_json(), split, t)].score for t in self.experts) / len(
+            self.experts
+        )
 
 
 def span(spans: list[tuple[float, float]]) -> float:

@@ -12,6 +12,7 @@ from infra.model_versions import MERGE_TAG
 from infra.registry import CHECKPOINT, MERGED, model_name
 from pipeline.model_card import ROOM, checkpoint_card, expert_card, merge_card
 from pipeline.outcome import Inputs, Outcome
+from pipeline.score import ScoreKey
 
 _VERDICT_ROOM = 700
 """Characters of a description that are left for the gate's verdict, where they can be spared."""
@@ -21,8 +22,8 @@ _LEAST_ROOM = 2800
 
 def expert_model(inputs: Inputs, outcome: Outcome, task: str) -> tuple[RegisteredAdapter, dict[str, float]]:
     """One expert, and the metrics that its run gets."""
-    manifest, score = outcome.experts[task], outcome.scores["expert", "test", task]
-    metrics = {f"test/{score['metric']}": score["score"], "test/format_free": score["format_free"]}
+    manifest, score = outcome.experts[task], outcome.scores[ScoreKey("expert", "test", task)]
+    metrics = {f"test/{score.metric}": score.score, "test/format_free": score.format_free}
     about = f"Expert for the task {task} of the suite {inputs.config.suite}."
     return replace(
         plain_expert(inputs, task, manifest), description=expert_card(inputs, outcome, task), about=about

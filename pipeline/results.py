@@ -17,9 +17,10 @@ from rich.text import Text
 from merge.specs import Candidate, shown_params
 from pipeline.gate_report import gate_lines, gate_results, gate_section
 from pipeline.outcome import Inputs, Outcome, utilisation
+from pipeline.score import ScoreKey
 from pipeline.search import task_order
 from pipeline.tasks import learned_elsewhere
-from workers.metrics import LabelScores, bootstrap_interval
+from workers.metrics import bootstrap_interval
 
 
 def build_results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
@@ -108,19 +109,19 @@ def _swap_seconds(outcome: Outcome) -> float | None:
     assert outcome.chosen is not None
     asked = (("merged", "test"), (outcome.chosen.to_json(), "validation"))  # tested last, it may be in place already
     scores = [score for (model, split, _), score in outcome.scores.items() if (model, split) in asked]
-    seconds = [score["swap_seconds"] for score in scores if score.get("swap_seconds")]
+    seconds = [score.swap_seconds for score in scores if score.swap_seconds]
     return sum(seconds) / len(seconds) if seconds else None
 
 
 def _held_in(inputs: Inputs, outcome: Outcome, task: str) -> dict[str, Any]:
     manifest = outcome.experts[task]
-    scores = {model: outcome.scores[model, "test", task] for model in _MODELS}
+    scores = {model: outcome.scores[ScoreKey(model, "test", task)] for model in _MODELS}
     row = {
-        "metric": scores["base"]["metric"],
-        **{model: scores[model]["score"] for model in _MODELS},
+        "metric": scores["base"].metric,
+        **{model: scores[model].score for model in _MODELS},
         "intervals": _intervals(outcome, task, inputs.config.seed),
-        "n_test": scores["base"]["n"],
-        "format_free": {model: scores[model]["format_free"] for model in _MODELS},
+        "n_test": scores["base"].n,
+        "format_free": {model: scores[model].format_free for model in _MODELS},
         "expert_run_id": manifest.meta.get("run_id"),
         "best_step": manifest.meta.get("best_step"),
         "expert_key": manifest.key,
@@ -131,13 +132,13 @@ def _held_in(inputs: Inputs, outcome: Outcome, task: str) -> dict[str, Any]:
 
 
 def _held_out(inputs: Inputs, outcome: Outcome, task: str) -> dict[str, Any]:
-    scores = {model: outcome.scores[model, "test", task] for model in ("base", "merged")}
+    scores = {model: outcome.scores[ScoreKey(model, "test", task)] for model in ("base", "merged")}
     row = {
-        "metric": scores["base"]["metric"],
-        **{model: found["score"] for model, found in scores.items()},
+        "metric": scores["base"].metric,
+        **{model: found.score for model, found in scores.items()},
         "intervals": _intervals(outcome, task, inputs.config.seed),
-        "n_test": scores["base"]["n"],
-        "format_free": {model: found["format_free"] for model, found in scores.items()},
+        "n_test": scores["base"].n,
+        "format_free": {model: found.format_free for model, found in scores.items()},
     }
     return row | _optional(outcome, task)
 
@@ -146,16 +147,16 @@ def _optional(outcome: Outcome, task: str) -> dict[str, float]:
     """Scores that a configuration can switch off."""
     names = {"few_shot": "base_few_shot", "serving": "merged_serving"}
     return {
-        name: outcome.scores[model, "test", task]["score"]
+        name: outcome.scores[ScoreKey(model, "test", task)].score
         for model, name in names.items()
-        if (model, "test", task) in outcome.scores
+        if ScoreKey(model, "test", task) in outcome.scores
     }
 
 
 def _intervals(outcome: Outcome, task: str, seed: int) -> dict[str, list[float]]:
     """95 % intervals of a task's test scores by their names in its row."""
     named = {**{model: model for model in _MODELS}, "few_shot": "base_few_shot"}
-    known = {model: name for model, name in named.items() if (model, "test", task) in outcome.scores}
+    known = {model: name for model, name in named.items() if ScoreKey(model, "test", task) in outcome.scores}
     return {name: interval(outcome, model, [task], seed) for model, name in known.items()}
 
 
@@ -171,7 +172,8 @@ def _candidate(inputs: Inputs, outcome: Outcome, candidate: Candidate) -> dict[s
         **candidate.to_dict(),
         "validation": standing.mean,
         "interval": interval(outcome, model, list(tasks), seed, "validation"),
-        "first_rung": math.fsum(outcome.scores[model, "validation", task]["score"] for task in first) / len(first),
+        "first_rung": math.fsum(outcome.scores[ScoreKey(model, "validation", task)].score for task in first)
+        / len(first),
         "tasks": standing.tasks,
         "rung": standing.rung,
         "chosen": candidate == outcome.chosen,
@@ -185,7 +187,7 @@ def _per_task(outcome: Outcome, candidate: Candidate) -> dict[str, Any]:
         model = candidate.to_json()
         row |= {
             "test": outcome.mean(candidate, "test"),
-            "tasks": {task: outcome.scores[model, "test", task]["score"] for task in outcome.experts},
+            "tasks": {task: outcome.scores[ScoreKey(model, "test", task)].score for task in outcome.experts},
             "mask_bytes": {task: outcome.masks[candidate, task].files["mask"].size for task in outcome.experts},
         }
     return row
@@ -214,15 +216,9 @@ def _mean(rows: dict[str, dict[str, Any]] | Sequence[dict[str, float]], name: st
 
 def interval(outcome: Outcome, model: str, tasks: list[str], seed: int, split: str = "test") -> list[float]:
     """95 % bootstrap interval of a model's mean score over tasks."""
-    return list(bootstrap_interval([rows_of(outcome.scores[model, split, task]) for task in tasks], seed=seed))
-
-
-def rows_of(score: dict[str, Any]) -> Sequence[float] | LabelScores:
-    """What an interval resamples: scores of rows, or labels whose metric is no mean of rows."""
-    if "predicted" in score:
-        return LabelScores(tuple(score["predicted"]), tuple(score["target"]), score["metric"])
-    rows: list[float] = score["scores"]
-    return rows
+    return list(
+        bootstrap_interval([outcome.scores[ScoreKey(model, split, task)].resampled for task in tasks], seed=seed)
+    )
 
 
 # -- for people -------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from merge.reduction import Merges
 from merge.specs import Candidate
 from pipeline.flow.context import Flow
 from pipeline.flow.merges import mask, merged
-from pipeline.flow.scores import Score, score
+from pipeline.flow.scores import score
 from pipeline.flow.steps import evaluation_job, evaluation_step
+from pipeline.score import Score
 from pipeline.search import Race, task_order
 
 
@@ -26,7 +27,7 @@ async def choose(flow: Flow, merges: Merges) -> list[Candidate]:
     while pairs:
         scores = await every(*(_validate(flow, merges, eligible[number], task) for number, task in pairs))
         known = [(pair, found) for pair, found in zip(pairs, scores, strict=True) if found is not None]
-        following = [race.record(number, task, found["score"]) for (number, task), found in known]
+        following = [race.record(number, task, found.score) for (number, task), found in known]
         if len(known) < len(pairs):
             break
         pairs = following[-1]
@@ -75,7 +76,7 @@ async def _best(flow: Flow, merges: Merges, group: Sequence[Candidate]) -> list[
     found = await every(*(every(*(_validate(flow, merges, each, task) for task in tasks)) for each in group))
     if any(None in scores for scores in found):
         return list(group)
-    means = [math.fsum(each["score"] for each in scores if each is not None) for scores in found]
+    means = [math.fsum(each.score for each in scores if each is not None) for scores in found]
     best = group[means.index(max(means))]
     flow.outcome.per_task[best.method] = best
     return [best]

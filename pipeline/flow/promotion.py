@@ -34,7 +34,7 @@ from pipeline.registration import (
     plain_expert,
     plain_merge,
 )
-from pipeline.results import rows_of
+from pipeline.score import ScoreKey
 from pipeline.tasks import LEAST_GATE, TRAINED_ON
 
 T = TypeVar("T")
@@ -190,10 +190,11 @@ async def _base(flow: Flow, task: str) -> None:
 
 async def _judge(flow: Flow, subject: Subject, standing: Standing, opponent: Opponent) -> None:
     inputs, scores, theirs = flow.inputs, flow.outcome.scores, subject.opponent_model(opponent)
-    if not all((model, "gate", task) in scores for model in (theirs, subject.model) for task in subject.tasks):
+    if not all(ScoreKey(model, "gate", t) in scores for model in (theirs, subject.model) for t in subject.tasks):
         return  # only rehearsed
     before, after = (
-        {task: rows_of(scores[model, "gate", task]) for task in subject.tasks} for model in (theirs, subject.model)
+        {task: scores[ScoreKey(model, "gate", task)].resampled for task in subject.tasks}
+        for model in (theirs, subject.model)
     )
     rows = unseen(before, after, opponent.seen, rows_learned(flow, subject.tasks))
     if sum(len(scores) for scores in rows.before.values()) < LEAST_GATE:

@@ -1,6 +1,7 @@
-"""Scores within a run: what is asked of the evaluators, and where it is noted."""
+"""Scores within a run: what is asked of the evaluators, and where it is noted.
 
-from typing import Any
+None in a score's place: it is not known, for the flow is only rehearsed.
+"""
 
 from infra.artifacts import Manifest
 from infra.engine.once import every
@@ -8,10 +9,8 @@ from infra.engine.step import make_one
 from merge.specs import Candidate
 from pipeline.flow.context import Flow
 from pipeline.flow.steps import base_models, evaluation_job, evaluation_step
+from pipeline.score import Score, ScoreKey
 from workers.evaluator import EvaluationJob
-
-Score = dict[str, Any]
-"""Meta of an evaluation. None in its place: it is not known, for the flow is only rehearsed."""
 
 
 async def score(
@@ -40,9 +39,9 @@ def note(flow: Flow, job: EvaluationJob, found: Manifest) -> Score | None:
     """Keep a score, if it is one."""
     if not flow.engine.known(found):
         return None
-    flow.outcome.scores[job.model, job.split, job.task] = found.meta
+    known = flow.outcome.scores[ScoreKey(job.model, job.split, job.task)] = Score.of(found.meta)
     flow.outcome.evaluations.add(found.key)
-    return found.meta
+    return known
 
 
 async def base_test(flow: Flow, task: str, model: str, few_shot: int) -> Score | None:

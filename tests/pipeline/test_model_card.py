@@ -13,6 +13,7 @@ from pipeline.candidates import Candidates
 from pipeline.config import PipelineConfig
 from pipeline.model_card import checkpoint_card, expert_card, merge_card
 from pipeline.outcome import Inputs, Outcome
+from pipeline.score import Score
 from pipeline.search import Standing
 from pipeline.tasks import TaskConfig, TaskData
 from workers.base import PreparedBase
@@ -70,7 +71,7 @@ def make(count: int = 2, name: str = "task{:04d}", licenses: tuple[str, ...] = (
         values = {"base": 0.1, "expert": 0.8, "merged": 0.7 - 0.5 * at / count}
         for model, value in values.items():
             if not (each == "out" and model == "expert"):
-                outcome.scores[model, "test", each] = {"metric": "rouge_l", "n": 2, "score": value, "scores": [value]}
+                outcome.scores[model, "test", each] = Score("rouge_l", value, 2, value, (value,))
     store = Store("bucket", "http://127.0.0.1:9", "suite")
     caps = dict.fromkeys(tasks, 7)
     return Inputs(config, store, BASE, "bases/b/model.safetensors", tasks, caps, Candidates((TIES,)), "run1"), outcome

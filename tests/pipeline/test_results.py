@@ -27,6 +27,7 @@ from pipeline.results import (
     summary_lines,
     summary_table,
 )
+from pipeline.score import Score, ScoreKey
 from pipeline.search import Rung, Standing
 from pipeline.tasks import SPLITS, TaskData
 from workers.base import PreparedBase
@@ -43,9 +44,9 @@ def manifest(kind: str, letter: str, **meta: Any) -> Manifest:
     return Manifest(key, kind, 1, {}, {"adapter": FileRef(f"objects/{key}/1/adapter", "0" * 64, 10)}, {}, meta)
 
 
-def score(value: float, n: int) -> dict[str, Any]:
-    """The meta of an evaluation; `n` is not the same for all tasks, so that a mean over rows would differ."""
-    return {"metric": "rouge_l", "n": n, "score": value, "format_free": value / 2, "scores": [value] * n}
+def score(value: float, n: int) -> Score:
+    """`n` is not the same for all tasks, so that a mean over rows would differ."""
+    return Score("rouge_l", value, n, value / 2, (value,) * n)
 
 
 def make(few_shot: int = 2, serving: str | None = "bfloat16", held_out: int = 1, **held_in: Any) -> tuple[Any, Any]:
@@ -250,9 +251,9 @@ def test_the_lines_below_the_table() -> None:
 def test_the_report_says_how_long_the_merge_takes_to_apply() -> None:
     inputs, outcome = make()
     assert build_results(inputs, outcome)["chosen"]["swap_seconds"] is None  # of scores from before this was measured
-    outcome.scores["merged", "test", "alpha"] |= {"swap_seconds": 2.0}
-    outcome.scores["merged", "test", "beta"] |= {"swap_seconds": None}  # the merge was in place already
-    outcome.scores["merged", "test", "gamma"] |= {"swap_seconds": 3.0}
+    for task, seconds in (("alpha", 2.0), ("beta", None), ("gamma", 3.0)):  # for beta it was in place already
+        key = ScoreKey("merged", "test", task)
+        outcome.scores[key] = replace(outcome.scores[key], swap_seconds=seconds)
     found = build_results(inputs, outcome)
     assert found["chosen"]["swap_seconds"] == 2.5
     assert "10% of the adapted weights, 2.5 s to fetch and apply in an evaluator" in "\n".join(summary_lines(found))
@@ -298,7 +299,8 @@ def test_pictures_stand_where_they_belong_and_indented_lines_belong_to_the_one_b
 
 def test_every_score_has_an_interval() -> None:
     inputs, outcome = make()
-    outcome.scores["expert", "test", "alpha"] |= {"score": 0.5, "scores": [0.0, 1.0]}
+    key = ScoreKey("expert", "test", "alpha")
+    outcome.scores[key] = replace(outcome.scores[key], score=0.5, rows=(0.0, 1.0))
     found = build_results(inputs, outcome)
     alpha = found["held_in"]["alpha"]
     assert alpha["intervals"].keys() == {"base", "base_few_shot", "expert", "merged"}

@@ -85,7 +85,7 @@ class Asked:
 
 def score_of(rows: int = 12, **meta: Any) -> Manifest:
     files = {"rows": FileRef("objects/x/1/rows", "0" * 64, 1)}
-    scores = {"scores": [1.0] * rows, "metric": "exact_match", "score": 1.0}
+    scores = {"scores": [1.0] * rows, "metric": "exact_match", "score": 1.0, "n": rows, "format_free": 1.0}
     return Manifest("a" * 64, "evaluation", 1, {}, files, {}, scores | meta)
 
 
