@@ -3,8 +3,8 @@
     python -m benchmarks.learning_rates [--kind lora --rate 1e-3 …] [--task past_tense …] [--steps 20] [--seed 0 …]
 
 Tasks, rows, prompt and modules are the quickstart's; every kind and rate sees the same batches. The table shows the
-mean best validation loss over tasks and seeds; defaults in pipeline/recipes.py are its best rates. No Ray, no merging:
-what a rate does to a merge is measured by benchmarks/trial.py.
+mean best validation loss over tasks and seeds; defaults in pipeline/flow/recipes.py are its best rates. No Ray, no
+merging: what a rate does to a merge is measured by benchmarks/trial.py.
 """
 
 import statistics
@@ -14,15 +14,15 @@ import click
 import torch
 
 from infra.environment import versions
-from pipeline.config import PipelineConfig, load_config
-from pipeline.recipes import expert_spec, prompt_spec, train_spec
-from pipeline.tasks import TaskData, load_tasks
-from workers.base import prepare_base
-from workers.cache import cache_dir
-from workers.losses import LanguageModelling
-from workers.model import load_model, load_tokenizer
-from workers.prompt import encode_example
-from workers.train import train_expert
+from pipeline.config.model import PipelineConfig, load_config
+from pipeline.data.tasks import TaskData, load_tasks
+from pipeline.flow.recipes import expert_spec, prompt_spec, train_spec
+from workers.base.cache import cache_dir
+from workers.base.load import load_model, load_tokenizer
+from workers.base.prepare import prepare_base
+from workers.text.prompt import encode_example
+from workers.training.loop import train_expert
+from workers.training.objectives import LanguageModelling
 
 QUICKSTART = "pipeline/configs/quickstart.yaml"
 KINDS = {

@@ -20,26 +20,26 @@ import click
 import torch
 import yaml
 
-from infra.artifacts import Manifest, peek
+from infra.artifacts.manifests import Manifest, peek
 from infra.errors import DataError
-from infra.store import Store
-from merge.adapter_file import AdapterDelta
-from merge.children import ExpertChild, Join
-from merge.lowering import Root
-from merge.methods import lower
-from merge.specs import Candidate, LiftSpec
-from pipeline.candidates import expand
-from pipeline.config import CandidateConfig, PipelineConfig, load_config
-from pipeline.recipes import expert_recipe, prompt_spec
-from pipeline.tasks import TaskData, load_tasks
-from workers.base import prepare_base
-from workers.cache import cache_dir
-from workers.decoding import padding_id
-from workers.inplace import Undo, apply_delta
-from workers.losses import language_modelling, mean_loss
-from workers.model import load_model, load_tokenizer
-from workers.prompt import Example, encode_example
-from workers.ranged_file import LocalFile
+from infra.store.s3 import Store
+from merge.files.merged import AdapterDelta
+from merge.methods.catalogue import lower
+from merge.methods.lowering import Root
+from merge.methods.specs import Candidate, LiftSpec
+from merge.tree.children import ExpertChild, Join
+from pipeline.config.candidates import expand
+from pipeline.config.model import CandidateConfig, PipelineConfig, load_config
+from pipeline.data.tasks import TaskData, load_tasks
+from pipeline.flow.recipes import expert_recipe, prompt_spec
+from workers.adapters.ranged_file import LocalFile
+from workers.base.cache import cache_dir
+from workers.base.load import load_model, load_tokenizer
+from workers.base.prepare import prepare_base
+from workers.scoring.decoding import padding_id
+from workers.text.prompt import Example, encode_example
+from workers.training.in_place import Undo, apply_delta
+from workers.training.objectives import language_modelling, mean_loss
 
 PLAN = Path(__file__).resolve().parent / "spectral.yaml"
 SUM = LiftSpec(("sum",))

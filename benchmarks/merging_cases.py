@@ -70,7 +70,7 @@ Prepare = Callable[[Setup, str], Merge]
 
 
 def _candidate(method: str, setup: Setup, trimmed: bool = True) -> Any:
-    from merge.specs import Candidate
+    from merge.methods.specs import Candidate
 
     ties = method == "ties"
     return Candidate(method, {"density": setup.density, "density_of": "tensor"} if ties and trimmed else {})
@@ -82,10 +82,10 @@ def ours_adapters(method: str, trimmed: bool = True) -> Prepare:
     def prepare(setup: Setup, name: str) -> Merge:
         import torch
 
-        from merge.adapter_file import AdapterDelta, AdapterWriter
-        from merge.children import ExpertChild
-        from merge.reduce import flat_merge
-        from workers.ranged_file import LocalFile
+        from merge.files.merged import AdapterDelta, AdapterWriter
+        from merge.tree.children import ExpertChild
+        from merge.tree.reduce import flat_merge
+        from workers.adapters.ranged_file import LocalFile
 
         torch.set_num_threads(1)
         candidate = _candidate(method, setup, trimmed)
@@ -108,15 +108,15 @@ def ours_full(method: str, trimmed: bool = True) -> Prepare:
     def prepare(setup: Setup, name: str) -> Merge:
         import torch
 
-        from merge.checkpoint_file import (
+        from merge.files.checkpoint_writer import (
             BaseCheckpoint,
             CheckpointDelta,
             CheckpointFiles,
             CheckpointWriter,
             FolderTarget,
         )
-        from merge.children import ExpertChild
-        from merge.reduce import flat_merge
+        from merge.tree.children import ExpertChild
+        from merge.tree.reduce import flat_merge
 
         torch.set_num_threads(1)
         candidate = _candidate(method, setup, trimmed)
@@ -146,14 +146,14 @@ def stored_tree(changed: bool) -> Prepare:
     def prepare(setup: Setup, name: str) -> Merge:
         import torch
 
-        from infra.artifacts import Manifest
-        from infra.store import FileRef, Store
-        from merge.jobs import Ref
-        from merge.local import merge_stored
-        from merge.specs import plan_reductions
-        from merge.statistics import statistic_dtype
-        from merge.tree import build_tree, path_to
-        from workers.adapter import AdapterReader, FileSource
+        from infra.artifacts.manifests import Manifest
+        from infra.store.s3 import FileRef, Store
+        from merge.methods.specs import plan_reductions
+        from merge.methods.statistics import statistic_dtype
+        from merge.tree.jobs import Ref
+        from merge.tree.local import merge_stored
+        from merge.tree.trie import build_tree, path_to
+        from workers.adapters.writer import AdapterReader, FileSource
 
         torch.set_num_threads(1)
         store = Store(os.environ["FACTORY_S3_BUCKET"], os.environ["FACTORY_S3_ENDPOINT"], STORE_PREFIX)
@@ -256,8 +256,8 @@ def peft_ties(trimmed: bool = True) -> Prepare:
         from peft.utils.merge_utils import ties
 
         from benchmarks.merging_inputs import dense
-        from workers.adapter import AdapterReader, FileSource
-        from workers.tensorfile import write_tensors
+        from workers.adapters.tensor_file import write_tensors
+        from workers.adapters.writer import AdapterReader, FileSource
 
         density = setup.density if trimmed else 1.0
 
@@ -286,7 +286,7 @@ def store_copy(setup: Setup, name: str) -> Merge:
     base, the adapters and every node, put every node and the merge."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from infra.store import Store
+    from infra.store.s3 import Store
 
     store = Store(os.environ["FACTORY_S3_BUCKET"], os.environ["FACTORY_S3_ENDPOINT"], STORE_PREFIX)
     made = list(store.list("objects/"))

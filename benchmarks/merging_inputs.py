@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from workers.adapter import AdapterMeta, AdapterReader, FileSource, save_adapter
-from workers.base import base_identity
-from workers.masks import match_modules
-from workers.support import LazyTensors, SparseTensor
-from workers.tensorfile import WEIGHTS, list_entries, map_tensors, write_entries, write_tensors
+from workers.adapters.support import LazyTensors, SparseTensor
+from workers.adapters.tensor_file import WEIGHTS, list_entries, map_tensors, write_entries, write_tensors
+from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, save_adapter
+from workers.base.prepare import base_identity
+from workers.masks.spec import match_modules
 
 SUPPORT = 0.05
 """Share of the positions of an adapted weight that an expert's support holds."""
@@ -112,7 +112,7 @@ def make_inputs(folder: Path, modules: str, adapters: int, checkpoints: int) -> 
 
 
 def base_sha256(inputs: Inputs) -> str:
-    """The base's identity, as `workers.base` defines it; kept beside it, since it takes reading every byte."""
+    """The base's identity, as `workers.base.prepare` defines it; kept beside it, since it takes reading every byte."""
     note = inputs.folder / "base.sha256"
     if not note.exists():
         note.write_text(base_identity(inputs.base))

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infra import stack
-from infra.store import Store
+from infra.stack import services as stack
+from infra.store.s3 import Store
 
 SAMPLE_SECONDS = 0.02
 STORE_PREFIX = "merging"

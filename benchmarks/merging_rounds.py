@@ -18,8 +18,8 @@ from typing import Any
 from benchmarks.merging_cases import CASES, STORED_EXPERTS, Setup
 from benchmarks.merging_inputs import Inputs
 from benchmarks.merging_measure import Server, Usage, copy_seconds, local_s3, run_process, settle
-from infra.store import FileRef, Store
-from workers.tensorfile import WEIGHTS
+from infra.store.s3 import FileRef, Store
+from workers.adapters.tensor_file import WEIGHTS
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from infra.environment import versions
-from workers.inplace import InPlaceAdapter
-from workers.losses import LanguageModelling
-from workers.masks import MaskSpec, select_supports
-from workers.memory import give_back, map_large_tensors
-from workers.model import load_model, quiet_transformers
-from workers.prompt import Example
-from workers.tensorfile import WEIGHTS, list_entries, write_entries
+from workers.adapters.tensor_file import WEIGHTS, list_entries, write_entries
+from workers.base.load import load_model, quiet_transformers
+from workers.base.memory import give_back, map_large_tensors
+from workers.masks.spec import MaskSpec, select_supports
+from workers.text.prompt import Example
+from workers.training.in_place import InPlaceAdapter
+from workers.training.objectives import LanguageModelling
 
 MIB = 1 << 20
 TIMEOUT = 300
@@ -114,7 +114,7 @@ def write_base(folder: Path, layers: int, vocabulary: int) -> Path:
 
 
 def measure(folder: Path, experts: int, tokens: int, load: Load = load_model) -> Measurement:
-    """Run `experts` processes on the base in `folder` at once. `load` stands in for `workers.model.load_model`."""
+    """Run `experts` processes on the base in `folder` at once. `load` stands in for `workers.base.load.load_model`."""
     context = multiprocessing.get_context("spawn")
     running: list[tuple[Any, Connection]] = []
     small = folder / "small"

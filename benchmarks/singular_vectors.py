@@ -3,9 +3,10 @@
     python -m benchmarks.singular_vectors [--layers 30] [--rounds 3] [--store]
 
 The sums are those of 20 experts of random 16×16 blocks, 5 % of each weight of v, o and the MLP. Compared are an SVD in
-float32 and in float64 and the eigenvectors of the smaller Gram matrix in float64 (`merge.spectral`), interleaved, one
-thread. Errors are those of spectral power (p = −1) against the SVD in float64, relative to its norm. `--store` also
-writes vectors and projections to the object store and reads them again (needs the local stack's environment).
+float32 and in float64 and the eigenvectors of the smaller Gram matrix in float64 (`merge.methods.spectral`),
+interleaved, one thread. Errors are those of spectral power (p = −1) against the SVD in float64, relative to its norm.
+`--store` also writes vectors and projections to the object store and reads them again (needs the local stack's
+environment).
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from infra.store import Store
-from merge.spectral import Spectrum, spectrum
+from infra.store.s3 import Store
+from merge.methods.spectral import Spectrum, spectrum
 
 SHAPES = {"v": (192, 576), "o": (576, 576), "gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)}
 EXPERTS, BLOCK, DENSITY = 20, 16, 0.05

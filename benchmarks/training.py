@@ -28,7 +28,7 @@ import torch
 from benchmarks.training_cases import CASES, REFERENCE, SHAPES, Setup, build_batch, build_model
 from benchmarks.training_memory import Footprint, measure_footprints
 from infra.environment import versions
-from workers.masks import match_modules
+from workers.masks.spec import match_modules
 
 WARM_UP = 2
 """Steps of each case that are not counted: allocations, and code that runs for the first time."""

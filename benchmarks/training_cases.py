@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from workers.adapter import AdapterMeta, save_adapter
-from workers.inplace import InPlaceAdapter
-from workers.masks import Granularity, MaskSpec, match_modules, select_supports
+from workers.adapters.writer import AdapterMeta, save_adapter
+from workers.masks.spec import Granularity, MaskSpec, match_modules, select_supports
+from workers.training.in_place import InPlaceAdapter
 
 SHAPES: Mapping[str, Mapping[str, int]] = {
     "smollm2": {

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks.training_cases import CASES, Case, Setup, build_batch, build_model
-from workers.memory import give_back, map_large_tensors, peak_bytes, reset_peak
+from workers.base.memory import give_back, map_large_tensors, peak_bytes, reset_peak
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy", "ray", "mlflow")
 COMMIT_VARIABLE = "FACTORY_GIT_COMMIT"
 """Environment variable that names the commit where the code is a copy without ``.git``."""
 STORE_VARIABLES = ("FACTORY_S3_BUCKET", "FACTORY_S3_PREFIX")
-"""Which factory of an object store is meant (see ``infra.store``). Names, no secrets; the endpoint stays the cluster's,
-which may reach the store under another address."""
+"""Which factory of an object store is meant (see ``infra.store.s3``). Names, no secrets; the endpoint stays the
+cluster's, which may reach the store under another address."""
 STOP_VARIABLES = {"RAY_JOB_STOP_WAIT_TIME_S": "30"}
 """How long Ray lets a stopped job release its leases and mark its runs in MLflow; its own default is 3."""
 _CODE = ("infra", "workers", "merge", "pipeline")

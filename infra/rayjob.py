@@ -23,9 +23,9 @@ from typing import Any
 import requests
 import yaml
 
-from infra import webhook
 from infra.errors import ConfigError, FactoryError
-from infra.schedule import mlflow_run
+from infra.schedule import webhook
+from infra.schedule.scheduler import mlflow_run
 
 SUITE_LABEL = "expert-factory/suite"
 _ENDED = frozenset({"Complete", "Failed", "ValidationFailed"})

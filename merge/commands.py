@@ -13,7 +13,7 @@ import click
 from infra.deferred import deferred
 
 _SHARD_GIB = 5.0
-"""Default of `--shard-gib`, as it is shown; `pipeline.merge_request` has it too."""
+"""Default of `--shard-gib`, as it is shown; `merge.by_hand.request` has it too."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -60,14 +60,14 @@ def _merge_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @_merge_options
 def plan(**given: Any) -> None:
     """Check a merge and say what it would do, without doing it."""
-    deferred("pipeline.merge_command:plan")(**given)
+    deferred("merge.by_hand.command:plan")(**given)
 
 
 @main.command()
 @_merge_options
 def run(**given: Any) -> None:
     """Merge experts into an adapter, a full checkpoint, or both."""
-    deferred("pipeline.merge_command:run")(**given)
+    deferred("merge.by_hand.command:run")(**given)
 
 
 @main.command()
@@ -79,11 +79,11 @@ def run(**given: Any) -> None:
 @_shard_gib
 def export(**given: Any) -> None:
     """Base and ADAPTER (a file, a PEFT folder, s3://… or models:/…) joined into a full checkpoint."""
-    deferred("pipeline.merge_command:export")(**given)
+    deferred("merge.by_hand.command:export")(**given)
 
 
 @main.command()
 @click.option("--markdown", is_flag=True, help="As a table for documents.")
 def methods(markdown: bool) -> None:
     """Every method: parameters, weights, rounds, files beside adapters, paper."""
-    deferred("pipeline.merge_command:methods")(markdown=markdown)
+    deferred("merge.by_hand.command:methods")(markdown=markdown)

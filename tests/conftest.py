@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from infra import stack as local_stack
-from infra.store import Store
+from infra.stack import services as local_stack
+from infra.store.s3 import Store
 
 settings.register_profile("shared machine", deadline=None)  # an example may be interrupted for seconds
 settings.load_profile("shared machine")

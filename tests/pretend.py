@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from infra.artifacts import Manifest, Recipe, manifest_name, publish
-from infra.claims import Busy, Claim, under_claim
+from infra.artifacts.claims import Busy, Claim, under_claim
+from infra.artifacts.manifests import Manifest, Recipe, manifest_name, publish
 from infra.engine.in_thread import in_thread
 from infra.engine.step import Answer, Query, Step
-from infra.store import FileRef, ObjectInfo, Store
+from infra.store.s3 import FileRef, ObjectInfo, Store
 
 
 class Memory:

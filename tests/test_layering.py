@@ -1,6 +1,6 @@
-"""Which part of the project may import which, in functions too: infra ← workers ← merge ← pipeline.
+"""Which part of the project may import which, in functions too: infra ← workers ← merge ← pipeline, room by room.
 
-What a module imports only for type checking counts as well.
+What a module imports only for type checking counts as well, and so do programs in strings.
 """
 
 import ast
@@ -13,54 +13,51 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("infra", "workers", "merge", "pipeline")
 
-BELOW = {"infra": {"infra"}, "workers": {"infra", "workers"}, "merge": {"infra", "merge"}}
-"""The packages that each one may import."""
+ROOMS = {
+    "infra": ("", "store", "artifacts", "engine", "registry", "schedule", "stack"),
+    "workers": ("adapters", "text", "base", "masks", "training", "scoring", "jobs", "conversion", "serving", ""),
+    "merge": ("methods", "files", "tree", "by_hand", ""),
+    "pipeline": (
+        "data", "config", "gate", "records", "report", "flow", "collection", "plan", "running", "commands", "",
+    ),
+}  # fmt: skip
+"""Of each package, from the bottom up: a room imports what is below it. "": modules in no room."""
 
-FORMATS = {
-    "workers.adapter",
-    "workers.adapter_format",
-    "workers.importance_file",
-    "workers.mask_file",
-    "workers.ranged_file",
-    "workers.support",
-    "workers.tensorfile",
+BELOW = {"infra": set(), "workers": {"infra"}, "merge": {"infra"}, "pipeline": {"infra", "workers", "merge"}}
+"""The packages that each one may import beside itself."""
+
+SHARED = {
+    "merge.methods": {"workers.adapters"},
+    "merge.files": {"workers.adapters"},
+    "merge.tree": {"workers.adapters"},
+    "merge.by_hand": {"workers.adapters", "workers.text", "workers.base", "workers.conversion"},
 }
-"""What merges share with workers: the files that one writes and the other reads."""
+"""What merges share with workers: the files that one writes and the other reads; by hand, bases and formats too."""
 
 EXCEPTIONS = {
-    "merge.commands": {"pipeline.merge_command"},  # `python -m merge`
-    "infra.scheduled_job": {"pipeline.config"},  # in a process of its own: what a schedule runs is checked beforehand
-    # MLflow loads these files as models: what serves an expert is what evaluates it
-    "infra.adapter_model": {"workers.base", "workers.cache", "workers.inplace"},
-    "infra.checkpoint_model": {"workers.base", "workers.cache"},
-    "infra.text_model": {
-        "workers.adapter",
-        "workers.classification",
-        "workers.devices",
-        "workers.model",
-        "workers.prompt",
-        "workers.rows",
-        "workers.scoring",
-    },
+    # in a process of its own: what a schedule runs is checked beforehand
+    "infra.schedule.job": {"pipeline.config.model"},
+    # `python -m infra.rayjob`, by its name in manifests that are in use
+    "infra.rayjob": {"infra.schedule.scheduler", "infra.schedule.webhook"},
 }
+
+MOST = 13
+"""Modules of one room."""
 
 SERVICES = {"ray", "mlflow", "boto3", "botocore"}
 CONNECTED = {
     "merge.__main__",
     "merge.commands",
-    "merge.export",
-    "merge.jobs",
-    "merge.keys",
-    "merge.licences",
-    "merge.local",
-    "merge.reduction",
-    "workers.evaluator",
-    "workers.expert",
-    "workers.importance",
-    "workers.resume",
-    "workers.shared_support",
+    "merge.tree.export",
+    "merge.tree.jobs",
+    "merge.tree.keys",
+    "merge.tree.licences",
+    "merge.tree.local",
+    "merge.tree.reduction",
 }
-"""Modules of workers and merge that reach a service, through infra at most; all others compute."""
+"""Modules that reach a service, through infra at most, beside those of `CONNECTED_ROOMS`; all others of workers and
+merge compute."""
+CONNECTED_ROOMS = ("workers.jobs", "workers.serving", "merge.by_hand")
 
 
 def _modules() -> dict[str, Path]:
@@ -71,13 +68,15 @@ def _modules() -> dict[str, Path]:
 MODULES = _modules()
 
 
-def imported(text: str) -> set[str]:
+def imported(text: str, types: bool = True) -> set[str]:
     """Full names of the modules that a source imports, wherever it does; `from package import module` is the module.
 
-    Programs in strings count, and `module:function`, which is imported when it is called (`infra.deferred`).
+    Programs in strings count, and `module:function`, which is imported when it is called (`infra.deferred`). Without
+    `types`: only what is imported when the module is, so not in functions and not for type checking.
     """
     found: set[str] = set()
-    for node in ast.walk(ast.parse(text)):
+    tree = ast.parse(text)
+    for node in ast.walk(tree) if types else tree.body:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             found |= _in_string(node.value)
         if isinstance(node, ast.Import):
@@ -117,28 +116,71 @@ def reaches(name: str, what: set[str]) -> list[str]:
 
 
 def test_imports_are_found_wherever_they_stand():
-    text = "import a.b\nfrom infra import store\nfrom infra.errors import X\ndef f():\n    from merge.tree import g\n"
-    assert imported(text) == {"a.b", "infra.store", "infra.errors", "merge.tree"}
-    strings = "run('import infra.gc; infra.gc.x()')\ncall('pipeline.config:load')\nsay('from here on: nothing')\n"
-    assert imported(strings) == {"infra.gc", "pipeline.config"}
+    text = (
+        "import a.b\nfrom infra.store import s3\nfrom infra.errors import X\ndef f():\n from merge.tree import trie\n"
+    )
+    assert imported(text) == {"a.b", "infra.store.s3", "infra.errors", "merge.tree.trie"}
+    strings = "run('import infra.rayjob; infra.rayjob.x()')\ncall('pipeline.config.model:load')\nsay('from now on')\n"
+    assert imported(strings) == {"infra.rayjob", "pipeline.config.model"}
 
 
-@pytest.mark.parametrize("package", BELOW)
-def test_packages_import_what_is_below_them(package):
-    wrong = {
-        f"{name} imports {each}"
-        for name, found in IMPORTS.items()
-        if name.split(".")[0] == package
-        for each in found - EXCEPTIONS.get(name, set()) - (FORMATS if package == "merge" else set())
-        if each.split(".")[0] in {*PACKAGES, "tests", "benchmarks"} - BELOW[package]
-    }
+def room_of(name: str) -> tuple[str, str]:
+    """A module's package and room."""
+    package, *rest = name.split(".")
+    return package, rest[0] if len(rest) > 1 else ""
+
+
+def test_every_module_has_a_room_and_no_room_is_crowded() -> None:
+    rooms: dict[tuple[str, str], list[str]] = {}
+    for name, path in MODULES.items():
+        if path.name != "__init__.py":
+            rooms.setdefault(room_of(name), []).append(name)
+    assert {room for room in rooms if room[1] not in ROOMS[room[0]]} == set()
+    assert {room: len(found) for room, found in rooms.items() if len(found) > MOST} == {}
+    repeating = [name for name in MODULES if len(set(name.split("."))) < len(name.split("."))]
+    assert repeating == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_rooms_import_what_is_below_them(package: str) -> None:
+    wrong = set()
+    for name, found in IMPORTS.items():
+        if room_of(name)[0] != package:
+            continue
+        own = ROOMS[package].index(room_of(name)[1]) if MODULES[name].name != "__init__.py" else len(ROOMS[package])
+        for each in found & MODULES.keys() - EXCEPTIONS.get(name, set()):
+            other, room = room_of(each)
+            if other == package:
+                fine = ROOMS[package].index(room) <= own
+            else:
+                fine = other in BELOW[package] or f"{other}.{room}" in SHARED.get(f"{package}.{room_of(name)[1]}", ())
+            if not fine:
+                wrong.add(f"{name} imports {each}")
+        wrong |= {f"{name} imports {each}" for each in found if each.split(".")[0] in ("tests", "benchmarks")}
     assert not wrong
     assert all(each in IMPORTS[name] for name, allowed in EXCEPTIONS.items() for each in allowed)  # none is stale
 
 
-def test_what_computes_reaches_no_service():
+def test_no_modules_import_each_other() -> None:
+    """Through any number of others; what is imported for types alone does not count."""
+    found = {name: imported(path.read_text(), types=False) & MODULES.keys() for name, path in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " → ".join([*above[above.index(name) :], name])
+        if name not in done:
+            for each in sorted(found[name]):
+                visit(each, (*above, name))
+            done.add(name)
+
+    for name in sorted(found):
+        visit(name, ())
+
+
+def test_what_computes_reaches_no_service() -> None:
     """Neither itself nor through what it imports."""
-    reaching = {n: " → ".join(reaches(n, SERVICES)) for n in MODULES if n.split(".")[0] in ("workers", "merge")}
+    names = [n for n in MODULES if n.split(".")[0] in ("workers", "merge") and not n.startswith(CONNECTED_ROOMS)]
+    reaching = {n: " → ".join(reaches(n, SERVICES)) for n in names}
     unlisted = {chain for name, chain in reaching.items() if chain and name not in CONNECTED}
     assert not unlisted
     assert not {name for name in CONNECTED if not reaching[name]}  # none is stale

@@ -1,6 +1,6 @@
 """Adapters from other formats and back: `python -m workers.convert COMMAND --help`.
 
-What a command does (`workers.conversions`) is imported when it is called.
+What a command does (`workers.conversion.formats`) is imported when it is called.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def _input(name: str) -> Callable[..., Any]:
 def _call(function: str, **options: Any) -> None:
     """Errors for the user are printed without a traceback."""
     try:
-        deferred(f"workers.conversions:{function}")(**options)
+        deferred(f"workers.conversion.formats:{function}")(**options)
     except FactoryError as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:

@@ -8,12 +8,12 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from infra.claims import Claim, release_claims
+from infra.artifacts.claims import Claim, release_claims
+from infra.artifacts.leases import EXPIRY_S, Holder, Watcher
 from infra.engine.in_thread import in_thread
 from infra.engine.step import Made
 from infra.errors import StoreError
-from infra.leases import EXPIRY_S, Holder, Watcher
-from infra.store import Store
+from infra.store.s3 import Store
 
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 5.0

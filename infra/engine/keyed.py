@@ -9,16 +9,16 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from infra.artifacts import Manifest, find_each
-from infra.claims import Busy, Claim
+from infra.artifacts.claims import Busy, Claim
+from infra.artifacts.leases import EXPIRY_S
+from infra.artifacts.manifests import Manifest, find_each
 from infra.engine.elsewhere import Elsewhere
 from infra.engine.in_thread import in_thread
 from infra.engine.once import Once
 from infra.engine.step import Answer, Engine, Made, Query, Step
 from infra.engine.tally import Tally
 from infra.errors import StoreError
-from infra.leases import EXPIRY_S
-from infra.store import Store
+from infra.store.s3 import Store
 
 QUERIES = "queries"
 T = TypeVar("T")

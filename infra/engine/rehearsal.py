@@ -11,12 +11,12 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator,
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from infra.artifacts import Manifest, Recipe, canonical_json, find
+from infra.artifacts.manifests import Manifest, Recipe, canonical_json, find
+from infra.artifacts.snapshot import Snapshot
 from infra.engine.in_thread import in_thread
 from infra.engine.step import Engine, Made, Query, Step
 from infra.engine.tally import Tally
-from infra.snapshot import Snapshot
-from infra.store import FileRef
+from infra.store.s3 import FileRef
 
 T = TypeVar("T")
 _DIGEST = re.compile(rb"[0-9a-f]{64}")

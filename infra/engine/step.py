@@ -4,7 +4,7 @@ A flow is plain `async` functions that say what depends on what. `await engine.m
 step: found, made under a lease, or waited for where somebody else makes them, once per key however often it is awaited.
 Where it runs, how many at a time, and what happens when a worker is lost is the engine's business.
 
-Engines: `infra.engine.keyed` with workers of Ray (`pipeline.flow.ray_workers`) or threads of this process
+Engines: `infra.engine.keyed` with workers of Ray (`pipeline.running.ray_workers`) or threads of this process
 (`infra.engine.threads`), and `infra.engine.rehearsal`, which makes nothing and counts.
 """
 
@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping, 
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
-from infra.artifacts import Manifest, Recipe
+from infra.artifacts.manifests import Manifest, Recipe
 from infra.engine.tally import Tally
-from infra.store import Store
+from infra.store.s3 import Store
 
 Made = tuple[tuple[Manifest, bool], ...]
 """Manifests in the order of a step's recipes, each with whether it was made now (else it was found)."""

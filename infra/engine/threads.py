@@ -8,10 +8,10 @@ import time
 from collections.abc import Mapping
 from typing import TypeVar
 
-from infra.claims import Busy, Claim, under_claim
+from infra.artifacts.claims import Busy, Claim, under_claim
 from infra.engine.in_thread import in_thread
 from infra.engine.step import Answer, Made, Place, Pool, Query, Step
-from infra.store import Store
+from infra.store.s3 import Store
 
 T = TypeVar("T")
 

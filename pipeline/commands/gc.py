@@ -16,7 +16,7 @@ from infra.deferred import deferred
 @click.option("--remove", is_flag=True, help="Remove what the table says goes.")
 def gc(keep_days: float | None, min_age_hours: float, forget_unknown_runs: bool, listed: bool, remove: bool) -> None:
     """Remove what no kept run and no registered version needs. Without --remove: only say what."""
-    deferred("pipeline.gc_command:gc")(
+    deferred("pipeline.collection.command:gc")(
         keep_days=keep_days, min_age_hours=min_age_hours, forget_unknown_runs=forget_unknown_runs, listed=listed,
         remove=remove,
     )  # fmt: skip

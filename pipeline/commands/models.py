@@ -13,7 +13,7 @@ _task = click.option("--task", default="merged", show_default=True, help="A task
 @click.option("--task", help="Only this task's model (or `merged`), with all its versions.")
 def models(suite: str, task: str | None) -> None:
     """The registered models of SUITE: champions, challengers, and why they are that."""
-    deferred("pipeline.models_command:models")(suite=suite, task=task)
+    deferred("pipeline.gate.by_hand:models")(suite=suite, task=task)
 
 
 @click.command(context_settings=_HELP)
@@ -23,7 +23,7 @@ def models(suite: str, task: str | None) -> None:
 @click.option("--reason", default="promoted by hand", show_default=True, help="Recorded with the version.")
 def promote(suite: str, version: int, task: str, reason: str) -> None:
     """Make a version of SUITE's merge, or of a task's expert, the champion, whatever the gate said."""
-    deferred("pipeline.models_command:promote")(suite=suite, version=version, task=task, reason=reason)
+    deferred("pipeline.gate.by_hand:promote")(suite=suite, version=version, task=task, reason=reason)
 
 
 @click.command(context_settings=_HELP)
@@ -36,4 +36,4 @@ def rollback(suite: str, version: int | None, task: str, reason: str) -> None:
 
     No gate promotes the same bytes again. Called twice it goes back twice, but not with --version.
     """
-    deferred("pipeline.models_command:rollback")(suite=suite, version=version, task=task, reason=reason)
+    deferred("pipeline.gate.by_hand:rollback")(suite=suite, version=version, task=task, reason=reason)

@@ -11,4 +11,4 @@ from infra.deferred import deferred
 @click.argument("overrides", nargs=-1, metavar="[SECTION.FIELD=VALUE]...")
 def plan(config_path: str, as_json: bool, overrides: tuple[str, ...]) -> None:
     """What a run would make and what it would reuse, why each expert is stale, and at what cost. Changes nothing."""
-    deferred("pipeline.plan_command:plan")(config_path=config_path, as_json=as_json, overrides=overrides)
+    deferred("pipeline.plan.show:plan")(config_path=config_path, as_json=as_json, overrides=overrides)

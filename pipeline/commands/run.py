@@ -15,4 +15,4 @@ from infra.deferred import deferred
 @click.argument("overrides", nargs=-1, metavar="[SECTION.FIELD=VALUE]...")
 def run(config_path: str, report: Path | None, overrides: tuple[str, ...]) -> None:
     """Train an expert per held-in task, merge them, score everything, register the results."""
-    deferred("pipeline.driver:main")(config_path=config_path, report=report, overrides=overrides)
+    deferred("pipeline.running.driver:main")(config_path=config_path, report=report, overrides=overrides)

@@ -1,4 +1,4 @@
-"""The choice among merge candidates: a race on validation rows, told by `pipeline.search`.
+"""The choice among merge candidates: a race on validation rows, told by `pipeline.config.search`.
 
 Candidates that need the task at inference are scored beside, and the best parameters of each such method reported.
 """
@@ -9,14 +9,14 @@ from itertools import islice
 
 from infra.engine.once import every
 from infra.engine.step import Step
-from merge.reduction import Merges
-from merge.specs import Candidate
+from merge.methods.specs import Candidate
+from merge.tree.reduction import Merges
+from pipeline.config.search import Race, task_order
 from pipeline.flow.context import Flow
 from pipeline.flow.merges import mask, merged
-from pipeline.flow.scores import score
+from pipeline.flow.scoring import score
 from pipeline.flow.steps import evaluation_job, evaluation_step
-from pipeline.score import Score
-from pipeline.search import Race, task_order
+from pipeline.records.score import Score
 
 
 async def choose(flow: Flow, merges: Merges) -> list[Candidate]:

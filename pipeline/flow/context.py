@@ -4,12 +4,12 @@ import asyncio
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
-from infra.artifacts import Manifest
+from infra.artifacts.manifests import Manifest
 from infra.engine.once import Failed, Once
 from infra.engine.step import Engine, Step, make_one
 from infra.errors import FactoryError
-from pipeline.display import Display
-from pipeline.outcome import Inputs, Outcome
+from pipeline.records.outcome import Inputs, Outcome
+from pipeline.report.display import Display
 
 
 @dataclass(frozen=True)

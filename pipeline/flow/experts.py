@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from infra.artifacts import Manifest
+from infra.artifacts.manifests import Manifest
 from infra.engine.once import Failed
-from merge.jobs import Ref
+from merge.tree.jobs import Ref
 from pipeline.flow.context import Flow, reason
 from pipeline.flow.steps import EXPERTS, expected_tokens, expert_step, importance_step, support_step
 

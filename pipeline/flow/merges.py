@@ -2,10 +2,10 @@
 
 from functools import partial
 
-from infra.artifacts import Manifest
-from merge.methods import METHODS
-from merge.reduction import Merges
-from merge.specs import Candidate, plan_reductions
+from infra.artifacts.manifests import Manifest
+from merge.methods.catalogue import METHODS
+from merge.methods.specs import Candidate, plan_reductions
+from merge.tree.reduction import Merges
 from pipeline.flow import experts
 from pipeline.flow.context import Flow
 

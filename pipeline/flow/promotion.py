@@ -3,30 +3,26 @@
 A version that is registered becomes challenger. Unless its bytes were judged before, it and the champion, or the base
 where there is none, are scored on the gate rows of the same tasks: an expert on its own, the merge on all held-in ones.
 What the gate decides is recorded with the version; a full checkpoint follows its merge. Not here: the rule
-(`pipeline.gate`), what is asked of the registry (`pipeline.flow.queries`), commands for people
-(`pipeline.models_command`).
+(`pipeline.gate.rule`), what is asked of the registry (`pipeline.flow.queries`), commands for people
+(`pipeline.gate.by_hand`).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from infra.artifacts import Manifest
+from infra.artifacts.manifests import Manifest
 from infra.engine.once import Failed, every
 from infra.engine.step import Query
-from infra.model_aliases import Conclusion, Standing
-from infra.model_registry import Registration
-from infra.model_versions import DECISION, PROMOTED, REASON, ROLLED_BACK, RUN
-from infra.registry import CHECKPOINT, MERGED, model_name
-from merge.specs import Candidate
+from infra.registry.aliases import Conclusion, Standing
+from infra.registry.models import Registration
+from infra.registry.runs import CHECKPOINT, MERGED, model_name
+from infra.registry.versions import DECISION, PROMOTED, REASON, ROLLED_BACK, RUN
+from merge.methods.specs import Candidate
+from pipeline.data.tasks import LEAST_GATE, TRAINED_ON
 from pipeline.flow.context import Flow, reason
 from pipeline.flow.queries import FindChampion, Follow, Judge, Note, Register
-from pipeline.flow.scores import score, score_of
-from pipeline.flow.steps import REGISTRATIONS, opponent_job
-from pipeline.gate import GateDecision
-from pipeline.opponent import Opponent, is_lasting, rows_seen, unseen
-from pipeline.outcome import Verdict
-from pipeline.registration import (
+from pipeline.flow.registration import (
     checkpoint_model,
     expert_model,
     merge_model,
@@ -34,8 +30,12 @@ from pipeline.registration import (
     plain_expert,
     plain_merge,
 )
-from pipeline.score import ScoreKey
-from pipeline.tasks import LEAST_GATE, TRAINED_ON
+from pipeline.flow.scoring import score, score_of
+from pipeline.flow.steps import REGISTRATIONS, opponent_job
+from pipeline.gate.opponent import Opponent, is_lasting, rows_seen, unseen
+from pipeline.gate.rule import GateDecision
+from pipeline.records.outcome import Verdict
+from pipeline.records.score import ScoreKey
 
 T = TypeVar("T")
 

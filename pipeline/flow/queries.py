@@ -1,22 +1,24 @@
 """What a run asks of the model registry, each as one call of a worker; and what a plan expects it to answer.
 
-Every query is harmless to repeat. Not here: the rule of the gate (`pipeline.gate`), the aliases
-(`infra.model_aliases`), when what is asked (`pipeline.flow.promotion`).
+Every query is harmless to repeat. Not here: the rule of the gate (`pipeline.gate.rule`), the aliases
+(`infra.registry.aliases`), when what is asked (`pipeline.flow.promotion`).
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from infra import model_aliases, model_registry, registry
-from infra.model_aliases import Conclusion, Decision, Standing
-from infra.model_registry import DIGEST_TAG, KEY_TAG, Registration, identity
-from infra.model_versions import CHAMPION, Model, Version, barred, former_champion
-from infra.store import Store
-from pipeline import opponent
-from pipeline.config import GateConfig
-from pipeline.gate import GateDecision, TaskScores, decide
-from pipeline.opponent import Opponent
+from infra.registry import aliases as model_aliases
+from infra.registry import models as model_registry
+from infra.registry import runs as registry
+from infra.registry.aliases import Conclusion, Decision, Standing
+from infra.registry.models import DIGEST_TAG, KEY_TAG, Registration, identity
+from infra.registry.versions import CHAMPION, Model, Version, barred, former_champion
+from infra.store.s3 import Store
+from pipeline.config.model import GateConfig
+from pipeline.gate import opponent
+from pipeline.gate.opponent import Opponent
+from pipeline.gate.rule import GateDecision, TaskScores, decide
 
 
 @dataclass(frozen=True)

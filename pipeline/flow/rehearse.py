@@ -10,19 +10,19 @@ from functools import cached_property
 
 from rich.console import Console
 
-from infra.artifacts import Manifest, Recipe
+from infra.artifacts.manifests import Manifest, Recipe
+from infra.artifacts.snapshot import Snapshot
 from infra.engine.once import Failed
 from infra.engine.rehearsal import Rehearsal
 from infra.engine.step import Step
-from infra.model_versions import Model
-from infra.snapshot import Snapshot
-from infra.store import ObjectInfo
-from pipeline.display import Display
+from infra.registry.versions import Model
+from infra.store.s3 import ObjectInfo
 from pipeline.flow.context import Flow
 from pipeline.flow.queries import Registry
 from pipeline.flow.run import run
 from pipeline.flow.steps import EXPERTS, KINDS, SUPPORT, expert_step, support_step
-from pipeline.outcome import Inputs, Outcome
+from pipeline.records.outcome import Inputs, Outcome
+from pipeline.report.display import Display
 
 
 @dataclass

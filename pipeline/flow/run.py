@@ -3,7 +3,7 @@
 What is missing is made in the order in which its inputs appear: a merge node starts when its children exist, while
 other experts still train; validation scores are those that the race for the best merge asks for. This is also what a
 plan rehearses (`pipeline.flow.rehearse`). Where work runs is the engine's business; the report comes after
-(`pipeline.results`).
+(`pipeline.report.results`).
 """
 
 from functools import partial
@@ -11,9 +11,10 @@ from functools import partial
 from infra.engine.in_thread import in_thread
 from infra.engine.once import every
 from infra.engine.step import Engine
-from merge.reduction import Merges
-from merge.specs import Candidate
-from pipeline.flow import experts, promotion, scores
+from merge.methods.specs import Candidate
+from merge.tree.reduction import Merges
+from pipeline.flow import experts, promotion
+from pipeline.flow import scoring as scores
 from pipeline.flow.choice import best_per_task, choose
 from pipeline.flow.context import Flow
 from pipeline.flow.merges import merges_of

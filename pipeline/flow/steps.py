@@ -1,25 +1,24 @@
 """The pieces of keyed work of a run, made from its inputs: recipe, job, and what each needs.
 
 The one place that knows how a configuration becomes work; plans, announcements and runs all ask here. Merging's steps
-are `merge.reduction`'s. What is in a key is `pipeline.recipes`' business.
+are `merge.tree.reduction`'s. What is in a key is `pipeline.flow.recipes`' business.
 """
 
-from infra.artifacts import Manifest
+from infra.artifacts.manifests import Manifest
 from infra.engine.step import Needs, Step
-from merge.export import export_job
-from pipeline import recipes
-from pipeline.cluster import GIB
-from pipeline.config import PipelineConfig
-from pipeline.opponent import Opponent
-from pipeline.outcome import Inputs
-from pipeline.tasks import TaskData
-from workers.classification import ClassifySpec
-from workers.evaluator import EvaluationJob
-from workers.expert import ExpertJob
-from workers.importance import ImportanceJob
-from workers.prompt import PromptSpec
-from workers.scoring import EvaluateSpec
-from workers.shared_support import PooledTask, SupportJob, SupportRef
+from merge.tree.export import export_job
+from pipeline.config.model import GIB, PipelineConfig
+from pipeline.data.tasks import TaskData
+from pipeline.flow import recipes
+from pipeline.gate.opponent import Opponent
+from pipeline.records.outcome import Inputs
+from workers.jobs.evaluator import EvaluationJob
+from workers.jobs.expert import ExpertJob
+from workers.jobs.importance import ImportanceJob
+from workers.jobs.shared_support import PooledTask, SupportJob, SupportRef
+from workers.scoring.classification import ClassifySpec
+from workers.scoring.likelihood import EvaluateSpec
+from workers.text.prompt import PromptSpec
 
 SUPPORT, EXPERTS, IMPORTANCES, EVALUATIONS, CHECKPOINTS = (
     "support", "experts", "importances", "evaluations", "checkpoints",

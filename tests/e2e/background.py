@@ -17,12 +17,12 @@ import psutil
 import yaml
 from rich.console import Console
 
-from infra.artifacts import Manifest
-from infra.stack import StackState
-from infra.store import Store
-from pipeline.config import load_config
-from pipeline.outcome import Inputs
-from pipeline.preflight import prepare_inputs
+from infra.artifacts.manifests import Manifest
+from infra.stack.services import StackState
+from infra.store.s3 import Store
+from pipeline.config.model import load_config
+from pipeline.plan.preflight import prepare_inputs
+from pipeline.records.outcome import Inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -29,8 +29,8 @@ import playwright
 from filelock import FileLock
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 
-from workers.cache import cache_dir
-from workers.downloads import fetch_pypi
+from workers.base.cache import cache_dir
+from workers.base.downloads import fetch_pypi
 
 VARIABLE = "FACTORY_CHROMIUM"
 _NAMES = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome-stable", "google-chrome")

@@ -11,8 +11,10 @@ import os
 import sys
 import traceback
 
-from pipeline import cluster, driver, recipes
 from pipeline.__main__ import main as command
+from pipeline.flow import recipes
+from pipeline.plan import cluster
+from pipeline.running import driver
 
 
 def run(arguments: list[str]) -> tuple[int, str]:

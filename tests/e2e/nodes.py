@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from infra import processes
+from infra.stack import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 _GET = re.compile(rb"GET (/[^ ?]+)[^ ]* HTTP/1.1\r\n(.*?)\r\n\r\n", re.DOTALL)

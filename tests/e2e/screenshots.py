@@ -14,8 +14,8 @@ from pathlib import Path
 
 from mlflow.entities import Run
 
-from infra import registry
 from infra.errors import FactoryError
+from infra.registry import runs as registry
 from tests.e2e.browser import NoBrowser, Pages, chromium, window
 
 LARGEST = 300_000

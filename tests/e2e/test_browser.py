@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from infra import registry
-from infra.stack import StackState
+from infra.registry import runs as registry
+from infra.stack.services import StackState
 from tests.e2e.browser import Pages
 
 

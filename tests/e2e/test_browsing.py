@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from mlflow.entities import Run
 
-from infra.stack import StackState
+from infra.stack.services import StackState
 from tests.e2e.browser import Pages, newcomer
 from tests.e2e.screenshots import LARGEST, Stop, find_run, stops, take, visit
 

@@ -22,9 +22,9 @@ import pytest
 import requests
 import yaml
 
-from infra import processes
-from infra.artifacts import Manifest
-from infra.store import Store
+from infra.artifacts.manifests import Manifest
+from infra.stack import processes
+from infra.store.s3 import Store
 from tests.e2e import nodes
 
 ROOT = Path(__file__).resolve().parents[2]

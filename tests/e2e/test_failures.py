@@ -17,9 +17,9 @@ import pytest
 import yaml
 from mlflow.entities import Run
 
-from infra import stack as local_stack
-from infra.artifacts import manifest_name
-from infra.store import Store
+from infra.artifacts.manifests import manifest_name
+from infra.stack import services as local_stack
+from infra.store.s3 import Store
 from tests.e2e.background import Factory, start, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,13 +15,13 @@ from typing import Any
 import mlflow
 import pytest
 
-from infra import registry
-from infra.announcements import announce
-from infra.artifacts import peek
-from infra.leases import holding
-from infra.registry_roots import referred
-from infra.store import Store
-from infra.store_admin import list_uploads
+from infra.artifacts.announcements import announce
+from infra.artifacts.leases import holding
+from infra.artifacts.manifests import peek
+from infra.registry import runs as registry
+from infra.registry.roots import referred
+from infra.store.admin import list_uploads
+from infra.store.s3 import Store
 from tests.e2e.driver import Driver
 
 ROOT = Path(__file__).resolve().parents[2]

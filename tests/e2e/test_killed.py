@@ -10,9 +10,9 @@ from typing import Any
 import mlflow
 import psutil
 
-from infra.artifacts import Manifest
-from infra.leases import Holder
-from infra.model_versions import models_of
+from infra.artifacts.leases import Holder
+from infra.artifacts.manifests import Manifest
+from infra.registry.versions import models_of
 from pipeline.flow.rehearse import known_keys
 from tests.e2e.background import Factory, start, wait_for, workers
 

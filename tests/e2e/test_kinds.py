@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 import torch
 
-from infra.store import Store
-from infra.store_source import StoreSource
+from infra.store.s3 import Store
+from infra.store.source import StoreSource
 from tests.workers.tiny import tiny_encoder, tiny_encoder_tokenizer
-from workers.adapter import AdapterReader
+from workers.adapters.writer import AdapterReader
 
 CONFIG = Callable[..., dict[str, Any]]
 MODULES = r".*\.(v_proj|o_proj|up_proj)"

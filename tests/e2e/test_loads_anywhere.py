@@ -13,12 +13,12 @@ from typing import Any
 import mlflow
 import pytest
 
-from infra.artifacts import Manifest
+from infra.artifacts.manifests import Manifest
 from infra.environment import ROOT, git_commit
-from infra.store import Store
-from infra.store_admin import list_objects
-from workers.metrics import text_metric
-from workers.rows import Row, load_rows, rows_object
+from infra.store.admin import list_objects
+from infra.store.s3 import Store
+from workers.scoring.metrics import text_metric
+from workers.text.rows import Row, load_rows, rows_object
 
 CONFIG = Callable[..., dict[str, Any]]
 MARGIN = 1 / 24

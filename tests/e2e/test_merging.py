@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from infra.artifacts import Manifest, manifest_name
-from infra.store import Store
-from infra.store_source import StoreSource
-from merge.specs import Candidate, plan_reductions
-from merge.tree import build_tree, post_order
-from workers.adapter import AdapterReader
+from infra.artifacts.manifests import Manifest, manifest_name
+from infra.store.s3 import Store
+from infra.store.source import StoreSource
+from merge.methods.specs import Candidate, plan_reductions
+from merge.tree.trie import build_tree, post_order
+from workers.adapters.writer import AdapterReader
 
 CONFIG = Callable[..., dict[str, Any]]
 TASKS = [f"in{number}" for number in range(4)]

@@ -7,7 +7,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from infra.store import Store
+from infra.store.s3 import Store
 
 CONFIG = Callable[..., dict[str, Any]]
 

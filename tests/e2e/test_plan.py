@@ -15,16 +15,16 @@ import pytest
 import yaml
 from rich.console import Console
 
-from infra.artifacts import find
-from infra.store import Store
-from merge.tree import build_tree, path_to, post_order
-from pipeline import recipes
-from pipeline.config import load_config
-from pipeline.plan_command import make_plan, plan_json
-from pipeline.preflight import Prepared, prepare_inputs
+from infra.artifacts.manifests import find
+from infra.store.s3 import Store
+from merge.tree.trie import build_tree, path_to, post_order
+from pipeline.config.model import load_config
+from pipeline.flow import recipes
+from pipeline.plan.preflight import Prepared, prepare_inputs
+from pipeline.plan.show import make_plan, plan_json
 from tests.e2e.conftest import ROOT, write_tiny_base
 from tests.e2e.driver import Driver
-from workers.train import TRAIN_VERSION
+from workers.training.loop import TRAIN_VERSION
 
 CONFIG = Callable[..., dict[str, Any]]
 TASKS = ["in0", "in1", "in2"]

@@ -13,7 +13,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from infra.store import Store
+from infra.store.s3 import Store
 from tests.e2e.conftest import WORDS, write_tiny_base
 from tests.e2e.driver import Driver, Finished
 from tests.e2e.test_kinds import write_labelled

@@ -13,9 +13,9 @@ import mlflow
 import pytest
 import yaml
 
-from infra.store import Store
+from infra.store.s3 import Store
 from tests.e2e.conftest import ROOT, write_task
-from tests.infra.receiver import SECRET, Receiver, receiving
+from tests.infra.schedule.receiver import SECRET, Receiver, receiving
 
 SUITE = "nightly"
 

@@ -12,16 +12,16 @@ import torch
 import yaml
 from rich.console import Console
 
-from infra.artifacts import Manifest, find
-from infra.store import Store
-from merge.tree import build_tree, post_order
-from pipeline.config import PipelineConfig
-from pipeline.preflight import Prepared, prepare_inputs
-from pipeline.recipes import evaluation_recipe, expert_recipe
-from pipeline.tasks import load_tasks
-from workers.cache import cache_dir
-from workers.rows import rows_from_jsonl
-from workers.scoring import EvaluateSpec
+from infra.artifacts.manifests import Manifest, find
+from infra.store.s3 import Store
+from merge.tree.trie import build_tree, post_order
+from pipeline.config.model import PipelineConfig
+from pipeline.data.tasks import load_tasks
+from pipeline.flow.recipes import evaluation_recipe, expert_recipe
+from pipeline.plan.preflight import Prepared, prepare_inputs
+from workers.base.cache import cache_dir
+from workers.scoring.likelihood import EvaluateSpec
+from workers.text.rows import rows_from_jsonl
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "pipeline" / "configs" / "quickstart.yaml"
 TASKS = ("past_tense", "unnatural_dates", "question_formation")

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlflow
 
-from infra.leases import holding, new_owner, try_acquire
+from infra.artifacts.leases import holding, new_owner, try_acquire
 from pipeline.flow.rehearse import expert_recipes
 from tests.e2e.background import Factory, start, wait_for
 

@@ -8,7 +8,7 @@ import pytest
 
 from infra import environment as module
 from infra.environment import STOP_VARIABLES, STORE_VARIABLES, environment, git_commit, job_variables, source_sha256
-from infra.store import Store
+from infra.store.s3 import Store
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import yaml
 
 from infra import rayjob
 from infra.rayjob import Cluster, scheduled, tick_of_job
-from pipeline.config import load_config
+from pipeline.config.model import load_config
 from pipeline.main import main as pipeline_main
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,10 +13,10 @@ import botocore.exceptions as bexc
 import pytest
 from boto3.exceptions import RetriesExceededError
 
-from infra import store as store_module
 from infra.errors import StoreError
-from infra.store import Store
-from infra.store_client import passes
+from infra.store import s3 as store_module
+from infra.store.client import passes
+from infra.store.s3 import Store
 
 MORE_THAN_BOTO3 = 8
 """Answers that say "not now": boto3 itself asks five times."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from merge.sparsify import uniform
-from merge.specs import Candidate
-from workers.support import SparseTensor
+from merge.methods.sparsify import uniform
+from merge.methods.specs import Candidate
+from workers.adapters.support import SparseTensor
 
 SHAPE = (5, 8)
 NUMEL = 40

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from merge.adapter_file import AdapterDelta
-from merge.methods import METHODS
-from merge.reduce import DeltaReader, ExpertChild
-from merge.specs import Candidate
-from workers.adapter import AdapterMeta, AdapterReader, FileSource, save_adapter
-from workers.importance_file import FisherWriter, GramWriter, ImportanceMeta
-from workers.ranged_file import LocalFile
-from workers.support import SparseTensor
+from merge.files.merged import AdapterDelta
+from merge.methods.catalogue import METHODS
+from merge.methods.specs import Candidate
+from merge.tree.reduce import DeltaReader, ExpertChild
+from workers.adapters.importance_file import FisherWriter, GramWriter, ImportanceMeta
+from workers.adapters.ranged_file import LocalFile
+from workers.adapters.support import SparseTensor
+from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, save_adapter
 
 BASE = "b" * 64
 SHAPES = {"l0.v.weight": (6, 10), "l0.up.weight": (8, 16), "l1.v.weight": (6, 10)}

@@ -9,18 +9,24 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from merge.adapter_file import AdapterDelta, AdapterWriter
-from merge.checkpoint_file import BaseCheckpoint, CheckpointDelta, CheckpointFiles, CheckpointWriter, FolderTarget
-from merge.lowering import Root
-from merge.methods import lower
-from merge.reduce import ExpertChild, NodeChild, reduce_node, reduce_root
-from merge.specs import Candidate, plan_reductions
-from merge.statistics import TensorStatistics
+from merge.files.checkpoint_writer import (
+    BaseCheckpoint,
+    CheckpointDelta,
+    CheckpointFiles,
+    CheckpointWriter,
+    FolderTarget,
+)
+from merge.files.merged import AdapterDelta, AdapterWriter
+from merge.methods.catalogue import lower
+from merge.methods.lowering import Root
+from merge.methods.specs import Candidate, plan_reductions
+from merge.methods.statistics import TensorStatistics
+from merge.tree.reduce import ExpertChild, NodeChild, reduce_node, reduce_root
 from tests.merge.experts import only
-from workers.adapter import AdapterMeta, save_adapter
-from workers.memory import give_back, peak_bytes, reset_peak
-from workers.ranged_file import LocalFile
-from workers.support import SparseTensor
+from workers.adapters.ranged_file import LocalFile
+from workers.adapters.support import SparseTensor
+from workers.adapters.writer import AdapterMeta, save_adapter
+from workers.base.memory import give_back, peak_bytes, reset_peak
 
 BASE = "b" * 64
 SIDE = 512

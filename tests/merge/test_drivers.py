@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from infra.artifacts import Manifest
-from infra.claims import Busy, Claim, claimed
+from infra.artifacts.claims import Busy, Claim, claimed
+from infra.artifacts.leases import holding, new_owner, try_acquire
+from infra.artifacts.manifests import Manifest
 from infra.engine.step import Answer, Made, Place, Step, Work
-from infra.leases import holding, new_owner, try_acquire
-from infra.store import Store
-from merge.jobs import NodeJob
-from merge.reduction import NODES
-from merge.specs import Candidate
-from tests.merge.test_jobs import CANDIDATES, NAMES, Experts, Recording, Stored
+from infra.store.s3 import Store
+from merge.methods.specs import Candidate
+from merge.tree.jobs import NodeJob
+from merge.tree.reduction import NODES
+from tests.merge.tree.test_jobs import CANDIDATES, NAMES, Experts, Recording, Stored
 
 SOME = [Candidate("mean"), Candidate("ties"), Candidate("sce", {"density": 0.5}), Candidate("emr")]
 
@@ -104,7 +104,7 @@ def test_drivers_at_the_same_time_share_the_work(experts: Experts) -> None:
 
 def test_a_driver_with_nothing_to_do_takes_no_lease(experts: Experts, monkeypatch: pytest.MonkeyPatch) -> None:
     drive(experts, SOME)
-    monkeypatch.setattr("infra.claims.try_acquire", None)
+    monkeypatch.setattr("infra.artifacts.claims.try_acquire", None)
     assert drive(experts, SOME)[1] == []
 
 

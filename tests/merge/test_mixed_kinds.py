@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from merge.adapter_file import AdapterDelta, AdapterWriter
-from merge.reduce import ExpertChild, flat_merge
-from merge.specs import Candidate
-from workers.adapter import AdapterMeta, AdapterReader, FileSource, LowRank, save_adapter
-from workers.support import SparseTensor
+from merge.files.merged import AdapterDelta, AdapterWriter
+from merge.methods.specs import Candidate
+from merge.tree.reduce import ExpertChild, flat_merge
+from workers.adapters.support import SparseTensor
+from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, LowRank, save_adapter
 
 BASE = "b" * 64
 SHAPES = {"q.weight": (6, 10), "up.weight": (8, 4)}

@@ -15,13 +15,13 @@ from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import TensorBatch, TensorGroup
 from torch import Tensor
 
-from merge.lift import LiftInput, lift
-from merge.lowering import Root
-from merge.methods import lower
-from merge.sparsify import drop, magprune, uniform
-from merge.specs import Candidate, plan_reductions
-from merge.statistics import combine
-from workers.support import SparseTensor
+from merge.methods.catalogue import lower
+from merge.methods.lift import LiftInput, lift
+from merge.methods.lowering import Root
+from merge.methods.sparsify import drop, magprune, uniform
+from merge.methods.specs import Candidate, plan_reductions
+from merge.methods.statistics import combine
+from workers.adapters.support import SparseTensor
 
 SHAPE = (12, 20)
 NUMEL = 240

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from infra.store import Store
-from pipeline.candidates import list_candidates
-from pipeline.config import PipelineConfig
-from pipeline.outcome import Inputs
-from pipeline.tasks import SPLITS, TaskConfig, TaskData
-from workers.base import PreparedBase
-from workers.rows import Row, fingerprint
+from infra.store.s3 import Store
+from pipeline.config.candidates import list_candidates
+from pipeline.config.model import PipelineConfig
+from pipeline.data.tasks import SPLITS, TaskConfig, TaskData
+from pipeline.records.outcome import Inputs
+from workers.base.prepare import PreparedBase
+from workers.text.rows import Row, fingerprint
 
 TASK = {"source": "jsonl:rows.jsonl", "metric": "exact_match"}
 CANDIDATES: list[dict[str, Any]] = [

@@ -54,7 +54,7 @@ def test_the_main_job_explains_itself_as_a_script() -> None:
 
 
 def test_the_scheduler_does_without_torch() -> None:
-    program = "import sys\nimport infra.schedule\nprint('torch' in sys.modules)"
+    program = "import sys\nimport infra.schedule.scheduler\nprint('torch' in sys.modules)"
     assert python("-c", program).stdout.splitlines()[-1] == "False"
 
 

@@ -14,14 +14,22 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from infra.errors import AdapterError, FactoryError
 from tests.workers.tiny import tiny_model, tiny_tokenizer
-from workers.adapter import AdapterMeta, AdapterReader, FileSource, LowRank, save_adapter
-from workers.base import prepare_base
-from workers.conversions import from_checkpoint, from_delta, from_peft, keep_largest, to_checkpoint, to_delta, to_peft
+from workers.adapters.support import SparseTensor
+from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, LowRank, save_adapter
+from workers.base.layout import BaseLayout, read_layout
+from workers.base.prepare import prepare_base
+from workers.conversion.formats import (
+    from_checkpoint,
+    from_delta,
+    from_peft,
+    keep_largest,
+    to_checkpoint,
+    to_delta,
+    to_peft,
+)
 from workers.convert import main
-from workers.inplace import apply_delta
-from workers.layout import BaseLayout, read_layout
-from workers.masks import random_indices
-from workers.support import SparseTensor
+from workers.masks.spec import random_indices
+from workers.training.in_place import apply_delta
 
 TOKENS = torch.tensor([[1, 8, 15, 22, 29, 36], [1, 9, 3, 7, 40, 2]])
 Q = "model.layers.0.self_attn.q_proj"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.shared_base import MIB, Measurement, measure, write_base
-from workers.model import load_model
+from workers.base.load import load_model
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's proportional set size"

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from infra.claims import Busy, under_claim
+from infra.artifacts.claims import Busy, under_claim
+from infra.artifacts.leases import Watcher, holding, new_owner, try_acquire
 from infra.engine.elsewhere import Elsewhere
 from infra.errors import StoreError
-from infra.leases import Watcher, holding, new_owner, try_acquire
-from infra.store import Store
+from infra.store.s3 import Store
 
 Waited = tuple[Any, Mapping[str, str]]
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from infra.artifacts import Manifest, Recipe
-from infra.claims import Busy, Claim
+from infra.artifacts.claims import Busy, Claim
+from infra.artifacts.leases import holding
+from infra.artifacts.manifests import Manifest, Recipe
 from infra.engine.keyed import KeyedEngine
 from infra.engine.once import Failed, Once, every
 from infra.engine.step import Answer, Needs, Place, Query, Step, make_one
 from infra.engine.threads import Threads
 from infra.errors import StoreError
-from infra.leases import holding
-from infra.store import Store
+from infra.store.s3 import Store
 from tests.pretend import Empty
 
 

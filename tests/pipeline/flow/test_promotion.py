@@ -11,23 +11,23 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
-from infra.artifacts import Manifest
+from infra.artifacts.manifests import Manifest
 from infra.engine.once import Failed
 from infra.engine.step import Engine, Step
 from infra.errors import StoreError
-from infra.model_aliases import Standing
-from infra.model_versions import DECISION, REASON, ROLLED_BACK, RUN, Version
-from infra.store import FileRef
-from infra.store_errors import ObjectMissing
-from pipeline.display import Display
+from infra.registry.aliases import Standing
+from infra.registry.versions import DECISION, REASON, ROLLED_BACK, RUN, Version
+from infra.store.errors import ObjectMissing
+from infra.store.s3 import FileRef
 from pipeline.flow import promotion
 from pipeline.flow.context import Flow
 from pipeline.flow.promotion import Subject, settled_verdict, unscorable
 from pipeline.flow.queries import FindChampion, Judge, Note
-from pipeline.opponent import Opponent
-from tests.pipeline.test_model_card import make
-from workers.evaluator import EvaluationJob
-from workers.rows import Row
+from pipeline.gate.opponent import Opponent
+from pipeline.report.display import Display
+from tests.pipeline.report.test_cards import make
+from workers.jobs.evaluator import EvaluationJob
+from workers.text.rows import Row
 
 GATED = {REASON: "better", RUN: "run1"}
 

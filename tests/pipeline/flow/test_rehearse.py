@@ -9,26 +9,26 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from infra.artifacts import Manifest
+from infra.artifacts.manifests import Manifest
+from infra.artifacts.snapshot import Snapshot
 from infra.engine.keyed import KeyedEngine
 from infra.engine.once import every
 from infra.engine.step import Engine, Step
-from infra.model_registry import CONFIG_TAG, identity
-from infra.model_versions import CHAMPION, DECISION, PREVIOUS, PROMOTED, Model, Version
-from infra.snapshot import Snapshot
-from infra.store import Store
-from merge.specs import Candidate, plan_reductions
-from merge.tree import build_tree, path_to, post_order
-from pipeline.display import Display
+from infra.registry.models import CONFIG_TAG, identity
+from infra.registry.versions import CHAMPION, DECISION, PREVIOUS, PROMOTED, Model, Version
+from infra.store.s3 import Store
+from merge.methods.specs import Candidate, plan_reductions
+from merge.tree.trie import build_tree, path_to, post_order
+from pipeline.config.search import plan_rungs, task_order
 from pipeline.flow.context import Flow
 from pipeline.flow.merges import merges_of
+from pipeline.flow.recipes import expert_recipe, support_recipe
+from pipeline.flow.registration import plain_expert
 from pipeline.flow.rehearse import Count, Forecast, expert_recipes, forecast, known_keys, known_steps
 from pipeline.flow.run import run
 from pipeline.flow.steps import base_models, evaluation_job, evaluation_step, expert_step, support_step
-from pipeline.outcome import Inputs, Outcome
-from pipeline.recipes import expert_recipe, support_recipe
-from pipeline.registration import plain_expert
-from pipeline.search import plan_rungs, task_order
+from pipeline.records.outcome import Inputs, Outcome
+from pipeline.report.display import Display
 from tests.pipeline.given import inputs
 from tests.pretend import Empty
 

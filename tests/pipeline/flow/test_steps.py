@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from infra.artifacts import Manifest
-from infra.store import FileRef, Store
+from infra.artifacts.manifests import Manifest
+from infra.store.s3 import FileRef, Store
 from pipeline.flow.steps import evaluation_job, expert_step, importance_step, support_step
 from tests.pipeline.given import inputs
-from workers.expert import ExpertJob
-from workers.importance import ImportanceJob
-from workers.shared_support import SupportJob
+from workers.jobs.expert import ExpertJob
+from workers.jobs.importance import ImportanceJob
+from workers.jobs.shared_support import SupportJob
 
 EXPERT = Manifest("e" * 64, "expert", 1, {}, {"adapter": FileRef("objects/e/1/adapter", "s", 1)}, {}, {})
 

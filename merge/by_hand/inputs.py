@@ -1,0 +1,312 @@
+"""The experts of a merge by hand: whether they fit the base and each other, from headers alone.
+
+`locate_experts` and `find_experts` check names, shapes, bases and duplicates without reading a tensor, `hash_experts`
+reads their bytes. Not here: where sources are (`merge.by_hand.sources`), outputs, the merge itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from infra.artifacts.manifests import Recipe
+from infra.digests import file_sha256
+from infra.errors import AdapterError, ConfigError, MergeError, RegistryError
+from infra.store.source import StoreSource
+from merge.by_hand.sources import Place, locate
+from merge.files.checkpoint import BaseCheckpoint, CheckpointDelta, CheckpointFiles, weight_files
+from workers.adapters.importance_file import FisherReader, GramReader
+from workers.adapters.ranged_file import LocalFile
+from workers.adapters.tensor_file import WEIGHTS, list_entries
+from workers.adapters.writer import AdapterReader, ByteSource
+from workers.base.layout import BaseLayout, read_layout
+from workers.base.prepare import PreparedBase
+from workers.conversion.peft import CONFIG as PEFT_CONFIG
+from workers.conversion.peft import TENSORS as PEFT_TENSORS
+from workers.conversion.peft import peft_shapes
+
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An expert whose header was read: shapes and stored positions of the tensors that it changes.
+
+    `head` names the tensors of a classification head, which no merge keeps. `sha256` is that of its files, "" before
+    `hash_experts`; `recipe` the key that a trained adapter has in its information.
+    """
+
+    name: str
+    place: Place
+    shapes: Mapping[str, tuple[int, ...]]
+    counts: Mapping[str, int]
+    head: tuple[str, ...] = ()
+    sha256: str = ""
+    recipe: str = ""
+    base_sha256: str = ""
+
+    @property
+    def identity(self) -> str:
+        """Seeds random choices, the same flat and stored: the recipe key that its file carries, else that of its bytes
+        and base.
+
+        It names no artifact: a file may carry any key (`given_recipe` names the bytes).
+        """
+        return self.recipe or self.given_recipe.key
+
+    @property
+    def given_recipe(self) -> Recipe:
+        """Of the expert as an artifact that somebody gave."""
+        return Recipe("given_expert", 1, {"base_sha256": self.base_sha256, "sha256": self.sha256})
+
+
+def locate_experts(sources: Mapping[str, str]) -> dict[str, Place]:
+    """Where the experts are, by sorted name; nothing of them is read.
+
+    Raises ConfigError, RegistryError or StoreError for a source that is none, MergeError for one expert twice.
+    """
+    places = {name: _found(f"expert {name!r}", source) for name, source in sorted(sources.items())}
+    owners: dict[str, str] = {}
+    for name, place in places.items():
+        if (other := owners.setdefault(place.uri, name)) != name:
+            raise _twice(other, name, place.given)
+    return places
+
+
+def find_experts(places: Mapping[str, Place], base: PreparedBase, scratch: Path) -> list[Expert]:
+    """The experts by name, their headers read and checked against the base and each other.
+
+    A PEFT adapter in S3 is copied to `scratch`. Raises ConfigError, AdapterError or MergeError naming the expert.
+    """
+    layout = _layout(base, any(place.kind == "peft" for place in places.values()))
+    checkpoint = BaseCheckpoint.in_folder(base.path, base.sha256)
+    found = []
+    for at, (name, place) in enumerate(places.items()):
+        if place.kind == "checkpoint":
+            delta = open_checkpoint(name, place, checkpoint)
+            shapes, counts = {n: delta.shape(n) for n in delta.names}, {n: delta.count(n) for n in delta.names}
+            found.append(Expert(name, place, shapes, counts, base_sha256=base.sha256))
+        else:
+            found.append(_read_header(name, place, layout, scratch / f"peft-{at}"))
+    return found
+
+
+def hash_experts(experts: Sequence[Expert]) -> list[Expert]:
+    """The experts with the SHA-256 of their files; of a checkpoint in S3 it is that of sizes and entity tags.
+
+    Raises MergeError where two are the same bytes.
+    """
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        hashed = [
+            replace(expert, sha256=digest)
+            for expert, digest in zip(experts, pool.map(lambda expert: _sha256(expert.place), experts), strict=True)
+        ]
+    owners: dict[str, str] = {}
+    for expert in hashed:
+        if (other := owners.setdefault(expert.sha256, expert.name)) != expert.name:
+            raise _twice(other, expert.name, "the same bytes")
+    return hashed
+
+
+def hash_extras(extras: Mapping[str, Extra], experts: Sequence[Expert]) -> dict[str, Extra]:
+    """The Fisher or Gram files with their SHA-256. Raises MergeError for one that was measured with another adapter."""
+    for expert in experts:
+        extra = extras[expert.name]
+        if expert.place.kind == "adapter" and extra.adapter_sha256 != expert.sha256:
+            raise MergeError(
+                f"{extra.place.given}: measured with the adapter {extra.adapter_sha256[:12]}…, expert {expert.name!r} "
+                f"is {expert.sha256[:12]}…; measure it again"
+            )
+    return {name: replace(extra, sha256=_sha256(extra.place)) for name, extra in extras.items()}
+
+
+def checkpoint_files(place: Place) -> dict[str, ByteSource]:
+    """The safetensors files of a checkpoint by file name. Raises AdapterError where there is none or one is missing."""
+
+    def source(name: str) -> ByteSource:
+        if place.store is not None:
+            return StoreSource(place.store, f"{place.name}/{name}")
+        assert place.path is not None
+        return LocalFile(place.path / name)
+
+    def read(name: str) -> bytes:
+        file = source(name)
+        return file.read(0, file.size)
+
+    def exists(name: str) -> bool:
+        if place.store is not None:
+            return place.store.head(f"{place.name}/{name}") is not None
+        assert place.path is not None
+        return (place.path / name).is_file()
+
+    try:
+        return {name: source(name) for name in weight_files(place.given, exists, read)}
+    except MergeError as error:
+        raise AdapterError(str(error)) from error
+
+
+def adapter_source(place: Place) -> ByteSource:
+    """An adapter file's bytes, where they are."""
+    if place.store is not None:
+        return StoreSource(place.store, place.name)
+    assert place.path is not None
+    return LocalFile(place.path)
+
+
+def _found(what: str, source: str) -> Place:
+    try:
+        return locate(source)
+    except (ConfigError, RegistryError) as error:
+        raise type(error)(f"{what}: {error}") from None
+
+
+def _twice(one: str, other: str, what: str) -> MergeError:
+    return MergeError(
+        f"experts {one!r} and {other!r} are the same one ({what}); name it once, and give it a larger weight where the "
+        "method takes weights"
+    )
+
+
+def _layout(base: PreparedBase, linear: bool) -> BaseLayout:
+    """Names and shapes of the base; which are linear layers' (seconds of imports) only where a PEFT adapter asks."""
+    if linear:
+        return read_layout(base)
+    shapes = {entry.name: entry.shape for entry in list_entries(base.path / WEIGHTS) if entry.floating}
+    return BaseLayout(base.path, base.sha256, shapes, frozenset())
+
+
+def _read_header(name: str, place: Place, base: BaseLayout, scratch: Path) -> Expert:
+    try:
+        if place.kind == "peft":
+            place = _fetch_peft(place, scratch)
+            assert place.path is not None
+            shapes, head = peft_shapes(place.path, base)
+            return Expert(
+                name, place, shapes, {n: math.prod(s) for n, s in shapes.items()}, tuple(head), base_sha256=base.sha256
+            )
+        reader = AdapterReader(adapter_source(place))
+    except AdapterError as error:
+        raise AdapterError(f"expert {name!r}: {error}") from error
+    if reader.meta.base_sha256 != base.sha256:
+        raise MergeError(
+            f"expert {name!r} ({place.given}) was made for base {reader.meta.base_sha256[:12]}…, the base of this "
+            f"merge is {base.sha256[:12]}…; give its base with --base, or leave this expert out"
+        )
+    if reader.meta.kind == "support":
+        raise MergeError(f"expert {name!r} ({place.given}) holds positions only, no values; it is no expert")
+    if not reader.names:
+        raise MergeError(f"expert {name!r} ({place.given}) changes no weight of the base")
+    for tensor in reader.names:
+        base.check_shape(tensor, reader.shape(tensor), f"expert {name!r} ({place.given})")
+    shapes = {n: tuple(reader.shape(n)) for n in reader.names}
+    recipe = reader.meta.info.get("recipe")
+    return Expert(
+        name,
+        place,
+        shapes,
+        {n: reader.count(n) for n in reader.names},
+        tuple(reader.head_names),
+        recipe=recipe if isinstance(recipe, str) and re.fullmatch("[0-9a-f]{64}", recipe) else "",
+        base_sha256=base.sha256,
+    )
+
+
+def open_checkpoint(name: str, place: Place, base: BaseCheckpoint, identity: str | None = None) -> CheckpointDelta:
+    """A full checkpoint's δ. Raises AdapterError or MergeError where it is not one of this base."""
+    what = f"expert {name!r} ({place.given})"
+    return CheckpointDelta(CheckpointFiles(list(checkpoint_files(place).values()), what), base, name, identity)
+
+
+def _fetch_peft(place: Place, scratch: Path) -> Place:
+    if place.store is None:
+        return place
+    for name in (PEFT_CONFIG, PEFT_TENSORS):
+        place.store.download_file(f"{place.name}/{name}", scratch / name)
+    return replace(place, path=scratch)
+
+
+def _sha256(place: Place) -> str:
+    if place.kind == "checkpoint":
+        if place.store is None:
+            assert place.path is not None
+            return _joint({name: file_sha256(place.path / name) for name in checkpoint_files(place)})
+        infos = {name: place.store.head(f"{place.name}/{name}") for name in checkpoint_files(place)}
+        return _joint({name: f"{info.size} {info.etag}" for name, info in infos.items() if info is not None})
+    if place.kind == "peft":
+        assert place.path is not None
+        return _joint({name: file_sha256(place.path / name) for name in (PEFT_CONFIG, PEFT_TENSORS)})
+    return place.sha256 or source_sha256(adapter_source(place))
+
+
+def _joint(parts: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def source_sha256(source: ByteSource) -> str:
+    """Hex SHA-256 of a file or object."""
+    digest = hashlib.sha256()
+    for start in range(0, source.size, _CHUNK):
+        digest.update(source.read(start, min(_CHUNK, source.size - start)))
+    return digest.hexdigest()
+
+
+# -- Fisher and Gram files --
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An expert's Fisher or Gram file."""
+
+    place: Place
+    adapter_sha256: str
+    sha256: str = ""
+
+
+def locate_extras(given: Mapping[str, str], kind: str) -> dict[str, Place]:
+    """Where each expert's file is. `kind`: `fisher` or `gram`. Raises ConfigError, RegistryError or StoreError."""
+    places = {name: _found(f"{kind} of expert {name!r}", source) for name, source in given.items()}
+    for name, place in places.items():
+        if place.kind != "adapter":
+            raise ConfigError(f"{kind} of expert {name!r}: {place.given}: is no file")
+    return places
+
+
+def find_extras(
+    places: Mapping[str, Place], kind: str, experts: Sequence[Expert], base_sha256: str
+) -> dict[str, Extra]:
+    """The file of each expert, its header checked.
+
+    Raises AdapterError or MergeError naming the expert: another base, another adapter's file, or one that does not fit
+    its tensors.
+    """
+    return {expert.name: _find_extra(places[expert.name], kind, expert, base_sha256) for expert in experts}
+
+
+def _find_extra(place: Place, kind: str, expert: Expert, base_sha256: str) -> Extra:
+    where = f"{kind} file {place.given} of expert {expert.name!r}"
+    try:
+        file = adapter_source(place)
+        reader = FisherReader(file) if kind == "fisher" else GramReader(file)
+    except AdapterError as error:
+        raise AdapterError(f"{kind} of expert {expert.name!r}: {error}") from None
+    if reader.meta.base_sha256 != base_sha256:
+        raise MergeError(f"{where}: measured on base {reader.meta.base_sha256[:12]}…, this is {base_sha256[:12]}…")
+    if isinstance(reader, FisherReader):
+        if missing := sorted(set(expert.shapes) - set(reader.names)):
+            raise MergeError(f"{where}: has no values for {missing[0]}, which the expert changes")
+        for name, count in expert.counts.items():
+            if reader.count(name) != count:
+                raise MergeError(f"{where}: {reader.count(name)} values for {name}, the expert's support has {count}")
+    else:
+        for name in set(reader.names) & set(expert.shapes):
+            if reader.side(name) != expert.shapes[name][-1]:
+                raise MergeError(
+                    f"{where}: side {reader.side(name)} for {name}, whose shape is {list(expert.shapes[name])}"
+                )
+    return Extra(place, reader.meta.adapter_sha256)

@@ -1,0 +1,300 @@
+"""The inputs of a node, opened and checked: experts that are lifted as they are read, and the nodes below.
+
+Only headers are read until a tensor is asked for. Everything that does not fit together is refused here, before any
+tensor is read. Not here: joining (`merge.methods.statistics`) and what becomes of the result (`merge.tree.reduce`).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
+
+from infra.errors import AdapterError, MergeError
+from merge.files.delta import DeltaReader
+from merge.files.node import StatisticsReader
+from merge.methods.lift import LiftInput, lift
+from merge.methods.specs import LiftSpec
+from merge.methods.statistics import STATISTICS, Accumulator, TensorStatistics, count_dtype, statistic_dtype
+from merge.tree.prefetch import Load, prefetch
+from workers.adapters.importance_file import FisherReader, GramReader
+from workers.adapters.support import SparseTensor
+from workers.adapters.writer import ByteSource
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ExpertChild:
+    """An expert as a node's child. `extra`: its Fisher or Gram file, for reductions that read one."""
+
+    name: str
+    reader: DeltaReader
+    extra: ByteSource | None = None
+
+
+@dataclass(frozen=True)
+class NodeChild:
+    """A node below as a node's child: its statistics, in one file or several with some of the tensors each.
+
+    `experts`: their names in this merge, in the order joined (default: those in the file, which may have been made
+    when the same experts had other names).
+    """
+
+    label: str
+    sources: tuple[ByteSource, ...]
+    experts: tuple[str, ...] | None = None
+
+
+Child = ExpertChild | NodeChild
+
+
+class _Expert:
+    """An opened expert."""
+
+    def __init__(self, child: ExpertChild, spec: LiftSpec) -> None:
+        self.what = f"expert {child.name!r}"
+        self.experts = (child.name,)
+        self.names = child.reader.names
+        self.base_sha256 = child.reader.base_sha256
+        self.shape, self.count = child.reader.shape, child.reader.count
+        self._reader, self._spec = child.reader, spec
+        self._weight = spec.weight_of(child.name)
+        self._fisher: FisherReader | None = None
+        self._gram: GramReader | None = None
+        if spec.extra is not None:
+            self._open_extra(child, spec.extra)
+
+    def _open_extra(self, child: ExpertChild, kind: str) -> None:
+        if child.extra is None:
+            raise MergeError(f"{self.what} has no {kind} file, which this reduction reads")
+        try:
+            if kind == "fisher":
+                self._fisher = FisherReader(child.extra)
+            else:
+                self._gram = GramReader(child.extra)
+        except AdapterError as error:
+            raise AdapterError(f"{self.what}: {error}") from error
+        found = self._fisher or self._gram
+        assert found is not None
+        where = f"the {kind} file of {self.what}"
+        if found.meta.base_sha256 != self.base_sha256:
+            raise MergeError(f"{where} is for base {found.meta.base_sha256[:12]}…, not {self.base_sha256[:12]}…")
+        for name in self.names:
+            if self._fisher is not None and (
+                not _has(self._fisher.names, name) or self._fisher.count(name) != self.count(name)
+            ):
+                raise MergeError(f"{where} does not hold {self.count(name)} values for {name}; measure it again")
+            if self._gram is not None and _has(self._gram.names, name):
+                shape = self.shape(name)
+                if len(shape) != 2 or self._gram.side(name) != shape[1]:
+                    raise MergeError(f"{where}: {name} is {list(shape)}, its matrix has side {self._gram.side(name)}")
+
+    def load(self, name: str, reference: Callable[[], SparseTensor | None]) -> TensorStatistics:
+        try:
+            item = LiftInput(
+                tensor=self._reader.load(name),
+                name=name,
+                identity=self._reader.identity,
+                weight=self._weight,
+                reference=reference(),
+                fisher=self._fisher.load(name) if self._fisher else None,
+                gram=self._gram.load(name) if self._gram and _has(self._gram.names, name) else None,
+            )
+            return lift(item, self._spec)
+        except (AdapterError, MergeError) as error:
+            raise type(error)(f"{self.what}, tensor {name}: {error}") from error
+
+
+class _Node:
+    """An opened node."""
+
+    def __init__(self, child: NodeChild, spec: LiftSpec) -> None:
+        self.what = f"node {child.label!r}"
+        if not child.sources:
+            raise MergeError(f"{self.what} has no file")
+        files = [StatisticsReader(source, f"the statistics file of {self.what}") for source in child.sources]
+        meta = files[0].meta
+        meta.check(spec, self.what)
+        self._files: dict[str, StatisticsReader] = {}
+        for file in files:
+            if file.meta != meta:
+                raise MergeError(f"the files of {self.what} are not parts of one: their metadata differ")
+            for name in file.names:
+                if name in self._files:
+                    raise MergeError(f"the files of {self.what} are not parts of one: two hold {name}")
+                self._files[name] = file
+        self.names = sorted(self._files)
+        self.base_sha256 = meta.base_sha256
+        self.experts = meta.experts
+        if child.experts is not None:
+            if len(child.experts) != len(meta.experts):
+                raise MergeError(f"{self.what} joins {len(meta.experts)} experts, expected {len(child.experts)}")
+            self.experts = child.experts
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._files[name].shape(name)
+
+    def count(self, name: str) -> int:
+        return self._files[name].count(name)
+
+    def load(self, name: str, reference: Callable[[], SparseTensor | None]) -> TensorStatistics:
+        try:
+            return self._files[name].load(name)
+        except AdapterError as error:
+            raise MergeError(f"{self.what}, tensor {name}: {error}") from error
+
+
+class _Once(Generic[T]):
+    """A value made by whoever asks first."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make, self._lock = make, threading.Lock()
+        self._value: list[T] = []
+
+    def __call__(self) -> T:
+        with self._lock:
+            if not self._value:
+                self._value.append(self._make())
+            return self._value[0]
+
+
+@dataclass(frozen=True)
+class JoinedTensor:
+    """One tensor's joined statistics and the earlier round's δ of it, if the reduction reads one that has it."""
+
+    name: str
+    statistics: TensorStatistics
+    reference: SparseTensor | None
+
+
+@dataclass(frozen=True)
+class Join:
+    """Opened children that fit together: one base, one shape per tensor, no expert twice.
+
+    `experts` in the order joined; `shapes` of all tensors by sorted name, which are `names`.
+    """
+
+    spec: LiftSpec
+    base_sha256: str
+    experts: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    names: Sequence[str]
+    _children: tuple[_Expert | _Node, ...]
+    _reference: DeltaReader | None
+
+    @staticmethod
+    def open(
+        children: Sequence[Child],
+        spec: LiftSpec,
+        base_sha256: str | None = None,
+        reference: DeltaReader | None = None,
+    ) -> Join:
+        """Reads headers only. Raises MergeError naming the two inputs that do not fit, AdapterError for a bad file."""
+        if not children:
+            raise MergeError("a merge node needs at least one child")
+        opened = tuple(_Expert(c, spec) if isinstance(c, ExpertChild) else _Node(c, spec) for c in children)
+        expected = base_sha256 or opened[0].base_sha256
+        other = "the base of this merge is" if base_sha256 else f"{opened[0].what} for"
+        shapes: dict[str, tuple[int, ...]] = {}
+        owner: dict[str, str] = {}
+        seen: dict[str, str] = {}
+        for child in opened:
+            _check_base(child.what, child.base_sha256, expected, other)
+            for expert in child.experts:
+                if expert in seen:
+                    raise MergeError(f"expert {expert!r} is merged twice: by {seen[expert]} and {child.what}")
+                seen[expert] = child.what
+            for name in child.names:
+                _check_shape(name, child.shape(name), child.what, shapes, owner)
+        if (reference is None) != (spec.reference is None):
+            raise MergeError(
+                f"the reduction {spec} reads the merge {spec.reference}: "
+                f"{'none was' if reference is None else 'another was'} given"
+            )
+        if reference is not None:
+            what = f"the merge {spec.reference}"
+            _check_base(what, reference.base_sha256, expected, other)
+            for name in reference.names:
+                if name in shapes:
+                    _check_shape(name, reference.shape(name), what, shapes, owner)
+        count_dtype(len(seen))
+        shapes = dict(sorted(shapes.items()))
+        return Join(spec, expected, tuple(seen), shapes, list(shapes), opened, reference)
+
+    def tensors(self, depth: int = 2) -> Generator[JoinedTensor]:
+        """Each tensor, by name. In memory are the joined statistics, the child's that is being added and
+        those that threads read ahead (`depth` at most)."""
+        holders = {name: [c for c in self._children if _has(c.names, name)] for name in self.names}
+        references: deque[_Once[SparseTensor | None]] = deque()
+        spec = self.spec
+        with closing(prefetch(self._loads(holders, references), depth)) as loaded:
+            for name, having in holders.items():
+                entries = sum(child.count(name) for child in having)
+                total = Accumulator(self.shapes[name], spec.statistics, len(self.experts), entries, spec.weighted)
+                for _ in having:
+                    total.add(next(loaded))
+                joined = JoinedTensor(name, total.result(), references.popleft()())
+                del total
+                yield joined
+                del joined
+
+    def _loads(
+        self,
+        holders: Mapping[str, Sequence[_Expert | _Node]],
+        references: deque[_Once[SparseTensor | None]],
+    ) -> Iterator[Load[TensorStatistics]]:
+        experts, weighted = len(self.experts), self.spec.weighted
+        width = 8 + sum(statistic_dtype(n, experts, weighted).itemsize for n in self.spec.statistics)
+        for name, having in holders.items():
+            reference = _Once(partial(self._load_reference, name))
+            references.append(reference)
+            shape = self.shapes[name]
+            matrix = 4 * shape[-1] ** 2 if shape and any(_is_matrix(n) for n in self.spec.statistics) else 0
+            for child in having:
+                yield Load(partial(child.load, name, reference), child.count(name) * width + matrix)
+
+    def _load_reference(self, name: str) -> SparseTensor | None:
+        if self._reference is None or not _has(self._reference.names, name):
+            return None
+        try:
+            return self._reference.load(name)
+        except AdapterError as error:
+            raise MergeError(f"the merge {self.spec.reference}, tensor {name}: {error}") from error
+
+    @property
+    def elements(self) -> int:
+        """Elements of all tensors."""
+        return sum(math.prod(self.shapes[name]) for name in self.names)
+
+
+def _is_matrix(name: str) -> bool:
+    return STATISTICS[name].kind == "matrix"
+
+
+def _has(names: Sequence[str], name: str) -> bool:
+    """Whether sorted names hold this one: a set for each of a thousand experts would be larger than their tables."""
+    at = bisect_left(names, name)
+    return at < len(names) and names[at] == name
+
+
+def _check_base(what: str, found: str, expected: str, other: str) -> None:
+    if found != expected:
+        raise MergeError(
+            f"experts of different bases cannot be merged: {what} was made for base {found[:12]}…, "
+            f"{other} {expected[:12]}…"
+        )
+
+
+def _check_shape(
+    name: str, shape: Sequence[int], what: str, shapes: dict[str, tuple[int, ...]], owner: dict[str, str]
+) -> None:
+    if shapes.setdefault(name, tuple(shape)) != tuple(shape):
+        raise MergeError(f"tensor {name} has shape {list(shape)} in {what}, {list(shapes[name])} in {owner[name]}")
+    owner.setdefault(name, what)

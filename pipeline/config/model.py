@@ -1,0 +1,398 @@
+"""The configuration of a run: one YAML file, any field of which can be overridden on the command line.
+
+Every section is a frozen pydantic model that refuses unknown keys, so a misspelt field fails before anything starts.
+`load_config` merges file and `dotted.key=value` overrides with OmegaConf and turns pydantic's errors into one message
+that names the file, the field, what was found and what is accepted.
+Not covered: where services are (environment variables, see `infra/store/s3.py` and `infra/registry/runs.py`).
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from infra.errors import ConfigError
+from merge.tree.trie import DEFAULT_FAN_IN
+from pipeline.config.errors import explain
+from pipeline.data.tasks import LEAST_GATE, TaskConfig
+from workers.masks.spec import MaskSpec
+from workers.scoring.metrics import CLASSIFICATION_METRICS, METRICS
+from workers.text.prompt import DEFAULT_TARGET_TOKENS, DEFAULT_WRAPPER
+
+DType = Literal["float32", "bfloat16"]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Strict = Annotated[float, Field(strict=True)]
+"""A number where YAML has one: `true` is none, nor is text."""
+Weights = dict[str, Strict] | Literal["training_rows"]
+
+GIB = 1 << 30
+
+
+class Section(BaseModel):
+    """Base of every configuration section: unknown keys are errors, values cannot change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class PromptConfig(Section):
+    """How a task's text becomes the model's input."""
+
+    wrapper: str = DEFAULT_WRAPPER
+    """Text around every prompt; `{prompt}` stands for the filled-in task template. No system prompt is added."""
+    max_input_tokens: Positive = 96
+    """Longer inputs lose tokens on the left (the end of a question matters more than its beginning)."""
+    max_target_tokens: Positive = DEFAULT_TARGET_TOKENS
+    """Longer targets are cut in training; generation never exceeds this."""
+
+    @field_validator("wrapper")
+    @classmethod
+    def _has_placeholder(cls, value: str) -> str:
+        if value.count("{prompt}") != 1:
+            raise ValueError("must contain {prompt} exactly once")
+        return value
+
+
+class SplitsConfig(Section):
+    """Rows per task; a task with fewer training rows than `train` uses what it has."""
+
+    train: Positive = 512
+    """Most training rows a task contributes."""
+    validation: Positive = 24
+    """Rows that choose the best values, the merge method and its parameters."""
+    gate: Annotated[int, Field(ge=LEAST_GATE)] = 24
+    """Rows on which a new version and the champion are compared; used for nothing else."""
+    test: Positive = 48
+    """Rows that are only reported, never used for a choice."""
+
+
+class MaskConfig(Section):
+    """Which modules are adapted and, for sparse experts, which of their weights may change."""
+
+    modules: str = "attention"
+    """A preset (attention, value_output, mlp, value_output_mlp, all_linear) or a regular expression that must match the
+    whole name of each adapted linear module. For every kind of expert."""
+    criterion: Literal["random", "magnitude", "gradient", "connection_sensitivity", "fisher"] = "random"
+    """`random` (SpaRTA, arXiv 2502.15975), `magnitude` |W|, `gradient` |dL/dW|, `connection_sensitivity` |W * dL/dW|
+    (arXiv 2507.07140) or `fisher`, the mean squared gradient of single rows."""
+    keep: Literal["largest", "smallest"] = "largest"
+    """`smallest`, for magnitude, connection sensitivity and Fisher: the least sensitive weights are the task-localised
+    choice of TaLoS (arXiv 2504.02620)."""
+    granularity: Literal["element", "block", "row", "column", "n_m"] = "block"
+    """Single weights, aligned blocks of `block_size`, whole rows or columns, or N of every `group` weights of a row."""
+    block_size: tuple[Positive, Positive] = (16, 16)
+    """Rows x columns of a block; both must divide every adapted weight."""
+    group: Annotated[int, Field(ge=2)] = 16
+    """`n_m`: length of a group; N is `density` of it, at least 1. Must divide the width of every adapted weight."""
+    density: Fraction = 0.05
+    """Kept share of the adapted weights (the keep ratio)."""
+    budget: Literal["tensor", "global"] = "tensor"
+    """`tensor`: every weight keeps this share; `global`: the share of all together goes where the scores are best."""
+    score_batches: Positive = 1
+    """Training batches (of `train.micro_batch_size` rows, if that is set) that scores are taken over. With several, a
+    worker holds an fp32 copy of the adapted weights while it selects."""
+    reselect_every: Positive | None = None
+    """Steps between selections of a new mask; null keeps the first one."""
+    reselect_rounds: Positive | None = None
+    """Selections after the first one before the mask is frozen; null: no limit."""
+    shared: bool = False
+    """One support for all experts, scored on the rows of all tasks together: it does not fill up in the merge, but a
+    change of any task's data remakes every expert (unless the criterion is random or magnitude)."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        try:
+            self.spec(seed=0)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def spec(self, seed: int) -> MaskSpec:
+        """The mask of one expert."""
+        return MaskSpec(**self.model_dump(exclude={"shared"}), seed=seed)
+
+
+class LoraConfig(Section):
+    """Low-rank experts (`expert: lora`), in the modules of `mask.modules`, through PEFT."""
+
+    rank: Positive = 16
+    """Rank of the factors."""
+    alpha: Positive = 32
+    """The change is alpha / rank * B A."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a layer's inputs that is dropped in training."""
+
+
+class TrainConfig(Section):
+    """How an expert is trained. Give either `steps` or `epochs`."""
+
+    steps: Positive | None = None
+    """Optimizer steps, at most."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training rows, at most."""
+    batch_size: Positive = 16
+    """Rows per optimizer step."""
+    micro_batch_size: Positive | None = None
+    """Rows per forward pass; gradients accumulate to those of the batch. Null: the whole batch at once."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them: less memory, more time, the same numbers."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time, on GPUs too, where they are slower (torch's
+    `use_deterministic_algorithms`). On the CPU results are the same either way."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of AdamW; null: the kind's default (`pipeline/flow/recipes.py`)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay, applied to the change and not to the weight."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.06
+    """Share of the steps in which the learning rate rises."""
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    """Shape of the learning rate after the warm-up (names of transformers' schedulers)."""
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Largest L2 norm of the gradient of the trained values."""
+    validate_every: Positive | None = None
+    """Steps between validation losses; null: only after the last step. The best values seen are kept."""
+    patience: Positive | None = None
+    """Validations without a better loss after which training ends early; null: never."""
+    checkpoint_every: Positive | None = None
+    """Steps between two states saved to the object store, from which a lost worker's expert goes on; null: none."""
+    compute_dtype: DType = "bfloat16"
+    """Type of the weights and activations in training. Trained values are always float32."""
+    value_dtype: DType = "bfloat16"
+    """Type of the values in the adapter file."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        if self.patience and not self.validate_every:
+            raise ValueError("patience counts validations: give validate_every as well")
+        if self.micro_batch_size and self.micro_batch_size > self.batch_size:
+            raise ValueError("micro_batch_size is the part of a batch that runs at a time: at most batch_size")
+        return self
+
+
+class CandidateConfig(Section):
+    """A merge method. A list, of a parameter's values or of weights, stands for one candidate per element."""
+
+    method: str
+    """Name of a method in `merge/methods/catalogue.py`."""
+    params: dict[str, Strict | str | Annotated[list[Strict | str], Field(min_length=1)]] = {}
+    """The method's parameters."""
+    weights: Weights | Annotated[list[Weights], Field(min_length=1)] | None = None
+    """A weight for every held-in task, for methods that take weights; `training_rows`: in proportion to the rows that
+    the experts are trained on, with sum 1."""
+
+
+class SearchConfig(Section):
+    """How the best candidate is found: successive halving over the held-in tasks (`pipeline/config/search.py`)."""
+
+    evaluations: Positive | None = None
+    """Budget: most scores of one candidate on the validation split of one task. Candidates that do worse on the first
+    tasks are dropped. Null: every candidate is scored on every task. Methods that need the task at inference are never
+    chosen and not counted."""
+
+
+class ExportConfig(Section):
+    """The chosen merge as a full checkpoint."""
+
+    dtype: DType = "bfloat16"
+    """Type of its floating-point tensors, adapted or not."""
+    shard_gib: Annotated[float, Field(gt=0)] = 5.0
+    """Size of its files in GiB, at most (but for a single larger tensor)."""
+
+
+class MergeConfig(Section):
+    """How the experts become one model."""
+
+    fan_in: Literal[2, 4, 8, 16] = DEFAULT_FAN_IN
+    """Radix of the merge tree: most children of a node."""
+    candidates: Annotated[list[CandidateConfig], Field(min_length=1)]
+    """Methods tried; the one with the best mean validation score is chosen, ties to the earlier."""
+    search: SearchConfig = SearchConfig()
+    """How many scores the choice may take."""
+    importance_rows: Positive = 256
+    """Training rows on which Fisher and Gram matrices are measured, for the methods that need them; at most all."""
+    export: ExportConfig | None = None
+    """Also store the chosen merge as a full checkpoint; null: as an adapter only."""
+
+
+class EvaluateConfig(Section):
+    """How models are scored."""
+
+    compute_dtype: DType = "float32"
+    """Type of weights and activations while scoring (a merged change often vanishes in bfloat16)."""
+    serving_dtype: DType | None = "bfloat16"
+    """The chosen merge is scored a second time with its weights rounded to this type; null skips it."""
+    batch_size: Positive = 24
+    """Rows per forward pass."""
+    few_shot: Annotated[int, Field(ge=0, le=32)] = 4
+    """Training examples shown to the few-shot base, which is reported beside; 0 skips it. Language modelling only."""
+
+
+class GateConfig(Section):
+    """When a new version of an expert or of the merge becomes champion: scores on the gate rows are compared
+    (`pipeline/gate/rule.py`). None of this is part of a key."""
+
+    rule: Literal["superior", "not_worse"] = "superior"
+    """superior: better by more than the margin; not_worse: worse by no more than the margin. Both with confidence."""
+    margin: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Difference of mean scores (0-1) that matters."""
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
+    """Of the two-sided interval of the difference, whose lower end decides."""
+    resamples: Annotated[int, Field(ge=1000, le=1_000_000)] = 10_000
+    """Draws of the bootstrap."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the draws: the same scores always get the same decision."""
+
+
+class WorkerResources(Section):
+    """What Ray reserves for one worker."""
+
+    cpus: Annotated[float, Field(ge=0)] = 1
+    """CPUs; torch uses as many threads (at least one)."""
+    gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs, may be a fraction."""
+    memory_gib: Annotated[float, Field(gt=0)] = 3.0
+    """Memory in GiB."""
+
+
+class ResourcesConfig(Section):
+    """Resources and retries. None of this is part of a key: changing it never retrains anything."""
+
+    expert: WorkerResources = WorkerResources()
+    """One expert's training."""
+    evaluator: WorkerResources = WorkerResources()
+    """One evaluation actor."""
+    node: WorkerResources = WorkerResources(cpus=0, memory_gib=1.5)
+    """One merge node; 0 CPUs, so that merging never keeps an expert waiting."""
+    node_tasks: Positive = 1
+    """Has no effect any more, and is accepted so that earlier configurations load: a node is one task."""
+    concurrent_nodes: Positive = 2
+    """Ray tasks of merge nodes at a time."""
+    concurrent_registrations: Positive = 2
+    """Registrations in MLflow at a time."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """How often a task is started again after its worker or node was lost."""
+    lease_seconds: Annotated[float, Field(ge=3, le=3600)] = 60.0
+    """Seconds without a heartbeat after which another run takes over what a worker was making; it beats six times in
+    that time."""
+
+
+class PipelineConfig(Section):
+    """A run: the base, the tasks, and everything done with them."""
+
+    suite: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    """Name of the set of tasks; prefix of registered model names and name of the MLflow experiment."""
+    base: str
+    """`pypi:SmolLM2-135M-Instruct`, `path:<folder>` or `hub:<repository>[@revision]`."""
+    seed: int = 0
+    """Seed of splits, masks, batch order, factors and heads."""
+    seeds: Annotated[list[int], Field(min_length=1)] | None = None
+    """Train, merge and score once for each of these instead of `seed`, on the same splits; results give mean and
+    standard deviation. The first one's models are registered."""
+    objective: Literal["language_modelling", "classification"] = "language_modelling"
+    """`classification` puts a head on the base, trained in full and kept by each expert; targets are labels."""
+    expert: Literal["sparse", "lora", "full"] = "sparse"
+    """What an expert changes: a share of the adapted weights, low-rank factors beside them, or all of them."""
+    prompt: PromptConfig = PromptConfig()
+    """Prompt and length limits."""
+    splits: SplitsConfig = SplitsConfig()
+    """Rows per split."""
+    held_in: Annotated[dict[str, TaskConfig], Field(min_length=1)]
+    """Tasks that get an expert."""
+    held_out: dict[str, TaskConfig] = {}
+    """Tasks that are only scored."""
+    mask: MaskConfig = MaskConfig()
+    """Which weights experts change."""
+    lora: LoraConfig = LoraConfig()
+    """Low-rank experts."""
+    train: TrainConfig
+    """How experts are trained."""
+    merge: MergeConfig
+    """How experts are merged."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """How models are scored."""
+    gate: GateConfig = GateConfig()
+    """When a new version takes the champion's place."""
+    registers: bool = True
+    """Register experts and merge in MLflow and judge them at the gate. False: an experiment, logged and reported, that
+    leaves the registry and its champions alone."""
+    resources: ResourcesConfig = ResourcesConfig()
+    """What workers may use."""
+
+    @model_validator(mode="after")
+    def _exports_what_is_registered(self) -> Self:
+        if self.merge.export and not self.registers:
+            raise ValueError("merge.export stores a checkpoint that is registered: remove it, or registers=false")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_are_apart(self) -> Self:
+        if both := sorted(set(self.held_in) & set(self.held_out)):
+            raise ValueError(f"tasks named both in held_in and in held_out: {', '.join(both)}")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_suit_the_objective(self) -> Self:
+        accepted = CLASSIFICATION_METRICS if self.objective == "classification" else METRICS
+        for name, task in {**self.held_in, **self.held_out}.items():
+            if task.metric not in accepted:
+                raise ValueError(f"task {name} has metric {task.metric}; {self.objective} takes {', '.join(accepted)}")
+        if self.objective == "classification" and self.held_out:
+            raise ValueError(
+                "held-out tasks have no trained head, so a classification run cannot score them; remove held_out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _masks_fit(self) -> Self:
+        mask = self.mask
+        if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: every seed once")
+        if mask.shared and self.expert != "sparse":
+            raise ValueError(f"mask.shared is for sparse experts, not for expert={self.expert}")
+        if mask.shared and mask.reselect_every:
+            raise ValueError("mask.shared keeps one support for all: remove mask.reselect_every")
+        if mask.shared and self.objective == "classification" and mask.criterion not in ("random", "magnitude"):
+            raise ValueError("tasks with heads of their own share a support only by random or magnitude")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> PipelineConfig:
+    """Read a configuration file and apply overrides of the form `section.field=value`.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, an override is malformed, or a field is unknown, mistyped or out
+            of range; the message lists every such field.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = sorted(str(p) for p in (Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+        raise ConfigError(f"{path}: no such configuration file (shipped: {', '.join(known)})")
+    try:
+        loaded = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    try:
+        for override in overrides or []:
+            key, separator, value = override.partition("=")
+            if not (key and separator):
+                raise ConfigError(f"override {override!r}: expected section.field=value, for example train.steps=10")
+            OmegaConf.update(loaded, key, yaml.safe_load(value), merge=False, force_add=True)
+        data = OmegaConf.to_container(loaded, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: overrides {' '.join(overrides or [])}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
+    try:
+        return PipelineConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join([f"{path}:", *(f"  {line}" for line in explain(PipelineConfig, error))])) from error
+
+
+def dump_config(config: PipelineConfig) -> str:
+    """The resolved configuration as YAML, loadable again by `load_config`."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))

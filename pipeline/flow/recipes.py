@@ -1,0 +1,169 @@
+"""Keys of experts and scores: the one place that says what is in them and what is not. Those of merges:
+`merge.tree.keys`.
+
+In a key: base identity, data fingerprints, prompt, mask, optimisation, compute dtype, seed, algorithm versions and the
+keys of the inputs. Not in a key: names of tasks, resources, retries, paths, endpoints, library versions.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from infra.artifacts.manifests import Recipe, canonical_json
+from pipeline.config.model import PipelineConfig, TrainConfig
+from pipeline.data.tasks import TaskData
+from workers.adapters.importance_file import IMPORTANCE_FILE_VERSION
+from workers.jobs.importance import IMPORTANCE_VERSION
+from workers.masks.spec import MaskSpec
+from workers.scoring.classification import CLASSIFICATION_VERSION, ClassifySpec
+from workers.scoring.likelihood import SCORING_VERSION, EvaluateSpec
+from workers.scoring.metrics import METRIC_VERSION
+from workers.text.prompt import PromptSpec
+from workers.training.kinds import ExpertSpec, FullSpec, LoraSpec
+from workers.training.loop import TRAIN_VERSION, TrainSpec
+
+
+def derived_seed(seed: int, *parts: str) -> int:
+    """A 63-bit seed that is a pure function of its arguments."""
+    digest = hashlib.sha256("\n".join([str(seed), *parts]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+DEFAULT_LEARNING_RATES: Mapping[str, float] = {"sparse": 2e-3, "lora": 2e-3, "full": 1e-4}
+"""Peak learning rates by kind of expert, the best on validation splits (docs/performance.md says of what)."""
+
+
+def expert_spec(config: PipelineConfig, data: TaskData) -> ExpertSpec:
+    """The change of one expert. Random supports and factors differ between experts because their training rows do."""
+    own = data.fingerprints["train"]
+    if config.expert == "lora":
+        lora = config.lora
+        seed = derived_seed(config.seed, "lora", own)
+        return LoraSpec(config.mask.modules, lora.rank, lora.alpha, lora.dropout, seed)
+    if config.expert == "full":
+        return FullSpec(config.mask.modules)
+    return mask_spec(config, "shared" if config.mask.shared else own)
+
+
+def mask_spec(config: PipelineConfig, seeded_by: str) -> MaskSpec:
+    """The mask of a sparse expert."""
+    return config.mask.spec(derived_seed(config.seed, "mask", seeded_by))
+
+
+def training_steps(train: TrainConfig, rows: int) -> int:
+    """Optimizer steps over this many training rows: as many as configured, or those of the configured epochs."""
+    return train.steps or max(1, round((train.epochs or 1.0) * rows / min(train.batch_size, rows)))
+
+
+def train_spec(config: PipelineConfig, data: TaskData) -> TrainSpec:
+    """The optimisation of one expert, epochs turned into steps."""
+    train = config.train
+    return TrainSpec(
+        steps=training_steps(train, len(data.splits["train"])),
+        batch_size=train.batch_size,
+        learning_rate=train.learning_rate or DEFAULT_LEARNING_RATES[config.expert],
+        weight_decay=train.weight_decay,
+        warmup_ratio=train.warmup_ratio,
+        schedule=train.schedule,
+        clip_norm=train.clip_norm,
+        validate_every=train.validate_every,
+        seed=derived_seed(config.seed, "batches", data.fingerprints["train"]),
+        micro_batch_size=train.micro_batch_size,
+        patience=train.patience,
+    )
+
+
+def prompt_spec(config: PipelineConfig, data: TaskData) -> PromptSpec:
+    """How a task's rows become inputs."""
+    return PromptSpec(data.config.template, config.prompt.wrapper, config.prompt.max_input_tokens)
+
+
+def shares_scored_support(config: PipelineConfig) -> bool:
+    """Whether a support has to be made before the experts: a common seed is enough for criteria that need no data."""
+    return config.mask.shared and config.mask.spec(0).needs_data
+
+
+def pooled(config: PipelineConfig, data: TaskData) -> tuple[str, str]:
+    """A task as a part of the pool: its training rows and its prompt."""
+    return data.fingerprints["train"], canonical_json(_plain(prompt_spec(config, data))).decode()
+
+
+def pooled_order(config: PipelineConfig, tasks: Mapping[str, TaskData]) -> list[str]:
+    """Held-in tasks in the order in which their rows are pooled, which does not depend on names or the file's order."""
+    return sorted(config.held_in, key=lambda name: pooled(config, tasks[name]))
+
+
+def support_recipe(config: PipelineConfig, base_sha256: str, tasks: Mapping[str, TaskData]) -> Recipe:
+    """The shared support is a function of the base, the training rows and prompts of all held-in tasks and the mask."""
+    return Recipe(
+        kind="support",
+        version=TRAIN_VERSION,
+        config={
+            "base": base_sha256,
+            "tasks": [pooled(config, tasks[name]) for name in pooled_order(config, tasks)],
+            "max_target_tokens": config.prompt.max_target_tokens,
+            "mask": _plain(mask_spec(config, "shared")),
+            "batch_size": config.train.micro_batch_size or config.train.batch_size,
+            "compute_dtype": config.train.compute_dtype,
+        },
+    )
+
+
+def expert_recipe(config: PipelineConfig, base_sha256: str, data: TaskData, support: str | None = None) -> Recipe:
+    """An expert is a function of base, training and validation rows, prompt, kind, optimisation, a shared support."""
+    body: dict[str, Any] = {
+        "base": base_sha256,
+        "data": {split: data.fingerprints[split] for split in ("train", "validation")},
+        "prompt": {**config.prompt.model_dump(), "template": data.config.template},
+        "kind": config.expert,
+        config.expert: _plain(expert_spec(config, data)),
+        "train": _plain(train_spec(config, data)),
+        "compute_dtype": config.train.compute_dtype,
+        "value_dtype": config.train.value_dtype,
+    }
+    if config.objective == "classification":
+        body |= {"labels": list(data.labels), "classification_version": CLASSIFICATION_VERSION}
+    return Recipe("expert", TRAIN_VERSION, body, (support,) if support else ())
+
+
+def importance_rows(config: PipelineConfig, data: TaskData) -> int:
+    """How many training rows of a task Fisher and Gram matrices are measured on."""
+    return min(config.merge.importance_rows, len(data.splits["train"]))
+
+
+def importance_recipe(config: PipelineConfig, kind: str, expert: str, data: TaskData) -> Recipe:
+    """A Fisher or Gram artifact is a function of its expert (`expert`: its key), whose key holds rows and prompt."""
+    body = {"rows": importance_rows(config, data), "file": IMPORTANCE_FILE_VERSION}
+    return Recipe(kind, IMPORTANCE_VERSION, body, (expert,))
+
+
+def evaluation_recipe(
+    model_digest: str,
+    data: TaskData,
+    split: str,
+    spec: EvaluateSpec | ClassifySpec,
+    dtype: str,
+    weights_dtype: str,
+    head: str | int | None = None,
+) -> Recipe:
+    """A score is a function of the model's bytes, the rows, the prompt and decoding, the metric and the dtypes.
+
+    `head` of a classification: the digest of the expert that has it, or the seed of an untrained one.
+    """
+    classifies = isinstance(spec, ClassifySpec)
+    body = {
+        "model": model_digest,
+        "rows": data.fingerprints[split],
+        "split": split,
+        "spec": _plain(spec),
+        "metric_version": METRIC_VERSION,
+        "compute_dtype": dtype,
+        "weights_dtype": weights_dtype,
+    }
+    version = CLASSIFICATION_VERSION if classifies else SCORING_VERSION
+    return Recipe("evaluation", version, {**body, "head": head} if classifies else body)
+
+
+def _plain(spec: Any) -> Mapping[str, Any]:
+    return dataclasses.asdict(spec)

@@ -1,0 +1,67 @@
+"""What a finished run publishes, and where: results, report and pictures go to the object store, to MLflow and, if one
+is asked for, to a folder; the scores to the terminal.
+
+Results come first: they are stored before anything is drawn. What the files say is `pipeline.report.results`,
+`pipeline.report.plots` and `pipeline.report.mlflow_page`.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from infra.registry import runs as registry
+from infra.store.s3 import Store
+from pipeline.config.model import PipelineConfig, dump_config
+from pipeline.report import mlflow_page as run_page
+from pipeline.report import plots
+from pipeline.report.html import render
+from pipeline.report.results import candidates_csv, report_markdown, results_json, summary_lines, summary_table
+from workers.jobs.expert import TRAINING_LOSS, VALIDATION_LOSS
+
+
+def publish_report(
+    store: Store, config: PipelineConfig, run_id: str, results: dict[str, Any], folder: Path | None, console: Console
+) -> None:
+    """Write everything that a run reports and print its scores."""
+
+    def keep(files: Mapping[str, bytes]) -> None:
+        for name, content in files.items():
+            store.put(f"runs/{run_id}/{name}", content)
+
+    tables = {
+        "results.json": results_json(results).encode(),
+        "candidates.csv": candidates_csv(results).encode(),
+        "config.yaml": dump_config(config).encode(),
+    }
+    keep(tables)
+    pictures = plots.draw(results, _curves(results))
+    markdown = report_markdown(results, pictures)
+    page = render(markdown, f"{results['suite']} {run_id}", pictures)
+    report = {"report.md": markdown.encode(), "report.html": page.encode(), **pictures}
+    keep(report)
+    with tempfile.TemporaryDirectory(prefix="factory-report-") as scratch:
+        for target in [Path(scratch), *([folder] if folder else [])]:
+            target.mkdir(parents=True, exist_ok=True)
+            for name, content in {**tables, **report}.items():
+                (target / name).write_bytes(content)
+        registry.log_folder(run_id, Path(scratch), "report")
+    registry.log_history(run_id, [{"step": 0, **run_page.metrics(results)}])
+    registry.set_tags(run_id, run_page.tags(results))
+    registry.describe_run(run_id, run_page.description(results, registry.run_path(run_id), {**tables, **report}))
+    console.print(summary_table(results))
+    for line in summary_lines(results):
+        console.print(line, highlight=False, markup=False)
+    console.print(f"report: {store.uri(f'runs/{run_id}/')}" + (f" and {folder}/" if folder else ""), markup=False)
+    console.print(f"MLflow: {registry.run_page(run_id)}", markup=False, highlight=False)
+
+
+def _curves(results: Mapping[str, Any]) -> dict[str, plots.Curve]:
+    """Loss curves by task, from the runs that made the experts; those of runs that MLflow no longer has are missing."""
+    runs = {task: row["expert_run_id"] for task, row in results["held_in"].items() if row["expert_run_id"]}
+    drawn = dict(list(runs.items())[: plots.MOST_CURVES])
+    read = registry.histories(drawn.values(), (TRAINING_LOSS, VALIDATION_LOSS))
+    curves = {task: plots.Curve(read[run, TRAINING_LOSS], read[run, VALIDATION_LOSS]) for task, run in drawn.items()}
+    return {task: curve for task, curve in curves.items() if curve.training}

@@ -1,0 +1,132 @@
+"""Workers of a Ray cluster: tasks for experts and nodes, a pool of actors for evaluations, light tasks for services.
+
+Experts are all queued inside Ray, in the order in which they are asked for, so that a cluster that grows is used at
+once; evaluators take the slots that they leave. Lost workers are started again by Ray and the pool. Ray moves keys,
+manifests and scores, never tensors.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+
+from infra.artifacts.claims import Busy, Claim
+from infra.engine.step import Answer, Query, Step
+from infra.errors import FactoryError
+from infra.store.s3 import Store
+from pipeline.config.model import ResourcesConfig
+from pipeline.plan.cluster import ray_options, slots_of
+from pipeline.running import remote
+from pipeline.running.actor_pool import ActorPool
+
+T = TypeVar("T")
+_DRAIN_S = 0.5
+_DIED = (RayActorError, OutOfMemoryError, NodeDiedError)
+"""How an actor's call ends when its process or node is gone, perhaps by Ray's memory monitor."""
+
+
+class WorkerError(FactoryError):
+    """What Ray says of work that it could not do."""
+
+
+class RayWorkers:
+    """`infra.engine.keyed.Workers` of a configuration. `serve` has to run beside the work; `close` it in the end."""
+
+    def __init__(self, store: Store, resources: ResourcesConfig, hear: Callable[[str, Any], None]) -> None:
+        """`hear` is told of progress: of what, and what the work reports."""
+        self._store, self._resources, self._hear = store, resources, hear
+        self._board = remote.ProgressBoard.remote()  # type: ignore[attr-defined]
+        self._experts = 0  # asked for and not done
+        self._nodes = asyncio.Semaphore(resources.concurrent_nodes)
+        self._registry = asyncio.Semaphore(resources.concurrent_registrations)
+        self._pool: ActorPool[ActorHandle] = ActorPool(self._create, ray.kill, self._room, _DIED)
+
+    async def serve(self) -> None:
+        """Hand out evaluations and hear of progress, for ever."""
+        await asyncio.gather(self._pool.serve(), self._listen())
+
+    def close(self) -> None:
+        """Dismiss the actors."""
+        self._pool.close()
+        ray.kill(self._board)
+
+    async def run(self, step: Step, claim: Claim) -> Answer | Busy:
+        """The step's work under the claim. Cancelled, it does not start any more, or is killed."""
+        resources, needs = self._resources, step.needs
+        if needs.pool == "evaluator":
+            return await self._on_actor(step, claim)
+        if needs.pool == "expert":
+            self._experts += 1
+            try:
+                return await self._task(step, claim, ray_options(resources.expert, resources.retries))
+            finally:
+                self._experts -= 1
+        async with self._nodes:
+            return await self._task(step, claim, ray_options(resources.node, resources.retries))
+
+    async def ask(self, query: Query[T]) -> T:
+        """The query's answer."""
+        async with self._registry:
+            options = {"name": query.name, "max_retries": self._resources.retries}
+            answer: T = await _answer(remote.ask.options(**options).remote(self._store, query))
+            return answer
+
+    async def _task(self, step: Step, claim: Claim, options: dict[str, Any]) -> Answer | Busy:
+        ref = remote.work.options(name=step.name, **options).remote(self._store, step.call, claim, self._board)
+        try:
+            answer: Answer | Busy = await _answer(ref)
+            return answer
+        except asyncio.CancelledError:
+            ray.cancel(ref)  # what waits inside Ray would start while the driver tidies up
+            raise
+
+    async def _on_actor(self, step: Step, claim: Claim) -> Answer | Busy:
+        def call(actor: ActorHandle) -> Awaitable[Any]:
+            return _answer(actor.work.remote(step.call, claim), keep=_DIED)
+
+        try:
+            answer: Answer | Busy = await self._pool.run(call, step.needs.affinity, step.needs.base)
+            return answer
+        except _DIED as error:
+            raise _plain(error) from error
+
+    def _create(self) -> ActorHandle:
+        # Not restarted by Ray: it would wait for a slot, maybe for ever, while others idle. The pool hands its call on.
+        options = {**ray_options(self._resources.evaluator), "max_restarts": 0, "max_task_retries": -1}
+        actor: ActorHandle = remote.Resident.options(**options).remote(self._store, self._board)  # type: ignore[attr-defined]
+        return actor
+
+    def _room(self) -> int:
+        """Evaluators that fit beside the experts on the nodes that live now: nodes are lost, others join."""
+        nodes, resources = ray.nodes(), self._resources
+        return max(0, min(slots_of(nodes, resources.evaluator), slots_of(nodes, resources.expert) - self._experts))
+
+    async def _listen(self) -> None:
+        while True:
+            await asyncio.sleep(_DRAIN_S)
+            with contextlib.suppress(RayError):  # progress that is lost is harmless
+                for subject, what in await self._board.drain.remote():
+                    self._hear(subject, what)
+
+
+async def _answer(ref: "ObjectRef[Any]", keep: tuple[type[BaseException], ...] = ()) -> Any:
+    """What a call returned. Raises what it raised itself, out of what Ray wraps it in; errors of Ray's own as one line,
+    but those to `keep`."""
+    try:
+        return await ref
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, Exception) else error) from error
+    except keep:
+        raise
+    except RayError as error:
+        raise _plain(error) from error
+
+
+def _plain(error: RayError) -> WorkerError:
+    lines = str(error).strip().splitlines()
+    return WorkerError(f"{type(error).__name__}: {lines[0] if lines else 'no message'}")

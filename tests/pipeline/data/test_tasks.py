@@ -1,0 +1,230 @@
+"""Sources and splits: synthetic JSON lines and a synthetic BIG-bench archive; nothing is downloaded."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from infra.errors import DataError
+from pipeline.data.sources import source_license
+from pipeline.data.tasks import TaskConfig, TaskData, learned_elsewhere, load_tasks, make_splits, normalised
+from workers.text.rows import Row, fingerprint, load_rows, rows_from_jsonl, rows_object, rows_to_jsonl
+
+SIZES = {"train": 16, "validation": 4, "gate": 5, "test": 6}
+texts = st.lists(st.text(min_size=1, max_size=12).filter(lambda t: bool(normalised(t))), min_size=23, max_size=60)
+
+
+def rows_of(inputs: list[str]) -> list[Row]:
+    return [Row(str(at), text, (f"answer {text}",)) for at, text in enumerate(inputs)]
+
+
+def inputs_of(split: tuple[Row, ...]) -> set[str]:
+    return {normalised(row.input) for row in split}
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts, st.randoms(use_true_random=False), st.integers(0, 5))
+def test_splits_are_disjoint_and_independent_of_order(inputs: list[str], random, seed: int) -> None:
+    rows = rows_of(inputs)
+    if len({normalised(text) for text in inputs}) < 23:
+        with pytest.raises(DataError, match="distinct rows"):
+            make_splits(rows, SIZES, seed)
+        return
+    splits = make_splits(rows, SIZES, seed)
+    assert [len(splits[name]) for name in ("test", "gate", "validation")] == [6, 5, 4]
+    seen = [key for split in splits.values() for key in inputs_of(split)]
+    assert len(seen) == len(set(seen)) == sum(map(len, splits.values()))
+    shuffled = list(rows)
+    random.shuffle(shuffled)
+    again = make_splits(shuffled, SIZES, seed)
+    assert {name: fingerprint(split) for name, split in splits.items()} == {
+        name: fingerprint(split) for name, split in again.items()
+    }
+
+
+def test_adding_rows_moves_few_and_seed_moves_many() -> None:
+    inputs = [f"question {at}" for at in range(1000)]
+    sizes = {"train": 512, "validation": 24, "gate": 24, "test": 48}
+    before = make_splits(rows_of(inputs), sizes, 0)
+    after = make_splits(rows_of([*inputs, *(f"new {at}" for at in range(20))]), sizes, 0)
+    assert len(inputs_of(before["test"]) & inputs_of(after["test"])) >= 45
+    assert not inputs_of(before["train"]) & (inputs_of(after["test"]) | inputs_of(after["gate"]))
+    assert not inputs_of(before["validation"]) & (inputs_of(after["test"]) | inputs_of(after["gate"]))
+    other = make_splits(rows_of(inputs), sizes, 1)
+    assert len(inputs_of(before["test"]) & inputs_of(other["test"])) < 15
+
+
+def test_duplicates_become_one_row_with_all_references() -> None:
+    rows = [*rows_of([f"q {at}" for at in range(23)]), Row("x", "Q  3 ", ("another",))]
+    splits = make_splits(rows, SIZES, 0)
+    row = next(row for split in splits.values() for row in split if normalised(row.input) == "q 3")
+    assert set(row.targets) == {"answer q 3", "another"}
+
+
+def test_rows_round_trip_with_line_separators_inside() -> None:
+    rows = [Row("1", "a\u2028b\nc", ("x",), ("x", "y")), Row("2", "é", ("1", "2"))]
+    assert rows_from_jsonl(rows_to_jsonl(rows)) == rows
+
+
+def test_stored_rows_that_changed_are_refused(tmp_path: Path) -> None:
+    class Folder:
+        def get(self, name: str) -> bytes:
+            return (tmp_path / name.replace("/", "-")).read_bytes()
+
+    rows = [Row("1", "a", ("x",)), Row("2", "b", ("y",))]
+    name = rows_object(fingerprint(rows))
+    file = tmp_path / name.replace("/", "-")
+    file.write_bytes(rows_to_jsonl(rows))
+    assert load_rows(Folder(), name) == rows
+    file.write_bytes(rows_to_jsonl(rows[:1]))
+    with pytest.raises(DataError, match="corrupted"):
+        load_rows(Folder(), name)
+
+
+def bigbench_archive(path: Path) -> Path:
+    tasks = {
+        "colours": [{"input": f"c{at}", "target_scores": {"red": at % 2, "blue": 1 - at % 2}} for at in range(30)],
+        "group/past_tense_json": [{"input": f"v{at}", "target": f"v{at}ed"} for at in range(30)],
+        "both": [{"input": f"b{at}", "target": ["Yes. So."], "target_scores": {"Yes": 1, "No": 0}} for at in range(30)],
+        "unused": [{"input": "u", "target": "u"}],
+    }
+    with tarfile.open(path, "w:gz") as archive:
+        for name, examples in tasks.items():
+            data = json.dumps({"examples": examples}).encode()
+            member = tarfile.TarInfo(f"bigbench-1.0.0/bigbench/benchmark_tasks/{name}/task.json")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_bigbench_tasks_from_one_archive_then_from_the_cache(tmp_path: Path) -> None:
+    archive = bigbench_archive(tmp_path / "b.tar.gz")
+    tasks = {
+        "colours": TaskConfig(source="bigbench:colours", metric="choice_accuracy"),
+        "past": TaskConfig(source="bigbench:group/past_tense_json", metric="exact_match", template="Past?\n{input}"),
+        "yes_no": TaskConfig(source="bigbench:both", metric="choice_accuracy"),
+        "why": TaskConfig(source="bigbench:both", metric="rouge_l"),
+    }
+    loaded = load_tasks(tasks, tmp_path, SIZES, archive=archive)
+    archive.unlink()
+    assert load_tasks(tasks, tmp_path, SIZES, archive=archive) == loaded
+    row = loaded["colours"].splits["test"][0]
+    assert row.options == ("red", "blue")
+    assert row.targets == (("red",) if int(row.input[1:]) % 2 else ("blue",))
+    assert loaded["past"].splits["train"][0].options is None
+    assert loaded["yes_no"].splits["test"][0].targets == ("Yes",)
+    assert loaded["why"].splits["test"][0].targets == ("Yes. So.",)
+    assert not (tmp_path / "bigbench" / "unused.json").exists()
+    with pytest.raises(DataError, match=r"wrong:.*past_tense.*did you mean group/past_tense_json") as caught:
+        load_tasks({"wrong": TaskConfig(source="bigbench:past_tense", metric="rouge_l")}, tmp_path, SIZES)
+    assert "\n" not in str(caught.value)
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> TaskConfig:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return TaskConfig(source=f"jsonl:{path}", metric="exact_match")
+
+
+def test_jsonl_file_and_object(tmp_path: Path) -> None:
+    rows = [{"input": f"i{at}", "target": at} for at in range(40)]
+    local = load_tasks({"t": write_jsonl(tmp_path / "t.jsonl", rows)}, tmp_path, SIZES)["t"]
+    data = (tmp_path / "t.jsonl").read_bytes()
+    remote = TaskConfig(source="jsonl:s3://bucket/t.jsonl", metric="exact_match")
+    fetched = load_tasks({"t": remote}, tmp_path, SIZES, read_bytes=lambda uri: data)["t"]
+    assert fetched.fingerprints == local.fingerprints
+    assert len(local.splits["train"]) == 16
+
+
+def test_a_licence_is_the_one_given_or_the_sources_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_jsonl(tmp_path / "t.jsonl", [{"input": f"i{at}", "target": at} for at in range(40)])
+    assert load_tasks({"t": config}, tmp_path, SIZES)["t"].license == "not stated"
+    given = load_tasks({"t": config.model_copy(update={"license": "mit"})}, tmp_path, SIZES)["t"]
+    assert given.license == "mit"
+    assert source_license("bigbench:group/task") == "Apache-2.0"
+    monkeypatch.chdir(tmp_path)  # the hub's libraries take a folder for a dataset of that name
+    for name, front in {"plain": "license: cc-by-4.0", "two": "license:\n- mit\n- cc0-1.0", "none": "x: y"}.items():
+        (tmp_path / "owner" / name).mkdir(parents=True)
+        (tmp_path / "owner" / name / "README.md").write_text(f"---\n{front}\n---\n# A card\n")
+    assert source_license("hub:owner/plain/config") == "cc-by-4.0"
+    assert source_license("hub:owner/two") == "mit, cc0-1.0"
+    assert source_license("hub:owner/none") == "not stated"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no rows"),
+        ([{"text": "a"}], "row 1: field input"),
+        ([{"input": "a"}], "neither target nor targets"),
+        ([{"input": "a", "target": {"x": 1}}], "a text or a list"),
+        ([{"input": "a", "target": "x", "options": ["y"]}], "not among its options"),
+        ([{"input": "a", "target": "x"}], "distinct rows"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, rows: list[dict], message: str) -> None:
+    with pytest.raises(DataError, match=rf"task mine.*{message}"):
+        load_tasks({"mine": write_jsonl(tmp_path / "t.jsonl", rows)}, tmp_path, SIZES)
+
+
+def test_choice_needs_options_and_files_must_exist(tmp_path: Path) -> None:
+    config = write_jsonl(tmp_path / "t.jsonl", [{"input": f"i{at}", "target": "x"} for at in range(40)])
+    with pytest.raises(DataError, match="have no options"):
+        load_tasks({"t": config.model_copy(update={"metric": "choice_accuracy"})}, tmp_path, SIZES)
+    with pytest.raises(DataError, match="no such file"):
+        load_tasks({"t": TaskConfig(source="jsonl:/nowhere.jsonl", metric="rouge_l")}, tmp_path, SIZES)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"source": "ftp:x"}, {"template": "no input"}, {"metric": "bleu"}, {"metrik": "x"}, {"columns": {"input": "q"}}],
+)
+def test_bad_configuration_is_refused(change: dict) -> None:
+    with pytest.raises(ValidationError):
+        TaskConfig(**{"source": "jsonl:x", "metric": "rouge_l", **change})
+
+
+def test_labels_are_those_given_or_those_that_occur(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"input": f"text {i}", "target": "ba"[i % 2]}) + "\n" for i in range(40)))
+
+    def labels(rows: Path = file, **changes: object) -> tuple[str, ...]:
+        config = TaskConfig(source=f"jsonl:{rows}", metric="matthews", **changes)
+        return load_tasks({"mine": config}, tmp_path, SIZES)["mine"].labels
+
+    assert labels() == ("a", "b")
+    assert labels(labels=["b", "c", "a"]) == ("b", "c", "a")
+    with pytest.raises(DataError, match="task mine: target 'b' is none of labels"):
+        labels(labels=["a", "c"])
+    same = tmp_path / "same.jsonl"
+    same.write_text("".join(json.dumps({"input": f"text {i}", "target": "a"}) + "\n" for i in range(40)))
+    with pytest.raises(DataError, match="one target only"):
+        labels(same)
+
+
+def test_test_rows_that_another_expert_has_learned_are_counted() -> None:
+    """Two tasks over one source, of other sizes: what is test data of one is training data of the other."""
+
+    def data(name: str, train: str, test: str, answer: str = "y") -> TaskData:
+        def rows(ids: str) -> tuple[Row, ...]:
+            return tuple(Row(each, each, (answer,)) for each in ids)
+
+        return TaskData(
+            name,
+            TaskConfig(source="jsonl:x", metric="exact_match"),
+            {"train": rows(train), "validation": rows("v"), "gate": (), "test": rows(test)},
+        )
+
+    tasks = {
+        "one": data("one", "ab", "cd"),
+        "two": data("two", "cx", "ae"),
+        "other answers": data("other answers", "q", "ab", "n"),
+        "held out": data("held out", "cd", "xvz"),
+    }
+    found = learned_elsewhere(tasks, ["one", "two", "other answers"])
+    assert found == {"one": 1, "two": 1, "held out": 2}
+    assert learned_elsewhere(tasks, ["other answers"]) == {}

@@ -1,0 +1,155 @@
+"""Keys change exactly when something that the artifact is a function of changes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.model import load_config
+from pipeline.data.tasks import TaskConfig, TaskData, fingerprint
+from pipeline.flow.recipes import (
+    evaluation_recipe,
+    expert_recipe,
+    expert_spec,
+    importance_recipe,
+    shares_scored_support,
+    support_recipe,
+)
+from workers.adapters.importance_file import IMPORTANCE_FILE_VERSION
+from workers.scoring.likelihood import EvaluateSpec
+from workers.text.rows import Row
+
+CONFIG = Path(__file__).resolve().parents[3] / "pipeline" / "configs" / "quickstart.yaml"
+BASE = "a" * 64
+
+
+def data(text: str = "x", template: str = "{input}", name: str = "task", test: str = "t") -> TaskData:
+    splits = {
+        "train": tuple(Row(str(i), f"{text}{i}", ("y",)) for i in range(20)),
+        "validation": (Row("v", "v", ("y",)),),
+        "gate": (Row("g", "g", ("y",)),),
+        "test": (Row("t", test, ("y",)),),
+    }
+    config = TaskConfig(source="jsonl:rows.jsonl", template=template, metric="exact_match")
+    return TaskData(name, config, splits, {split: fingerprint(rows) for split, rows in splits.items()})
+
+
+def key(*overrides: str, base: str = BASE, task: TaskData | None = None) -> str:
+    return expert_recipe(load_config(CONFIG, list(overrides)), base, task or data()).key
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.steps=31", "train.batch_size=4", "train.learning_rate=0.1", "train.weight_decay=0.1",
+        "train.warmup_ratio=0.5", "train.schedule=cosine", "train.clip_norm=2", "train.validate_every=3",
+        "train.compute_dtype=bfloat16", "train.value_dtype=float32", "seed=1", "mask.density=0.1",
+        "mask.criterion=connection_sensitivity", "mask.granularity=element", "mask.block_size=[8, 8]",
+        "mask.modules='.*q_proj'", "mask.budget=global", "train.micro_batch_size=2",
+        "train.patience=3", "prompt.max_input_tokens=50", "prompt.max_target_tokens=9",
+        "prompt.wrapper='{prompt}:'",
+    ],
+)  # fmt: skip
+def test_what_training_depends_on_changes_the_key(override: str) -> None:
+    assert key(override) != key()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "suite=other", "resources.expert.cpus=2", "resources.expert.memory_gib=9", "resources.retries=0",
+        "resources.concurrent_nodes=5", "resources.node_tasks=2", "train.gradient_checkpointing=true",
+        "train.checkpoint_every=5", "evaluate.batch_size=3", "evaluate.few_shot=0", "merge.fan_in=2",
+        "merge.candidates=[{method: mean}]", "merge.search.evaluations=99", "merge.export={}",
+        "held_in.vitaminc.metric=exact_match", "held_in.vitaminc.license=mit",
+    ],
+)  # fmt: skip
+def test_what_training_does_not_depend_on_leaves_the_key(override: str) -> None:
+    assert key(override) == key()
+
+
+def test_data_template_and_base_are_in_the_key_names_and_test_rows_are_not() -> None:
+    assert key(task=data("z")) != key()
+    assert key(task=data(template="Q: {input}")) != key()
+    assert key(base="b" * 64) != key()
+    assert key(task=data(name="another")) == key()
+    assert key(task=data(test="other")) == key()
+
+
+def test_licences_are_in_no_key() -> None:
+    config, plain, stated = load_config(CONFIG, ["mask.shared=true", "mask.criterion=fisher"]), data(), data()
+    stated = replace(stated, license="mit", config=stated.config.model_copy(update={"license": "mit"}))
+    assert expert_recipe(config, BASE, stated) == expert_recipe(config, BASE, plain)
+    assert importance_recipe(config, "fisher", BASE, stated) == importance_recipe(config, "fisher", BASE, plain)
+    pools = [dict.fromkeys(config.held_in, each) for each in (plain, stated)]
+    assert support_recipe(config, BASE, pools[0]) == support_recipe(config, BASE, pools[1])
+    scores = [
+        evaluation_recipe(BASE, each, "test", EvaluateSpec(metric="exact_match"), "float32", "float32")
+        for each in (plain, stated)
+    ]
+    assert scores[0] == scores[1]
+
+
+def test_experts_with_different_rows_get_different_random_masks() -> None:
+    config = load_config(CONFIG)
+    assert expert_spec(config, data()).seed != expert_spec(config, data("z")).seed
+    assert expert_spec(config, data()).seed == expert_spec(config, data(name="another")).seed
+    shared = load_config(CONFIG, ["mask.shared=true"])
+    assert expert_spec(shared, data()) == expert_spec(shared, data("z"))
+    assert not shares_scored_support(shared)
+
+
+def test_kinds_of_experts_have_keys_of_their_own() -> None:
+    keys = [key(), key("expert=lora"), key("expert=full"), key("expert=lora", "lora.rank=8"), key("mask.shared=true")]
+    assert len(set(keys)) == len(keys)
+    assert key("lora.rank=8") == key()
+    assert key("expert=lora", "mask.density=0.5") == key("expert=lora")
+    assert key("expert=full", "mask.criterion=magnitude") == key("expert=full")
+
+
+def test_a_shared_support_is_a_function_of_all_tasks_and_an_input_of_every_expert() -> None:
+    overrides = ["mask.shared=true", "mask.criterion=fisher", "mask.score_batches=2"]
+    config = load_config(CONFIG, overrides)
+    assert shares_scored_support(config)
+    tasks = {name: data(name) for name in config.held_in}
+    one = support_recipe(config, BASE, tasks)
+    first = next(iter(config.held_in))
+    assert support_recipe(config, BASE, {**tasks, first: data("changed")}).key != one.key
+    assert support_recipe(config, BASE, {**tasks, first: data(first, test="other")}).key == one.key
+    assert support_recipe(load_config(CONFIG, [*overrides, "train.steps=7"]), BASE, tasks).key == one.key
+    expert = expert_recipe(config, BASE, data(), one.key)
+    assert expert.inputs == (one.key,)
+    assert expert.key != expert_recipe(config, BASE, data(), "0" * 64).key
+
+
+def test_an_importance_is_a_function_of_its_expert_and_the_number_of_rows() -> None:
+    config, expert = load_config(CONFIG), "1" * 64
+    one = importance_recipe(config, "fisher", expert, data())
+    assert one.inputs == (expert,)
+    assert one.config["file"] == IMPORTANCE_FILE_VERSION
+    assert importance_recipe(config, "gram", expert, data()).key != one.key
+    assert importance_recipe(config, "fisher", "2" * 64, data()).key != one.key
+
+    def other(override: str) -> str:
+        return importance_recipe(load_config(CONFIG, [override]), "fisher", expert, data()).key
+
+    assert other("merge.importance_rows=7") != one.key
+    assert other("merge.importance_rows=19") != other("merge.importance_rows=20")
+    assert other("merge.importance_rows=20") == other("merge.importance_rows=21")  # there are 20 rows
+    assert other("merge.fan_in=2") == one.key
+
+
+def test_a_scores_key_names_model_rows_decoding_and_types() -> None:
+    spec = EvaluateSpec(metric="exact_match")
+
+    def score(**changes: object) -> str:
+        fields = {"model_digest": BASE, "data": data(), "split": "test", "spec": spec, "dtype": "float32"}
+        return evaluation_recipe(**{**fields, "weights_dtype": "float32", **changes}).key  # type: ignore[arg-type]
+
+    changed = [
+        score(model_digest="b" * 64), score(data=data(test="u")), score(split="validation"), score(dtype="bfloat16"),
+        score(spec=EvaluateSpec(metric="rouge_l")), score(spec=EvaluateSpec(metric="exact_match", max_new_tokens=9)),
+        score(weights_dtype="bfloat16"),
+    ]  # fmt: skip
+    assert len({score(), *changed}) == len(changed) + 1
+    assert score(data=data("other training rows")) == score()

@@ -1,0 +1,79 @@
+"""Names and shapes of a prepared base's tensors, and which of them are linear layers' weights, without reading them.
+
+What a conversion checks foreign files against. Loading a base for computation is `workers.base.load`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infra.errors import AdapterError, BaseModelError
+from workers.adapters.tensor_file import WEIGHTS, list_entries
+from workers.base.load import quiet_transformers
+from workers.base.modules import stacked_rows
+from workers.base.prepare import PreparedBase
+
+
+@dataclass(frozen=True)
+class BaseLayout:
+    """``shapes`` of all floating tensors by name; ``linear``, the names among them that are weights of linear layers.
+
+    A weight that is tied to another is listed under the name that the base's file has, so a tied output layer is not
+    among them.
+    """
+
+    path: Path
+    sha256: str
+    shapes: dict[str, tuple[int, ...]]
+    linear: frozenset[str]
+
+    def check_linear(self, name: str, shape: Iterable[int], where: str) -> None:
+        """Raise ``AdapterError`` unless ``name`` is a linear weight of this base with this shape."""
+        if name not in self.linear:
+            kind = "not a linear layer's weight there" if name in self.shapes else "unknown there (or tied to another)"
+            raise AdapterError(f"{where}: {name} is {kind}; was it made for another base than {self.sha256[:12]}…?")
+        self.check_shape(name, shape, where)
+
+    def check_shape(self, name: str, shape: Iterable[int], where: str) -> None:
+        """Raise ``AdapterError`` unless ``name`` is a tensor of this base with this shape."""
+        found, own = list(shape), self.shapes.get(name)
+        if own is None or found != list(own):
+            expected = "the base has no such tensor" if own is None else f"the base's is {list(own)}"
+            raise AdapterError(f"{where}: {name} has shape {found}, {expected}; give the base that it was made for")
+
+
+def read_layout(base: PreparedBase) -> BaseLayout:
+    """The layout of ``base``. ``BaseModelError`` if its configuration names no model of transformers."""
+    shapes = {entry.name: entry.shape for entry in list_entries(base.path / WEIGHTS) if entry.floating}
+    return BaseLayout(base.path, base.sha256, shapes, frozenset(_linear_weights(base.path)) & frozenset(shapes))
+
+
+def fused_rows(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int, int]]:
+    """The rows of query, key and value in each fused attention weight among these tensors of a prepared base in `path`.
+
+    ``ConfigError`` for a fused weight that interleaves them, or whose layout is unknown.
+    """
+    import transformers
+
+    with quiet_transformers():
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    return stacked_rows(config, shapes)
+
+
+def _linear_weights(path: Path) -> set[str]:
+    """Weights of the linear layers of the class that the configuration names, built without memory."""
+    import transformers
+    from accelerate import init_empty_weights
+    from torch import nn
+
+    with quiet_transformers():
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        kind: Any = getattr(transformers, (config.architectures or ["none"])[0], None)
+        if not hasattr(kind, "_from_config"):
+            raise BaseModelError(f"base {path}: its configuration names no known model class: {config.architectures}")
+        with init_empty_weights():
+            model: nn.Module = kind._from_config(config)
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}

