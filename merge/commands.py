@@ -11,9 +11,7 @@ from typing import Any
 import click
 
 from infra.deferred import deferred
-
-_SHARD_GIB = 5.0
-"""Default of `--shard-gib`, as it is shown; `merge.by_hand.request` has it too."""
+from merge.by_hand.defaults import DEFAULT_SHARD_GIB
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -27,7 +25,7 @@ _dtype = click.option(
 )  # fmt: skip
 _shard_gib = click.option(
     "--shard-gib", type=click.FloatRange(0, min_open=True),
-    help=f"Largest file of the checkpoint in GiB; {_SHARD_GIB:g} if not given.",
+    help=f"Largest file of the checkpoint in GiB; {DEFAULT_SHARD_GIB:g} if not given.",
 )  # fmt: skip
 
 _OPTIONS: tuple[Callable[..., Any], ...] = (

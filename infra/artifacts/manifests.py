@@ -160,12 +160,6 @@ def find(store: Readable, key: str, inputs: Mapping[str, str]) -> Manifest | Non
     return None if found is None else _usable(store, key, found[0], inputs)
 
 
-def find_published(store: Readable, key: str, inputs: Mapping[str, str]) -> tuple[Manifest, bool] | None:
-    """As `find`, answered as `publish` does: the artifact, and that it was not made now."""
-    found = find(store, key, inputs)
-    return None if found is None else (found, False)
-
-
 def find_each(store: Readable, wanted: Iterable[tuple[str, Mapping[str, str]]]) -> list[Manifest | None]:
     """As `find` for each key with its inputs, in their order, several at a time: a run asks for thousands."""
     with ThreadPoolExecutor(_THREADS) as pool:

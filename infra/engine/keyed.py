@@ -17,6 +17,7 @@ from infra.engine.in_thread import in_thread
 from infra.engine.once import Once
 from infra.engine.step import Answer, Engine, Made, Query, Step
 from infra.engine.tally import Tally
+from infra.engine.together import Together
 from infra.errors import StoreError
 from infra.store.s3 import Store
 
@@ -51,8 +52,9 @@ class KeyedEngine:
         self._store, self._workers = store, workers
         self._elsewhere = Elsewhere(store, expiry_s, say)
         self._steps = Once()
-        self._asked: list[tuple[_Wanted, asyncio.Future[list[Manifest | None]]]] = []
-        self._looking: asyncio.Task[None] | None = None
+        self._look: Together[tuple[str, Mapping[str, str]], Manifest | None] = Together(
+            lambda wanted: find_each(store, wanted)
+        )
         self._lost: asyncio.Future[None] | None = None
         self.tally = Tally()
         self.open: Counter[str] = Counter()
@@ -93,20 +95,18 @@ class KeyedEngine:
             return self._obtain(step)
 
         made = await self._steps(step.keys, start)
-        new = sum(each for _, each in made) if first else 0
-        self.tally.add(step.kind, int(new > 0), int(new == 0))
-        if step.each:
-            self.tally.add(step.each, new, len(made) - new)
-        return made if first else tuple((manifest, False) for manifest, _ in made)
+        if not first:
+            made = tuple((manifest, False) for manifest, _ in made)
+        self.tally.add_step(step.kind, step.each, [new for _, new in made])
+        return made
 
     async def find(self, wanted: _Wanted) -> list[Manifest | None]:
-        if not wanted:
-            return []
-        future: asyncio.Future[list[Manifest | None]] = asyncio.get_running_loop().create_future()
-        self._asked.append((wanted, future))
-        if self._looking is None:
-            self._looking = asyncio.ensure_future(self._look())
-        return await future
+        try:
+            return await self._look(wanted) if wanted else []
+        except StoreError as error:
+            if self._lost is not None and not self._lost.done():
+                self._lost.set_exception(error)
+            raise
 
     async def ask(self, query: Query[T]) -> T:
         self.open[QUERIES] += 1
@@ -133,43 +133,11 @@ class KeyedEngine:
 
     # -- making -------------------------------------------------------------------------------------------------
 
-    async def _look(self) -> None:
-        """Look up together what is asked for at the same time: a run asks for thousands. Who asked first goes on
-        first."""
-        while self._asked:
-            asked, self._asked = self._asked, []
-            try:
-                found = iter(await in_thread(find_each, self._store, [one for wanted, _ in asked for one in wanted]))
-            except BaseException as error:
-                if isinstance(error, StoreError) and self._lost is not None and not self._lost.done():
-                    self._lost.set_exception(error)
-                for _, future in asked:
-                    if not future.done():
-                        future.set_exception(error)
-                if not isinstance(error, Exception):
-                    raise
-                continue
-            for wanted, future in asked:
-                results = [next(found) for _ in wanted]
-                if not future.done():
-                    future.set_result(results)
-        self._looking = None
-
-    async def _find(self, step: Step) -> Made | None:
-        found = await self.find([(key, step.inputs) for key in step.keys])
-        return None if None in found else tuple((manifest, False) for manifest in found if manifest is not None)
-
-    async def _find_hastily(self, step: Step) -> Made | None:
-        """As `_find`, for who looks again anyway: a store that does not answer costs nothing."""
-        wanted = [(key, step.inputs) for key in step.keys]
-        found = await in_thread(find_each, self._store.hasty(), wanted)
-        return None if None in found else tuple((manifest, False) for manifest in found if manifest is not None)
-
     async def _obtain(self, step: Step) -> Made:
         """Find the artifacts, have them made, or wait for who makes them; and again, if that one is lost."""
         self.open[step.kind] += 1
         try:
-            found = await self._find(step)
+            found = _all(await self.find(_wanted(step)))
             takeover: Mapping[str, str] = {}
             while found is None:
                 claim = self._elsewhere.claim(step.keys, takeover)
@@ -178,7 +146,21 @@ class KeyedEngine:
                 if not isinstance(answer, Busy):
                     self._note(step.kind, answer)
                     return answer.made
-                found, takeover = await self._elsewhere.wait(step.name, step.keys, lambda: self._find_hastily(step))
+                found, takeover = await self._elsewhere.wait(step.name, step.keys, lambda: self._look_again(step))
             return found
         finally:
             self.open[step.kind] -= 1
+
+    async def _look_again(self, step: Step) -> Made | None:
+        """For who looks from time to time: a store that does not answer costs nothing, and one key that cannot be read
+        costs the others nothing."""
+        return _all(await in_thread(find_each, self._store.hasty(), _wanted(step)))
+
+
+def _wanted(step: Step) -> _Wanted:
+    return [(key, step.inputs) for key in step.keys]
+
+
+def _all(found: Sequence[Manifest | None]) -> Made | None:
+    """What was found, if nothing is missing."""
+    return None if None in found else tuple((manifest, False) for manifest in found if manifest is not None)

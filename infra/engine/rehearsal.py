@@ -5,17 +5,16 @@ knows, and the flow goes on. Where it cannot know how a run goes on, it counts w
 most". It is assumed that what is made does not have the bytes of something that exists.
 """
 
-import asyncio
 import re
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from infra.artifacts.manifests import Manifest, Recipe, canonical_json, find
 from infra.artifacts.snapshot import Snapshot
-from infra.engine.in_thread import in_thread
 from infra.engine.step import Engine, Made, Query, Step
 from infra.engine.tally import Tally
+from infra.engine.together import Together
 from infra.store.s3 import FileRef
 
 T = TypeVar("T")
@@ -50,8 +49,9 @@ class Rehearsal:
     _doubt: set[str] = field(default_factory=set)
     """Kinds of which something is made again under a key that has a manifest: it may get the bytes that it had, and
     then what was made of those is found after all."""
-    _asked: list[tuple[list[str], "asyncio.Future[None]"]] = field(default_factory=list)
-    _reading: "asyncio.Task[None] | None" = None
+
+    def __post_init__(self) -> None:
+        self._read = Together(self._read_ahead)
 
     # -- the protocol -------------------------------------------------------------------------------------------
 
@@ -59,10 +59,7 @@ class Rehearsal:
         self.steps.append(step)
         await self._read(step.keys)
         made = tuple(self._look(step, recipe) for recipe in step.recipes)
-        new = sum(each for _, each in made)
-        self.tally.add(step.kind, int(new > 0), int(new == 0))
-        if step.each:
-            self.tally.add(step.each, new, len(made) - new)
+        self.tally.add_step(step.kind, step.each, [new for _, new in made])
         return made
 
     async def find(self, wanted: Sequence[tuple[str, Mapping[str, str]]]) -> list[Manifest | None]:
@@ -153,24 +150,6 @@ class Rehearsal:
             _unknown=set(self._unknown), _doubt=set(self._doubt),
         )  # fmt: skip
 
-    async def _read(self, keys: Iterable[str]) -> None:
-        """Read ahead together what is asked for at the same time."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._asked.append((list(keys), future))
-        if self._reading is None:
-            self._reading = asyncio.ensure_future(self._read_ahead())
-        await future
-
-    async def _read_ahead(self) -> None:
-        while self._asked:
-            asked, self._asked = self._asked, []
-            try:
-                await in_thread(self.snapshot.read_ahead, [key for keys, _ in asked for key in keys])
-            except Exception as error:
-                for _, future in asked:
-                    future.set_exception(error)
-                continue
-            for _, future in asked:
-                if not future.done():
-                    future.set_result(None)
-        self._reading = None
+    def _read_ahead(self, keys: Sequence[str]) -> Sequence[None]:
+        self.snapshot.read_ahead(keys)
+        return [None] * len(keys)

@@ -33,9 +33,10 @@ from merge.by_hand.checks import (
     fingerprint,
     union_estimate,
 )
+from merge.by_hand.defaults import DEFAULT_SHARD_GIB
 from merge.by_hand.export import check_export
 from merge.by_hand.outputs import prepare
-from merge.by_hand.request import DEFAULT_SHARD_GIB, MergeRequest, read_request
+from merge.by_hand.request import MergeRequest, read_request
 from merge.by_hand.run import Done, merge_flat, merge_stored, up_to_date
 from merge.by_hand.sources import name_experts
 from merge.methods.catalogue import METHODS, Method

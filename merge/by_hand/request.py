@@ -12,10 +12,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from infra.errors import ConfigError
+from merge.by_hand.defaults import DEFAULT_SHARD_GIB
 from merge.by_hand.sources import name_experts
-
-DEFAULT_SHARD_GIB = 5.0
-"""Largest size of one of a checkpoint's files, in GiB."""
 
 
 class MergeRequest(BaseModel):

@@ -84,7 +84,7 @@ async def _merge(
         return True
 
     def made(name: str, manifest: Manifest) -> None:
-        tell(name, min(merges.visited, merges.nodes), merges.nodes)
+        tell(name, merges.visited, merges.nodes)
 
     threads = Threads(store, {"node": workers}) if isinstance(workers, int) else workers
     engine = KeyedEngine(store, threads, expiry_s, say)

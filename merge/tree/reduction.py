@@ -74,7 +74,7 @@ class Merges:
 
     @property
     def visited(self) -> int:
-        """Combines that are made or known not to be needed."""
+        """Combines that are asked for, or known not to be needed."""
         return sum(self._visited)
 
     async def merge(self, candidate: Candidate) -> Manifest:

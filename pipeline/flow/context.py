@@ -1,12 +1,11 @@
 """What every part of a run's flow is handed: inputs, engine, what the run has come to, and whom to tell."""
 
-import asyncio
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
 from infra.artifacts.manifests import Manifest
 from infra.engine.once import Failed, Once
-from infra.engine.step import Engine, Step, make_one
+from infra.engine.step import Engine, Step
 from infra.errors import FactoryError
 from pipeline.records.outcome import Inputs, Outcome
 from pipeline.report.display import Display
@@ -47,19 +46,22 @@ class Flow:
             self.display.line(text)
         return Failed(text)
 
-    async def need(self, step: Step, what: str) -> Manifest:
-        """The artifact of a step without which the run fails. Raises Failed."""
+    async def make(self, step: Step, what: str) -> tuple[Manifest, bool]:
+        """The artifact of a step without which the run fails, and whether it was made now. Raises Failed."""
         try:
-            return await make_one(self.engine, step)
+            ((manifest, made),) = await self.engine.make(step)
         except Exception as error:
             raise self.failed(what, error) from error
+        return manifest, made
+
+    async def need(self, step: Step, what: str) -> Manifest:
+        """The artifact alone."""
+        return (await self.make(step, what))[0]
 
 
-def reason(error: BaseException) -> str:
+def reason(error: Exception) -> str:
     """Why work failed, in one line: the message of a FactoryError as it is, anything else with its type."""
     if isinstance(error, FactoryError):
         return str(error)
-    if isinstance(error, asyncio.CancelledError):
-        return "cancelled"
     text = str(error).strip() or "no message"
     return f"{type(error).__name__}: {text.splitlines()[-1]}"

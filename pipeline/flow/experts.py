@@ -73,11 +73,8 @@ async def extra(flow: Flow, task: str, kind: str) -> Manifest:
 
 
 async def _extra(flow: Flow, task: str, kind: str) -> Manifest:
-    step, what = importance_step(flow.inputs, task, kind, await expert(flow, task)), f"measuring {kind} of {task!r}"
-    try:
-        ((manifest, made),) = await flow.engine.make(step)
-    except Exception as error:
-        raise flow.failed(what, error) from error
+    step = importance_step(flow.inputs, task, kind, await expert(flow, task))
+    manifest, made = await flow.make(step, f"measuring {kind} of {task!r}")
     if made and flow.engine.known(manifest):
         flow.display.line(f"{kind} of {task}: {manifest.meta['rows']} rows")
     return manifest

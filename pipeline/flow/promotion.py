@@ -30,7 +30,7 @@ from pipeline.flow.registration import (
     plain_expert,
     plain_merge,
 )
-from pipeline.flow.scoring import score, score_of
+from pipeline.flow.scoring import score, score_needed, score_of
 from pipeline.flow.steps import REGISTRATIONS, opponent_job
 from pipeline.gate.opponent import Opponent, is_lasting, rows_seen, unseen
 from pipeline.gate.rule import GateDecision
@@ -179,13 +179,8 @@ async def _score(flow: Flow, subject: Subject, opponent: Opponent) -> None:
 async def _base(flow: Flow, task: str) -> None:
     """Score the base on a task's gate rows, for its expert and for the merge. Raises Failed."""
 
-    async def base() -> None:
-        try:
-            await score_of(flow, opponent_job(flow.inputs, "base", task, Opponent()))
-        except Exception as error:
-            raise flow.failed(f"scoring the base on {task!r}", error) from error
-
-    await flow.once(("base", "gate", task), base)
+    job = opponent_job(flow.inputs, "base", task, Opponent())
+    await flow.once(("base", "gate", task), lambda: score_needed(flow, job, f"scoring the base on {task!r}"))
 
 
 async def _judge(flow: Flow, subject: Subject, standing: Standing, opponent: Opponent) -> None:

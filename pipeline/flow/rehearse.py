@@ -4,7 +4,7 @@ Nothing is made and nothing registered: the flow of a run goes through an engine
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,14 +13,13 @@ from rich.console import Console
 from infra.artifacts.manifests import Manifest, Recipe
 from infra.artifacts.snapshot import Snapshot
 from infra.engine.once import Failed
-from infra.engine.rehearsal import Rehearsal
-from infra.engine.step import Step
+from infra.engine.rehearsal import Rehearsal, unmade
 from infra.registry.versions import Model
 from infra.store.s3 import ObjectInfo
 from pipeline.flow.context import Flow
 from pipeline.flow.queries import Registry
 from pipeline.flow.run import run
-from pipeline.flow.steps import EXPERTS, KINDS, SUPPORT, expert_step, support_step
+from pipeline.flow.steps import KINDS, SUPPORT, expert_step, support_step
 from pipeline.records.outcome import Inputs, Outcome
 from pipeline.report.display import Display
 
@@ -84,14 +83,6 @@ def forecast(
     )
 
 
-def known_steps(inputs: Inputs) -> Iterator[Step]:
-    """What a run asks for, told without looking at anything. Steps whose keys follow from bytes that have yet to be
-    made are among them; `known_keys` leaves those out."""
-    engine = Rehearsal(Snapshot(_Nothing()), KINDS, Registry({}, inputs.store))
-    _rehearse(inputs, engine)
-    yield from engine.steps
-
-
 def known_keys(inputs: Inputs) -> frozenset[str]:
     """Every key that a run of these inputs uses or makes and that is known before it starts. Not known: whatever is
     keyed by the bytes of what is made, so scores of experts and merges, and the full checkpoint."""
@@ -102,13 +93,8 @@ def known_keys(inputs: Inputs) -> frozenset[str]:
 
 def expert_recipes(inputs: Inputs) -> dict[str, Recipe]:
     """The recipes of a run's experts by task."""
-    engine = Rehearsal(Snapshot(_Nothing()), (SUPPORT, EXPERTS))
-
-    async def support() -> Manifest | None:
-        step = support_step(inputs)
-        return None if step is None else (await engine.make(step))[0][0]
-
-    shared = asyncio.run(support())
+    step = support_step(inputs)
+    shared = None if step is None else unmade(step.recipes[0], step.label)
     return {task: expert_step(inputs, task, shared).recipes[0] for task in inputs.config.held_in}
 
 

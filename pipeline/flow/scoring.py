@@ -27,7 +27,12 @@ async def score(
     """The score of one model on one split of one task. Raises Failed."""
     expert = flow.outcome.experts.get(task) if manifest else None
     job = evaluation_job(flow.inputs, model, split, task, manifest, expert, few_shot, weights_dtype, mask)
-    return note(flow, job, await flow.need(evaluation_step(job), f"scoring {model} on {task!r}"))
+    return await score_needed(flow, job, f"scoring {model} on {task!r}")
+
+
+async def score_needed(flow: Flow, job: EvaluationJob, what: str) -> Score | None:
+    """The score that a job names, without which the run fails. Raises Failed."""
+    return note(flow, job, await flow.need(evaluation_step(job), what))
 
 
 async def score_of(flow: Flow, job: EvaluationJob) -> Score | None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, TaskCancelledError
 
 from infra.artifacts.claims import Busy, Claim
 from infra.engine.step import Answer, Query, Step
@@ -119,14 +119,15 @@ async def _answer(ref: "ObjectRef[Any]", keep: tuple[type[BaseException], ...] =
     but those to `keep`."""
     try:
         return await ref
-    except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, Exception) else error) from error
     except keep:
         raise
     except RayError as error:
-        raise _plain(error) from error
+        cause = error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
+        raise (_plain(cause) if isinstance(cause, RayError) else cause) from error
 
 
 def _plain(error: RayError) -> WorkerError:
+    if isinstance(error, TaskCancelledError):
+        return WorkerError("cancelled")
     lines = str(error).strip().splitlines()
     return WorkerError(f"{type(error).__name__}: {lines[0] if lines else 'no message'}")
