@@ -9,6 +9,7 @@ import click
 from pipeline.commands.gc import gc
 from pipeline.commands.models import models, promote, rollback
 from pipeline.commands.plan import plan
+from pipeline.commands.results_schema import results_schema
 from pipeline.commands.run import run
 from pipeline.commands.schedule import schedule
 
@@ -18,7 +19,7 @@ def main() -> None:
     """N tasks and one base model in, N sparse experts and one merged model out."""
 
 
-for _command in (plan, run, models, promote, rollback, gc, schedule):
+for _command in (plan, run, models, promote, rollback, gc, schedule, results_schema):
     main.add_command(_command)
 
 

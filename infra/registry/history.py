@@ -4,10 +4,7 @@ Reads only; an experiment or a model that does not exist has no history. Runs an
 `infra.registry.runs` and `infra.registry.models` write.
 """
 
-import contextlib
-import json
 from collections.abc import Iterator
-from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -17,9 +14,8 @@ from infra.registry.versions import versions_where
 from infra.store.s3 import Store
 
 
-def results_of_runs(store: Store, suite: str, limit: int = 10) -> Iterator[dict[str, Any]]:
-    """results.json of the suite's finished runs, the latest first, without damaged ones. Raises RegistryError,
-    StoreError."""
+def results_of_runs(store: Store, suite: str, limit: int = 10) -> Iterator[bytes]:
+    """results.json of the suite's finished runs as stored, the latest first. Raises RegistryError, StoreError."""
     mlflow = client()
     try:
         experiment = mlflow.get_experiment_by_name(suite)
@@ -32,8 +28,7 @@ def results_of_runs(store: Store, suite: str, limit: int = 10) -> Iterator[dict[
     for run in runs:
         found = store.get_with_etag(f"runs/{run.info.run_id}/results.json")
         if found is not None:
-            with contextlib.suppress(ValueError):
-                yield json.loads(found[0])
+            yield found[0]
 
 
 def expert_keys(suite: str, task: str, limit: int = 5) -> list[str]:

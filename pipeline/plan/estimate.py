@@ -21,6 +21,7 @@ from pipeline.config.model import ResourcesConfig
 from pipeline.flow.rehearse import Forecast
 from pipeline.plan.cluster import slots_of
 from pipeline.plan.preflight import Cost
+from pipeline.records.results import Results
 
 _SECONDS = 20  # for Ray's dashboard to answer
 _MANIFESTS: Mapping[str, tuple[str, ...]] = {
@@ -33,8 +34,11 @@ _MANIFESTS: Mapping[str, tuple[str, ...]] = {
     "checkpoints": ("checkpoint",),
 }
 """Kinds of manifests by kind of work. The time of a merge is that of its root, so it is not counted again."""
-_RUN_SECONDS: Mapping[str, str] = {"merge_nodes": "merge", "evaluations": "evaluate"}
-"""Where results.json has the added seconds of a kind."""
+_OF_RUN: Mapping[str, Callable[[Results], tuple[int, float]]] = {
+    "merge_nodes": lambda run: (run.made.merge_nodes, run.seconds.merge),
+    "evaluations": lambda run: (run.made.evaluations, run.seconds.evaluate),
+}
+"""How many of a kind a run made, and the seconds of all of them."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Estimate:
 def estimate(
     forecasts: Sequence[Forecast],
     before: Mapping[str, Manifest],
-    results: Sequence[Mapping[str, Any]],
+    results: Sequence[Results],
     cost: Cost,
     slots: Slots,
     flops: Callable[[], float],
@@ -120,16 +124,16 @@ def estimate(
     return Estimate(slots, tuple(stages))
 
 
-def _seconds(kind: str, own: Sequence[Manifest], results: Sequence[Mapping[str, Any]]) -> tuple[float | None, str]:
+def _seconds(kind: str, own: Sequence[Manifest], results: Sequence[Results]) -> tuple[float | None, str]:
     """Mean seconds of one, and where that is from."""
     once = {(m.meta.get("label"), m.meta["seconds"]) if m.kind == "merged" else m.key: m.meta["seconds"]
             for m in own if "seconds" in m.meta}  # fmt: skip
     if once:
         return _mean(list(once.values())), f"time: mean of {len(once)} that exist"
-    for result in results if kind in _RUN_SECONDS else ():
-        made = result.get("made", {}).get(kind)
+    for run in results if kind in _OF_RUN else ():
+        made, seconds = _OF_RUN[kind](run)
         if made:
-            return result["seconds"][_RUN_SECONDS[kind]] / made, f"time: run {result['run_id'][:8]}"
+            return seconds / made, f"time: run {run.run_id[:8]}"
     return None, ""
 
 
@@ -199,15 +203,15 @@ def _mean(values: Sequence[float]) -> float | None:
 # -- slots ------------------------------------------------------------------------------------------------------
 
 
-def find_slots(resources: ResourcesConfig, results: Sequence[Mapping[str, Any]]) -> Slots:
+def find_slots(resources: ResourcesConfig, results: Sequence[Results]) -> Slots:
     """Slots of the Ray cluster that the environment names, else of the suite's latest run, else of this machine alone.
     Starts nothing and joins nothing."""
     nodes = _ray_nodes() if os.environ.keys() & {"RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"} else []
     if nodes:
         source = "the Ray cluster"
-    elif results and results[0].get("slots"):
-        slots = int(results[0]["slots"])
-        return Slots(slots, slots, f"run {results[0]['run_id'][:8]}; no Ray cluster answered")
+    elif results and results[0].slots:
+        slots = results[0].slots
+        return Slots(slots, slots, f"run {results[0].run_id[:8]}; no Ray cluster answered")
     else:
         memory = psutil.virtual_memory().total
         nodes = [{"Alive": True, "Resources": {"CPU": os.cpu_count() or 1, "memory": memory}}]

@@ -7,10 +7,9 @@ of the latest run that trained the task. Reads only.
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 from infra.artifacts.manifests import Manifest, peek
 from infra.artifacts.snapshot import Snapshot
@@ -21,6 +20,7 @@ from infra.store.s3 import Store
 from pipeline.flow.rehearse import Forecast
 from pipeline.plan.staleness import SEED, why_lost, why_stale
 from pipeline.records.outcome import Inputs
+from pipeline.records.results import Results
 from workers.base.prepare import index_object
 from workers.text.rows import Row, load_rows, rows_object
 
@@ -36,12 +36,12 @@ class Reasons:
     before: Manifest | None = None
 
 
-def find_reasons(forecast: Forecast, snapshot: Snapshot, results: Sequence[Mapping[str, Any]]) -> dict[str, Reasons]:
+def find_reasons(forecast: Forecast, snapshot: Snapshot, results: Sequence[Results]) -> dict[str, Reasons]:
     """By task. `results` are results.json of the suite's earlier runs, the latest first.
 
     Raises StoreError, RegistryError.
     """
-    lookup = _Lookup(forecast, snapshot, results[0] if results else {})
+    lookup = _Lookup(forecast, snapshot, results[0] if results else None)
     with ThreadPoolExecutor(max_workers=8) as pool:
         return dict(zip(forecast.stale, pool.map(lookup.reasons, forecast.stale), strict=True))
 
@@ -50,8 +50,8 @@ def find_reasons(forecast: Forecast, snapshot: Snapshot, results: Sequence[Mappi
 class _Lookup:
     forecast: Forecast
     snapshot: Snapshot
-    latest: Mapping[str, Any]
-    """results.json of the latest run, or nothing."""
+    latest: Results | None
+    """results.json of the latest run."""
 
     @property
     def _inputs(self) -> Inputs:
@@ -63,8 +63,8 @@ class _Lookup:
         lost = why_lost(self.snapshot, recipe.key, consumed)
         if lost is not None:
             return Reasons(task, (lost,), peek(self.snapshot, recipe.key))
-        last = self.latest.get("held_in", {}).get(task, {}).get("expert_key")
-        keys = [*([last] if last else []), *expert_keys(self._inputs.config.suite, task, 5 * self._seeds)]
+        last = self.latest.held_in.get(task) if self.latest else None
+        keys = [*([last.expert_key] if last else []), *expert_keys(self._inputs.config.suite, task, 5 * self._seeds)]
         if not keys:
             return Reasons(task, (NEW,))
         if recipe.key in keys:  # it was made, and `why_lost` found nothing of it

@@ -27,6 +27,7 @@ from pipeline.flow.rehearse import Count, Forecast, forecast
 from pipeline.plan.estimate import Estimate, estimate, find_slots
 from pipeline.plan.preflight import Prepared, check_names, measured_flops, prepare_inputs
 from pipeline.plan.reasons import Reasons, find_reasons
+from pipeline.records.results import readable
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def plan(config_path: str, as_json: bool, overrides: tuple[str, ...]) -> None:
 def make_plan(prepared: Prepared) -> Plan:
     """Look everything up. Raises StoreError, RegistryError."""
     config, snapshot = prepared.config, Snapshot(prepared.store)
-    results = list(results_of_runs(prepared.store, config.suite))
+    results = readable(results_of_runs(prepared.store, config.suite))
     models = {model.name: model for model in models_of(config.suite)}
     expected: set[str] = set()
     forecasts = tuple(forecast(inputs, snapshot, models, expected) for inputs in prepared.replicates(""))

@@ -1,10 +1,9 @@
 """Model cards: what a registered expert, merge or checkpoint says about itself on MLflow's pages, as markdown.
 
 Pure functions of a run's inputs and outcome. A card fits MLflow's 5000 characters: of very many tasks, those that the
-merge costs most are listed, and the rest counted. Scores that are not known yet are left out. Not here: registering
-(`pipeline.flow.registration`), what the gate decided (`infra.registry.aliases` puts it before the code example), and
-the lines that say of which versions a merge was made (`infra.registry.lineage`), which continue the list that a card
-ends with.
+merge costs most are listed, and the rest counted. Scores that are not known yet are left out. What the gate decided is
+put before the code example later (`infra.registry.aliases`); the versions that a merge was made of continue the list
+that a card ends with (`infra.registry.lineage`).
 """
 
 import json

@@ -1,39 +1,40 @@
 """What MLflow's page of a finished run shows besides its artifacts: metrics by task, description, tags.
 
 Pure functions of results.json. MLflow makes a section of charts of what stands before a metric's slash and sorts the
-sections by name: means first (`held_in/…`), then the tasks (`test_expert/…`). Not here: the report itself
-(`pipeline.report.results`) and sending any of it (`pipeline.report.publishing`).
+sections by name: means first (`held_in/…`), then the tasks (`test_expert/…`).
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable
 
 from mlflow.entities import SourceType
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_USER
 
 from infra.registry.runs import MERGED
-from pipeline.report.results import bullets, markdown_table, parameters_text, summary_lines
+from pipeline.records.results import MODELS, Results, scores
+from pipeline.report.candidates import parameters_text
+from pipeline.report.markdown import bullets, markdown_table
+from pipeline.report.summary import summary_lines
 
-MODELS = ("base", "base_few_shot", "expert", "merged", "merged_serving")
 _ROOM = 4900
 """Characters of a description; MLflow takes 5000."""
 
 
-def metrics(results: Mapping[str, Any]) -> dict[str, float]:
+def metrics(results: Results) -> dict[str, float]:
     """Numbers of the parent run: means of the groups, scores by task, seconds."""
     found: dict[str, float] = {}
-    for group, summary in results["summary"].items():
-        for name, value in summary.items():
+    for group, summary in results.summary:
+        for name, value in summary:
             if isinstance(value, int | float):
                 found[f"{group}/{name}"] = float(value)
-    rows = {**results["held_in"], **results["held_out"]}
+    rows = {task: scores(row) for task, row in results.held_in.items()}
+    rows |= {task: scores(row) for task, row in results.held_out.items()}
     names = metric_names(rows)
     for model in MODELS:
         found |= {f"test_{model}/{names[task]}": row[model] for task, row in rows.items() if model in row}
-    for name, value in {**results["seconds"], "slot_utilisation": results["slot_utilisation"]}.items():
-        if value is not None:
-            found[f"run/{name}"] = float(value)
+    found |= {f"run/{name}": float(value) for name, value in results.seconds}
+    if results.slot_utilisation is not None:
+        found["run/slot_utilisation"] = results.slot_utilisation
     return found
 
 
@@ -48,39 +49,33 @@ def metric_names(tasks: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def tags(results: Mapping[str, Any]) -> dict[str, str]:
+def tags(results: Results) -> dict[str, str]:
     """What helps to tell runs apart in a table of them."""
-    chosen, made, reused = results["chosen"], results["made"]["experts"], results["reused"]["experts"]
     return {
-        "chosen": f"{chosen['method']} {parameters_text(chosen)}".strip()[:500],
-        "experts": f"{made} made, {reused} reused",
+        "chosen": f"{results.chosen.method} {parameters_text(results.chosen)}".strip()[:500],
+        "experts": f"{results.made.experts} made, {results.reused.experts} reused",
     }
 
 
-def description(results: dict[str, Any], path: str, report: Collection[str]) -> str:
+def description(results: Results, path: str, report: Collection[str]) -> str:
     """Markdown of the parent run. `path`: of the run's page (`infra.registry.runs.run_path`); `report`: the files in
     it.
 
     The first lines are what is seen before "Show more". The table is left out where it does not fit.
     """
-    held_in, held_out = results["summary"]["held_in"], results["summary"]["held_out"]
-    low, high = held_in["merged_interval"]
-    scores = (
-        f"**Merged {held_in['merged']:.3f}** (95 % interval {low:.3f} to {high:.3f}), experts {held_in['expert']:.3f}, "
-        f"base {held_in['base']:.3f}: means of {len(results['held_in'])} held-in tasks"
+    held_in, held_out = results.summary.held_in, results.summary.held_out
+    low, high = held_in.merged_interval
+    means = (
+        f"**Merged {held_in.merged:.3f}** (95 % interval {low:.3f} to {high:.3f}), experts {held_in.expert:.3f}, "
+        f"base {held_in.base:.3f}: means of {len(results.held_in)} held-in tasks"
     )
-    if held_out["merged"] is not None:
-        scores += (
-            f"; of {len(results['held_out'])} held-out tasks: merged {held_out['merged']:.3f}, base "
-            f"{held_out['base']:.3f}"
-        )
+    if held_out.merged is not None and held_out.base is not None:
+        means += f"; of {len(results.held_out)} held-out tasks: merged {held_out.merged:.3f}, base {held_out.base:.3f}"
     files = ("report.html", "scores.png", "candidates.png", "loss.png", "results.json")
     links = " · ".join(f"[{name}]({path}/artifacts/report/{name})" for name in files if name in report)
-    if merge := results["gate"]["models"].get(MERGED):
-        links += (
-            f" · [{merge['name']} version {merge['version']}](#/models/{merge['name']}/versions/{merge['version']})"
-        )
-    head = [f"{scores}.", links, "\n".join(bullets(summary_lines(results)))]
+    if merge := results.gate.models.get(MERGED):
+        links += f" · [{merge.name} version {merge.version}](#/models/{merge.name}/versions/{merge.version})"
+    head = [f"{means}.", links, "\n".join(bullets(summary_lines(results)))]
     whole = "\n\n".join([*head, "\n".join(markdown_table(results))])
     return whole if len(whole) <= _ROOM else _cut("\n\n".join(head))
 

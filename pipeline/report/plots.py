@@ -2,8 +2,7 @@
 
 `draw` returns PNG files by name. Every picture carries its title, its axes' units and what its intervals are; models
 differ by shape as well as by colour (Okabe and Ito's, which colour-blind people can tell apart). Lists longer than a
-page go on in further files. Not here: reading curves from MLflow (`infra.registry.runs`) and the report around the
-pictures (`pipeline.report.html`).
+page go on in further files.
 """
 
 import io
@@ -18,7 +17,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from merge.methods.catalogue import METHODS
-from pipeline.report.results import listed_text
+from pipeline.records.merge_results import CandidateRow, PerTaskRow
+from pipeline.records.part import Interval
+from pipeline.records.results import HeldInTask, HeldOutTask, Results, scores
+from pipeline.records.seed_results import Spread
+from pipeline.report.candidates import listed_text
 
 PAGE = 100
 """Rows of scores or panels of loss curves in one picture."""
@@ -65,9 +68,9 @@ class Curve:
     validation: Sequence[tuple[int, float]]
 
 
-def draw(results: Mapping[str, Any], curves: Mapping[str, Curve]) -> dict[str, bytes]:
+def draw(results: Results, curves: Mapping[str, Curve]) -> dict[str, bytes]:
     """All pictures of a run. `curves`: by task, of the experts whose histories are known."""
-    known = [(task, curves[task]) for task in results["held_in"] if task in curves]
+    known = [(task, curves[task]) for task in results.held_in if task in curves]
     return {
         **_numbered("scores", [_png(_scores(results, *page)) for page in _pages(_score_rows(results))]),
         "candidates.png": _png(_candidates(results)),
@@ -132,39 +135,45 @@ class _Row:
     mean: bool = False
 
 
-def _score_rows(results: Mapping[str, Any]) -> list[_Row]:
+def _score_rows(results: Results) -> list[_Row]:
     """Held-in then held-out: the mean first, then the tasks by falling score of the expert, else of the merge."""
     rows = []
     for group, title in (("held_in", "held-in"), ("held_out", "held-out")):
-        tasks, summary = results[group], results["summary"][group]
-        spread = results.get("seeds", {"tasks": {group: {}}, "summary": {group: {}}})
+        tasks: Mapping[str, HeldInTask | HeldOutTask] = getattr(results, group)
+        summary = getattr(results.summary, group)
+        mean_spread = getattr(results.seeds.summary, group) if results.seeds else {}
+        task_spread = getattr(results.seeds.tasks, group) if results.seeds else {}
         if not tasks:
             continue
-        mean = {name: summary[f"{name}_interval"] for name in summary if f"{name}_interval" in summary}
-        rows.append(_Row(f"mean of {len(tasks)} {title}", "", _values(summary, mean, spread["summary"][group]), True))
-        best = "expert" if group == "held_in" else "merged"
-        for task, row in sorted(tasks.items(), key=lambda item: (-item[1][best], item[0])):
-            values = _values(row, row.get("intervals", {}), spread["tasks"][group].get(task, {}))
-            rows.append(_Row(task, _METRICS.get(row["metric"], row["metric"].replace("_", " ")), values))
+        means = {name: getattr(summary, f"{name}_interval", None) for name in scores(summary)}
+        known = {name: interval for name, interval in means.items() if interval is not None}
+        rows.append(_Row(f"mean of {len(tasks)} {title}", "", _values(scores(summary), known, mean_spread), mean=True))
+        for task, row in sorted(tasks.items(), key=lambda item: (-_height(item[1]), item[0])):
+            values = _values(scores(row), row.intervals, task_spread.get(task, {}))
+            rows.append(_Row(task, _METRICS.get(row.metric, row.metric.replace("_", " ")), values))
     return rows
 
 
+def _height(row: HeldInTask | HeldOutTask) -> float:
+    return row.expert if isinstance(row, HeldInTask) else row.merged
+
+
 def _values(
-    row: Mapping[str, Any], intervals: Mapping[str, Sequence[float]], spread: Mapping[str, Any]
+    found: Mapping[str, float], intervals: Mapping[str, Interval], spread: Mapping[str, Spread]
 ) -> dict[str, tuple[float, float, float]]:
     """Scores with intervals: of several seeds mean and standard deviation, else the rows' bootstrap."""
-    found = {}
+    values = {}
     for model in _MODELS:
         if model.name in spread:
-            mean, deviation = spread[model.name]["mean"], spread[model.name]["sd"]
-            found[model.name] = (mean, mean - deviation, mean + deviation)
-        elif row.get(model.name) is not None:
-            low, high = intervals.get(model.name, (row[model.name], row[model.name]))
-            found[model.name] = (row[model.name], low, high)
-    return found
+            mean, deviation = spread[model.name].mean, spread[model.name].sd
+            values[model.name] = (mean, mean - deviation, mean + deviation)
+        elif model.name in found:
+            low, high = intervals.get(model.name, (found[model.name], found[model.name]))
+            values[model.name] = (found[model.name], low, high)
+    return values
 
 
-def _scores(results: Mapping[str, Any], rows: Sequence[_Row], part: str) -> Figure:
+def _scores(results: Results, rows: Sequence[_Row], part: str) -> Figure:
     """One line a task, one mark a model."""
     pitch = 0.4 if len(rows) <= 40 else 0.32
     figure = _figure(1.5 + pitch * len(rows))
@@ -204,71 +213,66 @@ def _scores(results: Mapping[str, Any], rows: Sequence[_Row], part: str) -> Figu
     handles = [
         Line2D([], [], marker=model.shape, color=model.colour, label=model.label, markersize=6) for model in models
     ]
-    _head(figure, f"{results['suite']}: scores by task{part}", handles)
+    _head(figure, f"{results.suite}: scores by task{part}", handles)
     figure.supxlabel(_interval_note(results), x=0.01, ha="left", fontsize=8.5, color=_INK)
     return figure
 
 
-def _interval_note(results: Mapping[str, Any]) -> str:
-    if "seeds" in results:
-        return f"Marks: mean over {len(results['seeds']['values'])} seeds; lines: ± 1 standard deviation."
+def _interval_note(results: Results) -> str:
+    if results.seeds:
+        return f"Marks: mean over {len(results.seeds.values)} seeds; lines: ± 1 standard deviation."
     return "Lines: 95 % intervals, rows resampled within tasks."
 
 
 # -- candidates -------------------------------------------------------------------------------------------------
 
 
-def _candidates(results: Mapping[str, Any]) -> Figure:
+def _candidates(results: Results) -> Figure:
     """Validation scores of every candidate, best first, and by λ where a method was tried with several."""
-    listed = sorted(results["candidates"], key=lambda row: (-row["tasks"], -row["validation"]))
-    apart = sorted(results["per_task"], key=lambda row: -row["validation"])
-    families = _families(results["candidates"])
-    rows = [*listed, *apart]
-    heights = [1.0 + 0.3 * len(rows), *([4.2] if families else [])]
+    listed = sorted(results.candidates, key=lambda row: (-row.tasks, -row.validation))
+    apart = sorted(results.per_task, key=lambda row: -row.validation)
+    families = _families(results.candidates)
+    heights = [1.0 + 0.3 * (len(listed) + len(apart)), *([4.2] if families else [])]
     figure = _figure(0.9 + sum(heights))
     panels = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    handles = _candidate_list(panels[0], listed, apart, len(results["held_in"]))
+    handles = _candidate_list(panels[0], listed, apart, len(results.held_in))
     if families:
-        _by_lambda(panels[1], families, results["search"]["rungs"][0]["tasks"])
-    _head(figure, f"{results['suite']}: merge candidates", handles)
+        _by_lambda(panels[1], families, results.search.rungs[0].tasks)
+    _head(figure, f"{results.suite}: merge candidates", handles)
     figure.supxlabel("Lines: 95 % intervals, rows resampled within tasks.", x=0.01, ha="left", fontsize=8.5, color=_INK)
     return figure
 
 
-def _candidate_list(axes: Axes, listed: Sequence[Any], apart: Sequence[Any], tasks: int) -> list[Line2D]:
+def _candidate_list(
+    axes: Axes, listed: Sequence[CandidateRow], apart: Sequence[PerTaskRow], tasks: int
+) -> list[Line2D]:
     """One line a candidate; returns what the legend shows."""
-    rows = [*listed, *apart]
-    for at, row in enumerate(rows):
-        chosen, beside = row.get("chosen", False), at >= len(listed)
-        everywhere = beside or row["tasks"] == tasks
-        colour = "#CC79A7" if beside else "#D55E00" if chosen else "#0072B2"
-        if chosen:
+    blue, pink, red = "#0072B2", "#CC79A7", "#D55E00"
+    rows: list[CandidateRow | PerTaskRow] = [*listed, *apart]
+    for at, row in enumerate(listed):
+        if row.chosen:
             axes.axhspan(at - 0.5, at + 0.5, color="#f6ece6", zorder=0)
-        if "interval" in row:
-            axes.plot(row["interval"], [at, at], color=colour, alpha=0.45, linewidth=1.6)
+        axes.plot(row.interval, [at, at], color=red if row.chosen else blue, alpha=0.45, linewidth=1.6)
         axes.plot(
-            [row["validation"]], [at], "D" if chosen else "o", color=colour, markersize=7 if chosen else 6,
-            fillstyle="full" if everywhere else "none", zorder=3,
+            [row.validation], [at], "D" if row.chosen else "o", color=red if row.chosen else blue,
+            markersize=7 if row.chosen else 6, fillstyle="full" if row.tasks == tasks else "none", zorder=3,
         )  # fmt: skip
+    axes.plot([row.validation for row in apart], range(len(listed), len(rows)), "o", color=pink, markersize=6, zorder=3)
     names = [_short(_name(row), 64) for row in rows]
     axes.set_yticks(range(len(rows)), names)
-    for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
-        tick.set_fontweight("bold" if row.get("chosen") else "normal")
+    for tick, row in zip(axes.get_yticklabels(), listed, strict=False):
+        tick.set_fontweight("bold" if row.chosen else "normal")
     right = axes.secondary_yaxis("right")
-    right.set_yticks(
-        range(len(rows)),
-        ["needs the task" if at >= len(listed) else f"{row['tasks']} tasks" for at, row in enumerate(rows)],
-    )
+    right.set_yticks(range(len(rows)), [f"{row.tasks} tasks" for row in listed] + ["needs the task"] * len(apart))
     right.tick_params(colors=_PALE, length=0, labelsize=8)
     right.spines["right"].set_visible(False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     _plain(axes)
     axes.set_xlabel("mean validation score over the tasks that a candidate was scored on", color=_INK)
-    blue, pink = "#0072B2", "#CC79A7"
-    shown = {"chosen": Line2D([], [], marker="D", linestyle="", color="#D55E00")}
-    if any(row["tasks"] == tasks and not row["chosen"] for row in listed):
+    shown = {"chosen": Line2D([], [], marker="D", linestyle="", color=red)}
+    if any(row.tasks == tasks and not row.chosen for row in listed):
         shown["scored on all tasks"] = Line2D([], [], marker="o", linestyle="", color=blue)
-    if any(row["tasks"] < tasks for row in listed):
+    if any(row.tasks < tasks for row in listed):
         shown["dropped earlier"] = Line2D([], [], marker="o", linestyle="", color=blue, fillstyle="none")
     if apart:
         shown["needs the task, never chosen"] = Line2D([], [], marker="o", linestyle="", color=pink)
@@ -277,23 +281,23 @@ def _candidate_list(axes: Axes, listed: Sequence[Any], apart: Sequence[Any], tas
     return list(shown.values())
 
 
-def _name(row: Mapping[str, Any], without: str = "") -> str:
+def _name(row: CandidateRow | PerTaskRow, without: str = "") -> str:
     """The method with λ, p and the parameters that are not its defaults."""
-    defaults = {name: taken.default for name, taken in METHODS[row["method"]].params.items()}
+    defaults = {name: taken.default for name, taken in METHODS[row.method].params.items()}
     told = {
         "λ" if name == "lambda" else name: value
-        for name, value in row["params"].items()
+        for name, value in row.params.items()
         if name != without and (name in ("lambda", "p") or value != defaults[name])
     }
-    return f"{row['method']}  {listed_text(told, row.get('weights'))}".strip()
+    return f"{row.method}  {listed_text(told, row.weights)}".strip()
 
 
-def _families(candidates: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+def _families(candidates: Sequence[CandidateRow]) -> dict[str, list[tuple[float, float]]]:
     """Candidates that differ in λ alone: name to (λ, mean validation score over the first rung's tasks)."""
     found: dict[str, list[tuple[float, float]]] = {}
     for row in candidates:
-        if "lambda" in row["params"]:
-            found.setdefault(_name(row, without="lambda"), []).append((row["params"]["lambda"], row["first_rung"]))
+        if isinstance(value := row.params.get("lambda"), int | float):
+            found.setdefault(_name(row, without="lambda"), []).append((value, row.first_rung))
     return {name: sorted(points) for name, points in found.items() if len(points) > 1}
 
 
@@ -314,7 +318,7 @@ def _by_lambda(axes: Axes, families: Mapping[str, Sequence[tuple[float, float]]]
 # -- loss curves ------------------------------------------------------------------------------------------------
 
 
-def _losses(results: Mapping[str, Any], curves: Sequence[tuple[str, Curve]], part: str) -> Figure:
+def _losses(results: Results, curves: Sequence[tuple[str, Curve]], part: str) -> Figure:
     """A panel for each expert."""
     columns, height = min(5, len(curves)), 1.85
     lines = math.ceil(len(curves) / columns)
@@ -331,7 +335,7 @@ def _losses(results: Mapping[str, Any], curves: Sequence[tuple[str, Curve]], par
             *_columns(curve.validation), color="#D55E00", linewidth=1.6, marker="o",
             markersize=3.5 if len(curve.validation) <= 20 else 0, zorder=3,
         )  # fmt: skip
-        best = results["held_in"][task].get("best_step")
+        best = results.held_in[task].best_step
         if best is not None:
             axes.axvline(best, color=_INK, linestyle=":", linewidth=1.2, zorder=1)
         axes.set_title(_short(task, 27), fontsize=8.5, loc="left", pad=3, color=_INK)
@@ -348,10 +352,10 @@ def _losses(results: Mapping[str, Any], curves: Sequence[tuple[str, Curve]], par
         Line2D([], [], color=_INK, linestyle=":", label="step that was kept"),
     ]
     figure.legend(handles=handles, loc="upper right", ncols=3, frameon=False, fontsize=9.5)
-    title = f"{results['suite']}: loss of the experts{part}".replace("$", r"\$")
+    title = f"{results.suite}: loss of the experts{part}".replace("$", r"\$")
     figure.text(0.01, 1 - 0.1 / total, title, va="top", fontsize=13, fontweight="bold", color=_INK)
     figure.text(0.53, 0.1 / total, "optimizer step", ha="center", fontsize=9.5, color=_INK)
-    unit = "an example" if results["objective"] == "classification" else "a target token"
+    unit = "an example" if results.objective == "classification" else "a target token"
     figure.text(0.012, 0.5, f"loss, nats {unit}", va="center", rotation="vertical", fontsize=9.5, color=_INK)
     return figure
 

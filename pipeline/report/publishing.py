@@ -1,29 +1,30 @@
 """What a finished run publishes, and where: results, report and pictures go to the object store, to MLflow and, if one
 is asked for, to a folder; the scores to the terminal.
 
-Results come first: they are stored before anything is drawn. What the files say is `pipeline.report.results`,
-`pipeline.report.plots` and `pipeline.report.mlflow_page`.
+Results come first: they are stored before anything is drawn.
 """
 
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from infra.registry import runs as registry
 from infra.store.s3 import Store
 from pipeline.config.model import PipelineConfig, dump_config
+from pipeline.records.results import Results
 from pipeline.report import mlflow_page as run_page
 from pipeline.report import plots
+from pipeline.report.candidates import candidates_csv
 from pipeline.report.html import render
-from pipeline.report.results import candidates_csv, report_markdown, results_json, summary_lines, summary_table
+from pipeline.report.markdown import report_markdown
+from pipeline.report.summary import summary_lines, summary_table
 from workers.jobs.expert import TRAINING_LOSS, VALIDATION_LOSS
 
 
 def publish_report(
-    store: Store, config: PipelineConfig, run_id: str, results: dict[str, Any], folder: Path | None, console: Console
+    store: Store, config: PipelineConfig, run_id: str, results: Results, folder: Path | None, console: Console
 ) -> None:
     """Write everything that a run reports and print its scores."""
 
@@ -32,14 +33,14 @@ def publish_report(
             store.put(f"runs/{run_id}/{name}", content)
 
     tables = {
-        "results.json": results_json(results).encode(),
+        "results.json": results.to_json().encode(),
         "candidates.csv": candidates_csv(results).encode(),
         "config.yaml": dump_config(config).encode(),
     }
     keep(tables)
     pictures = plots.draw(results, _curves(results))
     markdown = report_markdown(results, pictures)
-    page = render(markdown, f"{results['suite']} {run_id}", pictures)
+    page = render(markdown, f"{results.suite} {run_id}", pictures)
     report = {"report.md": markdown.encode(), "report.html": page.encode(), **pictures}
     keep(report)
     with tempfile.TemporaryDirectory(prefix="factory-report-") as scratch:
@@ -58,9 +59,9 @@ def publish_report(
     console.print(f"MLflow: {registry.run_page(run_id)}", markup=False, highlight=False)
 
 
-def _curves(results: Mapping[str, Any]) -> dict[str, plots.Curve]:
+def _curves(results: Results) -> dict[str, plots.Curve]:
     """Loss curves by task, from the runs that made the experts; those of runs that MLflow no longer has are missing."""
-    runs = {task: row["expert_run_id"] for task, row in results["held_in"].items() if row["expert_run_id"]}
+    runs = {task: row.expert_run_id for task, row in results.held_in.items() if row.expert_run_id}
     drawn = dict(list(runs.items())[: plots.MOST_CURVES])
     read = registry.histories(drawn.values(), (TRAINING_LOSS, VALIDATION_LOSS))
     curves = {task: plots.Curve(read[run, TRAINING_LOSS], read[run, VALIDATION_LOSS]) for task, run in drawn.items()}

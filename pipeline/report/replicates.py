@@ -2,46 +2,57 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-SCORES = ("base", "base_few_shot", "expert", "merged", "merged_serving", "retention")
+from pipeline.records.results import Counts, HeldInSummary, HeldOutSummary, Results, Seconds, scores
+from pipeline.records.seed_results import SeedChoice, Seeds, SeedSummary, SeedTasks, Spread
 
 
-def combine(seeds: Sequence[int], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def combine(seeds: Sequence[int], results: Sequence[Results]) -> Results:
     """Results of `seeds`, in their order, as one; unchanged if there is one.
 
-    `seeds` gets the seeds, the methods chosen, and for each group's summary and each task `{mean, sd, values}` of every
-    score; sd is the sample standard deviation. What was made and reused and the seconds are added up.
+    `seeds` gets the seeds, the methods chosen, and for each group's summary and each task the spread of every score; sd
+    is the sample standard deviation. What was made and reused and the seconds are added up.
     """
     first = results[0]
     if len(results) == 1:
         return first
-    groups = ("held_in", "held_out")
-    return first | {
-        "seeds": {
-            "values": list(seeds),
-            "chosen": [{name: found["chosen"][name] for name in ("method", "params")} for found in results],
-            "summary": {group: _spread([found["summary"][group] for found in results]) for group in groups},
-            "tasks": {
-                group: {task: _spread([found[group][task] for found in results]) for task in first[group]}
-                for group in groups
-            },
-        },
-        "slot_utilisation": _mean([found["slot_utilisation"] for found in results]),
-        **{name: _added([found[name] for found in results]) for name in ("made", "reused", "seconds")},
-    }
-
-
-def _spread(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean, standard deviation and values of the scores that every row has."""
-    shared = [name for name in SCORES if all(row.get(name) is not None for row in rows)]
-    return {
-        name: {
-            "mean": statistics.fmean(row[name] for row in rows),
-            "sd": statistics.stdev(row[name] for row in rows),
-            "values": [row[name] for row in rows],
+    return first.model_copy(
+        update={
+            "seeds": Seeds(
+                values=tuple(seeds),
+                chosen=tuple(SeedChoice(method=each.chosen.method, params=each.chosen.params) for each in results),
+                summary=SeedSummary(
+                    held_in=_spread([_means(each.summary.held_in) for each in results]),
+                    held_out=_spread([_means(each.summary.held_out) for each in results]),
+                ),
+                tasks=SeedTasks(
+                    held_in={task: _spread([scores(r.held_in[task]) for r in results]) for task in first.held_in},
+                    held_out={task: _spread([scores(r.held_out[task]) for r in results]) for task in first.held_out},
+                ),
+            ),
+            "slot_utilisation": _mean([each.slot_utilisation for each in results]),
+            "made": _counts([each.made for each in results]),
+            "reused": _counts([each.reused for each in results]),
+            "seconds": _seconds([each.seconds for each in results]),
         }
-        for name in shared
+    )
+
+
+def _means(summary: HeldInSummary | HeldOutSummary) -> dict[str, float]:
+    """Mean scores, and retention where it is defined."""
+    found = scores(summary)
+    if isinstance(summary, HeldInSummary) and summary.retention is not None:
+        found["retention"] = summary.retention
+    return found
+
+
+def _spread(rows: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
+    """Mean, standard deviation and values of the scores that every row has."""
+    shared = [name for name in rows[0] if all(name in row for row in rows)]
+    found = {name: tuple(row[name] for row in rows) for name in shared}
+    return {
+        name: Spread(mean=statistics.fmean(values), sd=statistics.stdev(values), values=values)
+        for name, values in found.items()
     }
 
 
@@ -51,5 +62,9 @@ def _mean(shares: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _added(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: sum(count[name] for count in counts) for name in counts[0]}
+def _counts(found: Sequence[Counts]) -> Counts:
+    return Counts(**{name: sum(getattr(each, name) for each in found) for name in Counts.model_fields})
+
+
+def _seconds(found: Sequence[Seconds]) -> Seconds:
+    return Seconds(**{name: sum(getattr(each, name) for each in found) for name in Seconds.model_fields})

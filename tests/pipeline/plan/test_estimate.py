@@ -13,7 +13,9 @@ from infra.store.s3 import FileRef, Store
 from pipeline.flow.rehearse import Count, Forecast
 from pipeline.plan.estimate import Estimate, Slots, Stage, estimate, find_slots, spread
 from pipeline.plan.preflight import Cost
+from pipeline.records.results import Results
 from tests.pipeline.given import inputs
+from tests.pipeline.report.given import changed
 
 NOWHERE = Store("bucket", "http://127.0.0.1:9")
 INNER = 2
@@ -31,7 +33,7 @@ def manifest(kind: str, number: int = 0, size: int = 10, **meta: Any) -> Manifes
 
 def of(
     counts: dict[str, Count], *found: Manifest, stale: tuple[str, ...] = (), before: dict[str, Manifest] | None = None,
-    results: list[dict[str, Any]] | None = None, slots: int = 2,
+    results: list[Results] | None = None, slots: int = 2,
 ) -> dict[str, Stage]:  # fmt: skip
     given = inputs(NOWHERE, 4, merge={"fan_in": 2, "candidates": [{"method": "mean"}]})
     forecast = Forecast(given, None, counts, stale, found, INNER)
@@ -64,12 +66,10 @@ def test_other_work_costs_what_exists_or_the_latest_run_took() -> None:
     assert (stage.seconds, stage.bytes) == (2.0 * 5 / 2, 100)
     assert stage.source == "time: mean of 2 that exist; bytes: mean of 2 that exist"
     runs = [
-        {
-            "run_id": "nothing-made",
-            "made": {"evaluations": 0, "merge_nodes": 0},
-            "seconds": {"evaluate": 0, "merge": 0},
-        },
-        {"run_id": "0123456789", "made": {"evaluations": 4, "merge_nodes": 3}, "seconds": {"evaluate": 8, "merge": 30}},
+        changed(run_id="nothing-made", made={"evaluations": 0, "merge_nodes": 0}),
+        changed(
+            run_id="0123456789", made={"evaluations": 4, "merge_nodes": 3}, seconds={"evaluate": 8.0, "merge": 30.0}
+        ),
     ]
     stages = of({"evaluations": Count(5), "merge_nodes": Count(6)}, results=runs)
     assert (stages["evaluations"].seconds, stages["evaluations"].bytes) == (5.0, None)
@@ -114,7 +114,7 @@ def test_slots_are_those_of_the_cluster_that_is_there(stack: Any, monkeypatch: p
     )  # fmt: skip
     assert done.stdout == f"{Slots(1, 1, 'the Ray cluster')} False\n", done.stderr
     resources = inputs(NOWHERE).config.resources
-    runs = [{"run_id": "0123456789", "slots": 7}]
+    runs = [changed(run_id="0123456789", slots=7)]
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     assert find_slots(resources, runs) == Slots(7, 7, "run 01234567; no Ray cluster answered")

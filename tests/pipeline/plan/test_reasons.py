@@ -13,6 +13,7 @@ from pipeline.flow.recipes import expert_recipe
 from pipeline.flow.rehearse import Forecast
 from pipeline.plan.reasons import NEW, Reasons, find_reasons
 from tests.pipeline.plan.test_staleness import BASE, config, data, row
+from tests.pipeline.report.given import changed, held_in_row
 from workers.text.rows import rows_object, rows_to_jsonl
 
 NOW = expert_recipe(config(), BASE, data())
@@ -30,7 +31,7 @@ def ask(store: Store, monkeypatch: pytest.MonkeyPatch) -> Any:
         inputs = SimpleNamespace(config=config(), tasks={"one": data()}, store=store, base=SimpleNamespace(sha256=BASE))
         given = {"experts": {"one": NOW}, "support": None, "support_recipe": None, "inputs": inputs}
         forecast = SimpleNamespace(stale=["one"], **given)
-        results = [{"held_in": {"one": {"expert_key": latest}}}] if latest else []
+        results = [changed(held_in={"one": held_in_row() | {"expert_key": latest}})] if latest else []
         return find_reasons(cast(Forecast, forecast), Snapshot(store), results)["one"]
 
     return found

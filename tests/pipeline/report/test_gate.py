@@ -1,29 +1,30 @@
 """What a run says about its versions: in results.json, in the terminal and in the report."""
 
-import json
-from typing import Any
+from dataclasses import replace
 
 import pytest
 
 from infra.registry.runs import CHECKPOINT, MERGED
 from pipeline.gate.rule import GateDecision
 from pipeline.records.outcome import Verdict
-from pipeline.report.gate import gate_lines, gate_section
-from pipeline.report.results import build_results, report_markdown, summary_lines
-from tests.pipeline.report.test_results import make
+from pipeline.records.results import Results
+from pipeline.report.gate import gate_lines, gate_results, gate_section
+from pipeline.report.markdown import report_markdown
+from pipeline.report.results import build_results
+from pipeline.report.summary import summary_lines
+from tests.pipeline.report.given import make, told
 
 DECISION = GateDecision(True, 0.25, 0.5, 0.25, 0.125, 0.375, {"alpha": (0.25, 0.5)}, "better")
 
 
-def results(**verdicts: Verdict) -> dict[str, Any]:
+def results(**verdicts: Verdict) -> Results:
     inputs, outcome = make()
     outcome.gate.update(verdicts)
-    found: dict[str, Any] = json.loads(json.dumps(build_results(inputs, outcome), allow_nan=False))
-    return found
+    return build_results(inputs, outcome)
 
 
 @pytest.fixture
-def found() -> dict[str, Any]:
+def found() -> Results:
     return results(
         merged=Verdict("mine.merged", 4, False, 2, "challenger 0.5 vs champion | line\nbreak"),
         alpha=Verdict("mine.alpha", 3, True, 3, "better", "base", DECISION),
@@ -31,8 +32,8 @@ def found() -> dict[str, Any]:
     )
 
 
-def test_results_tell_each_model_apart(found: dict[str, Any]) -> None:
-    gate = found["gate"]
+def test_results_tell_each_model_apart(found: Results) -> None:
+    gate = told(found)["gate"]
     assert (gate["rule"], gate["margin"], gate["confidence"]) == ("superior", 0.0, 0.95)
     assert list(gate["models"]) == ["alpha", "beta", MERGED]
     assert gate["models"]["alpha"] == {
@@ -46,24 +47,26 @@ def test_results_tell_each_model_apart(found: dict[str, Any]) -> None:
     }  # fmt: skip
 
 
-def test_the_terminal_says_why_the_merge_is_no_champion_and_counts_experts(found: dict[str, Any]) -> None:
+def test_the_terminal_says_why_the_merge_is_no_champion_and_counts_experts(found: Results) -> None:
     lines = summary_lines(found)
     assert "mine.merged version 4, challenger: challenger 0.5 vs champion | line\nbreak" in lines
     assert "experts: 1 promoted, 1 champions before, 0 challengers without promotion" in lines
 
 
 def test_many_refusals_are_counted() -> None:
-    many = {f"t{i}": Verdict(f"mine.t{i}", 2, False, 1, f"reason {i}") for i in range(8)}
-    models = {name: vars(verdict) for name, verdict in many.items()}
-    lines = gate_lines({"gate": {"models": models}})
+    inputs, outcome = make()
+    held_in = {f"t{i}": inputs.config.held_in["alpha"] for i in range(8)}
+    inputs = replace(inputs, config=inputs.config.model_copy(update={"held_in": held_in}))
+    outcome.gate = {f"t{i}": Verdict(f"mine.t{i}", 2, False, 1, f"reason {i}") for i in range(8)}
+    lines = gate_lines(gate_results(inputs, outcome))
     assert lines[0] == "experts: 0 promoted, 0 champions before, 8 challengers without promotion"
     assert lines[1:] == [f"  mine.t{i} version 2, challenger: reason {i}" for i in range(5)] + [
         "  and 3 more: see report.md"
     ]
 
 
-def test_the_report_has_a_row_for_each_model(found: dict[str, Any]) -> None:
-    section = gate_section(found)
+def test_the_report_has_a_row_for_each_model(found: Results) -> None:
+    section = gate_section(found.gate)
     assert "Rule: superior, 95 % interval of the difference on the gate rows." in section
     rows = [line for line in section if line.startswith("| mine")]
     assert rows == [
@@ -76,12 +79,12 @@ def test_the_report_has_a_row_for_each_model(found: dict[str, Any]) -> None:
 
 def test_a_checkpoint_has_its_line() -> None:
     found = results(**{CHECKPOINT: Verdict("mine.merged-checkpoint", 1, False, None, "made of no champion")})
-    assert "mine.merged-checkpoint version 1, challenger: made of no champion" in gate_lines(found)
-    assert "| mine.merged-checkpoint | 1 | challenger | none | made of no champion |" in gate_section(found)
+    assert "mine.merged-checkpoint version 1, challenger: made of no champion" in gate_lines(found.gate)
+    assert "| mine.merged-checkpoint | 1 | challenger | none | made of no champion |" in gate_section(found.gate)
 
 
 def test_a_run_that_registers_nothing_has_no_section() -> None:
     found = results()
-    assert gate_section(found) == []
-    assert gate_lines(found) == []
+    assert gate_section(found.gate) == []
+    assert gate_lines(found.gate) == []
     assert "Registered models" not in report_markdown(found)

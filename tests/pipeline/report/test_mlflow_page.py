@@ -1,42 +1,36 @@
 """What MLflow's page of a run shows: names that MLflow takes, everything by task, a description that fits."""
 
-from typing import Any
-
 import pytest
 from mlflow.utils.validation import MAX_TAG_VAL_LENGTH, _validate_metric_name
 
+from pipeline.records.results import Results
 from pipeline.report import mlflow_page as run_page
+from tests.pipeline.report.given import changed, held_in_row, held_out_row
 
 REPORT = ("report.html", "scores.png", "results.json")
 
 
-def results(tasks: int = 3, held_out: int = 1, retention: float | None = 0.5) -> dict[str, Any]:
-    """A results.json with what the page reads."""
-    scores = {"metric": "rouge_l", "base": 0.25, "base_few_shot": 0.3, "merged": 0.5}
-    summary = {"base": 0.25, "merged": 0.5, "base_few_shot": 0.3}
-    row = {"name": "s.merged", "version": 7, "promoted": True, "champion": 7, "reason": "superior"}
-    return {
-        "suite": "s",
-        "held_in": {f"task {at}": {**scores, "expert": 0.75} for at in range(tasks)},
-        "held_out": {f"out {at}": dict(scores) for at in range(held_out)},
-        "summary": {
-            "held_in": {**summary, "expert": 0.75, "retention": retention, "merged_interval": [0.4, 0.6],
-                        "experts_above_base": tasks, "format_free": {"base": 0.1, "expert": 0.2, "merged": 0.3}},
-            "held_out": summary if held_out else {"base": None, "merged": None},
+def results(tasks: int = 3, held_out: int = 1, retention: float | None = 0.5) -> Results:
+    """Results of so many tasks."""
+    scores = {"base": 0.25, "base_few_shot": 0.3, "merged": 0.5}
+    row = {"name": "s.merged", "version": 7, "promoted": True, "champion": 7, "reason": "superior", "opponent": None,
+           "difference": None, "interval": None, "scores": None, "tasks": {}}  # fmt: skip
+    inside, outside = held_in_row(**scores, expert=0.75), held_out_row(**scores)
+    return changed(
+        suite="s",
+        held_in={f"task {at}": inside for at in range(tasks)},
+        held_out={f"out {at}": outside for at in range(held_out)},
+        summary={
+            "held_in": {**scores, "expert": 0.75, "retention": retention, "merged_interval": [0.4, 0.6]},
+            "held_out": scores if held_out else {"base": None, "merged": None},
         },
-        "candidates": [],
-        "per_task": [],
-        "chosen": {"method": "ties", "params": {"lambda": 0.5}, "serving_dtype": None, "bytes": 9e6, "density": 0.5,
-                   "swap_seconds": 1.5},
-        "gate": {"models": {"merged": row}, "rule": "superior", "margin": 0.0, "confidence": 0.95},
-        "learned_elsewhere": {},
-        "export": None,
-        "made": {"experts": 2, "merge_nodes": 1},
-        "reused": {"experts": 1, "merge_nodes": 0},
-        "seconds": {"experts": 1.5, "total": 3.0},
-        "slots": 2,
-        "slot_utilisation": None,
-    }  # fmt: skip
+        chosen={"method": "ties", "params": {"lambda": 0.5}},
+        gate={"models": {"merged": row}},
+        made={"experts": 2},
+        reused={"experts": 1},
+        seconds={"total": 3.0},
+        slot_utilisation=None,
+    )
 
 
 def test_metrics_have_every_score_under_its_model() -> None:

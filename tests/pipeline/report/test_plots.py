@@ -10,28 +10,28 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from pipeline.records.results import Results
 from pipeline.report import plots
+from tests.pipeline.report.given import changed, held_in_row, held_out_row, told
 
 LONG = "wiqa_what_is_the_final_step_of_the_following_process_and_of_all_that_follow"
 
 
-def results(tasks: int = 4, held_out: int = 2, **changes: Any) -> dict[str, Any]:
-    """A results.json with what the pictures read."""
+def results(tasks: int = 4, held_out: int = 2, **changes: Any) -> Results:
+    """Results of so many tasks, the last with a long name."""
 
-    def row(at: int, models: tuple[str, ...]) -> dict[str, Any]:
-        scores = {model: (at % 7) / 10 + number / 10 for number, model in enumerate(models)}
-        return {"metric": "rouge_l", **scores, "intervals": {m: [s - 0.05, s + 0.05] for m, s in scores.items()}}
+    def scores(at: int, models: tuple[str, ...]) -> dict[str, Any]:
+        found = {model: (at % 7) / 10 + number / 10 for number, model in enumerate(models)}
+        return {**found, "intervals": {model: [score - 0.05, score + 0.05] for model, score in found.items()}}
 
-    inside = {f"task_{at}": row(at, ("base", "base_few_shot", "merged", "expert")) | {"best_step": 4}
-              for at in range(tasks - 1)}  # fmt: skip
-    inside[LONG] = row(3, ("base", "base_few_shot", "merged", "expert")) | {"best_step": 4}
-    outside = {f"out_{at}": row(at, ("base", "merged")) for at in range(held_out)}
+    models = ("base", "base_few_shot", "merged", "expert")
+    inside, outside = held_in_row(), held_out_row()
     mean = {"base": 0.2, "base_few_shot": 0.3, "expert": 0.6, "merged": 0.4}
-    return {
+    given = {
         "suite": "a$b$",
-        "objective": "language_modelling",
-        "held_in": inside,
-        "held_out": outside,
+        "held_in": {f"task_{at}": inside | scores(at, models) | {"best_step": 4} for at in range(tasks - 1)}
+        | {LONG: inside | scores(3, models) | {"best_step": 4}},
+        "held_out": {f"out_{at}": outside | scores(at, ("base", "merged")) for at in range(held_out)},
         "summary": {
             "held_in": {**mean, **{f"{name}_interval": [value - 0.1, value + 0.1] for name, value in mean.items()}},
             "held_out": {"base": 0.2, "merged": 0.3, "base_interval": [0.1, 0.3], "merged_interval": [0.2, 0.4]},
@@ -45,12 +45,13 @@ def results(tasks: int = 4, held_out: int = 2, **changes: Any) -> dict[str, Any]
         ],
         "per_task": [{"method": "emr", "params": {}, "validation": 0.7}],
         "search": {"rungs": [{"candidates": 3, "tasks": 2}, {"candidates": 2, "tasks": tasks - 2}]},
-    } | changes  # fmt: skip
+    }  # fmt: skip
+    return changed(**(given | changes))
 
 
-def curves(found: dict[str, Any]) -> dict[str, plots.Curve]:
+def curves(found: Results) -> dict[str, plots.Curve]:
     points = [(step, 5 / step) for step in range(1, 9)]
-    return {task: plots.Curve(points, points[3::4]) for task in found["held_in"]}
+    return {task: plots.Curve(points, points[3::4]) for task in found.held_in}
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_every_text_is_in_the_picture_and_legible(tasks: int, figures: list[Figu
     for figure in figures:
         check_legible(figure)
     shown = "".join(map(words, figures[: len(pages)]))
-    for task in [*found["held_in"], *found["held_out"]]:
+    for task in [*found.held_in, *found.held_out]:
         assert (task if task != LONG else "wiqa_what_is_the_final_") in shown
     assert f"mean of {tasks} held-in" in shown
     assert all(title in shown for title in ("Rouge-L", "score on the test split", "95 % intervals", "a\\$b\\$"))
@@ -121,12 +122,12 @@ def test_scores_are_where_the_axis_says_and_differ_by_shape(figures: list[Figure
     axes = figures[0].axes[0]
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels[0] == "mean of 4 held-in"
-    best = max(found["held_in"], key=lambda task: found["held_in"][task]["expert"])
+    best = max(found.held_in, key=lambda task: found.held_in[task].expert)
     assert labels[1].startswith(best[:20])  # the best expert first
     marks = [each for each in axes.collections if len(each.get_offsets()) and each.get_paths()[0].vertices.size]
     positions = {tuple(offset) for each in marks for offset in each.get_offsets().tolist()}
     for at, model in enumerate(("base", "base_few_shot", "expert", "merged")):
-        value = found["held_in"][best][model]
+        value = getattr(found.held_in[best], model)
         assert any(x == pytest.approx(value) and round(y) == 1 for x, y in positions), (at, model)
     handles = figures[0].legends[0].legend_handles
     assert len({handle.get_marker() for handle in handles}) == len(handles) == 4
@@ -134,7 +135,7 @@ def test_scores_are_where_the_axis_says_and_differ_by_shape(figures: list[Figure
 
 def test_intervals_of_seeds_are_standard_deviations(figures: list[Figure]) -> None:
     spread = {"expert": {"mean": 0.5, "sd": 0.1, "values": [0.4, 0.6]}}
-    seeds = {"values": [0, 1], "summary": {"held_in": {}, "held_out": {}},
+    seeds = {"values": [0, 1], "chosen": [], "summary": {"held_in": {}, "held_out": {}},
              "tasks": {"held_in": {LONG: spread}, "held_out": {}}}  # fmt: skip
     plots.draw(results(seeds=seeds), {})
     assert "mean over 2 seeds; lines: ± 1 standard deviation" in words(figures[0])
@@ -144,9 +145,9 @@ def test_intervals_of_seeds_are_standard_deviations(figures: list[Figure]) -> No
 
 
 def test_negative_scores_are_in_the_picture(figures: list[Figure]) -> None:
-    found = results()
-    found["held_in"][LONG] |= {"base": -0.3, "intervals": {"base": [-0.42, -0.1]}, "metric": "matthews"}
-    plots.draw(found, {})
+    held_in = told(results())["held_in"]
+    held_in[LONG] |= {"base": -0.3, "intervals": {"base": [-0.42, -0.1]}, "metric": "matthews"}
+    plots.draw(results(held_in=held_in), {})
     assert figures[0].axes[0].get_xlim() == (-0.5, 1.0)
     assert "Matthews' r" in words(figures[0])
 
@@ -165,9 +166,7 @@ def test_candidates_are_told_apart_and_lambda_gets_a_line(figures: list[Figure])
 
 
 def test_without_two_values_of_lambda_there_is_no_second_panel(figures: list[Figure]) -> None:
-    found = results()
-    found["candidates"] = found["candidates"][:2]
-    plots.draw(found, {})
+    plots.draw(results(candidates=told(results())["candidates"][:2]), {})
     assert "By λ" not in words(figures[1])
 
 
