@@ -13,7 +13,7 @@ import pytest
 from tests.e2e import runbook
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 WITH_COMMANDS = ("pipeline", "merge", "workers.convert", "infra.stack")
 _COMMAND = re.compile(r"python -m ([a-z][a-z0-9_.]*)([^`)#\n]*)")
 _OPTION = re.compile(r"(?<=\s)--[a-z][a-z0-9-]*")
@@ -47,6 +47,7 @@ def test_the_pages_have_commands() -> None:
     assert {("pipeline", "plan"), ("pipeline", "gc"), ("merge", "run"), ("workers.convert", "to-peft")} <= set(
         documented()
     )
+    assert ("pipeline", "results-schema") in documented()
     assert documented()["pipeline", "gc"] == {"--keep-days": "operations.md", "--remove": "operations.md"}
 
 
