@@ -22,6 +22,8 @@ from typing import Any
 import click
 import yaml
 
+from pipeline.records.results import Results
+
 ROOT = Path(__file__).resolve().parent.parent
 PLAN = ROOT / "benchmarks" / "spectral.yaml"
 
@@ -48,7 +50,7 @@ class Row:
         return [(merged - self.base) / (expert - self.base) for merged, expert in pairs]
 
 
-def run(suite: Mapping[str, Any], seeds: Sequence[int], candidates: Sequence[Any], out: Path) -> dict[str, Any]:
+def run(suite: Mapping[str, Any], seeds: Sequence[int], candidates: Sequence[Any], out: Path) -> Results:
     """One run of the pipeline with these merge candidates; its results.json."""
     floor = {"floor": suite["floor"]}
     fields = {
@@ -67,31 +69,25 @@ def run(suite: Mapping[str, Any], seeds: Sequence[int], candidates: Sequence[Any
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.with_suffix(".log").open("w") as log:
         subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
-    found: dict[str, Any] = json.loads((out / "results.json").read_text())
-    return found
+    return Results.model_validate_json((out / "results.json").read_text())
 
 
-def row_of(suite: str, method: str, results: Mapping[str, Any]) -> Row:
+def row_of(suite: str, method: str, results: Results) -> Row:
     """What one run found."""
-    inside, outside = results["summary"]["held_in"], results["summary"]["held_out"]
-    seeds = results.get("seeds")
-
-    def values(group: str, name: str) -> list[float]:
-        if seeds is None:
-            return [results["summary"][group][name]]
-        return list(seeds["summary"][group][name]["values"])
-
-    chosen = seeds["chosen"] if seeds else [results["chosen"]]
+    inside, outside, seeds = results.summary.held_in, results.summary.held_out, results.seeds
+    assert outside.base is not None
+    assert outside.merged is not None
+    chosen = seeds.chosen if seeds else [results.chosen]
     return Row(
         suite=suite,
         method=method,
-        chosen=[f"{each['params']['lambda']:g}" for each in chosen],
-        base=inside["base"],
-        few_shot=inside.get("base_few_shot"),
-        expert=values("held_in", "expert"),
-        merged=values("held_in", "merged"),
-        base_out=outside["base"],
-        merged_out=values("held_out", "merged"),
+        chosen=[f"{each.params['lambda']:g}" for each in chosen],
+        base=inside.base,
+        few_shot=inside.base_few_shot,
+        expert=seeds.summary.held_in["expert"].values if seeds else [inside.expert],
+        merged=seeds.summary.held_in["merged"].values if seeds else [inside.merged],
+        base_out=outside.base,
+        merged_out=seeds.summary.held_out["merged"].values if seeds else [outside.merged],
     )
 
 

@@ -15,6 +15,9 @@ from pathlib import Path
 import click
 import yaml
 
+from pipeline.records.results import Results
+from pipeline.report.candidates import parameters_text
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "benchmarks" / "trial.yaml"
 
@@ -39,22 +42,21 @@ def main(out: Path, only: tuple[str, ...]) -> None:
         command = [sys.executable, "pipeline/main.py", "--config", str(base), "--report", str(out / name), *arguments]
         with (out / f"{name}.log").open("w") as log:
             subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
-        rows.append(describe(name, json.loads((out / name / "results.json").read_text())))
+        rows.append(describe(name, Results.model_validate_json((out / name / "results.json").read_text())))
         print(rows[-1], flush=True)
     print("\n| setting | seconds | experts (test) | best merge (validation) | chosen | merged (test) | retention |")
     print("|---|---:|---:|---:|---|---:|---:|")
     print("\n".join(rows))
 
 
-def describe(name: str, results: dict) -> str:
+def describe(name: str, results: Results) -> str:
     """One row of the table."""
-    summary = results["summary"]["held_in"]
-    best = max(candidate["validation"] for candidate in results["candidates"])
-    params = ", ".join(f"{key} {value:g}" for key, value in results["chosen"]["params"].items())
-    retention = "" if summary["retention"] is None else f"{summary['retention']:.0%}"
+    summary = results.summary.held_in
+    best = max(candidate.validation for candidate in results.candidates)
+    retention = "" if summary.retention is None else f"{summary.retention:.0%}"
     return (
-        f"| {name} | {results['seconds']['experts']:.0f} | {summary['expert']:.3f} | {best:.3f} | "
-        f"{results['chosen']['method']} {params} | {summary['merged']:.3f} | {retention} |"
+        f"| {name} | {results.seconds.experts:.0f} | {summary.expert:.3f} | {best:.3f} | "
+        f"{results.chosen.method} {parameters_text(results.chosen)} | {summary.merged:.3f} | {retention} |"
     )
 
 
