@@ -1,7 +1,5 @@
 """What a manifest records about where an artifact was made, and by which code. None of it is part of a key.
 
-Not here: licences and sources of what an artifact was made from, which come with the work itself.
-
     ray job submit … --runtime-env-json "$(python -m infra.environment)" -- python pipeline/main.py …
 
 tells the copy that a submitted job runs, which has no ``.git``, which commit it is a copy of, and which bucket and

@@ -1,7 +1,7 @@
 """The engine of real runs: find, lease, call, publish, once per key; workers of any sort do the work.
 
 A driver holds keys, manifests and scores, never tensors. What somebody else makes is waited for and not made again
-(`infra.engine.elsewhere`). Not here: where work runs (`Workers`).
+(`infra.engine.elsewhere`).
 """
 
 import asyncio

@@ -1,7 +1,4 @@
-"""Versions of registered models as MLflow has them: their tags, aliases and what a gate recorded with them; reads only.
-
-Not here: how aliases and records change (`infra.registry.aliases`), and registering (`infra.registry.models`).
-"""
+"""Versions of registered models as MLflow has them: tags, aliases and what a gate recorded with them; reads only."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,7 +1,4 @@
-"""An object of the store as a source of byte ranges, for readers that fetch single tensors out of a large file.
-
-Not here: whole objects and files (`infra.store.s3`), writing (`infra.store.writer`).
-"""
+"""An object of the store as a source of byte ranges, for readers that fetch single tensors out of a large file."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Memory is bounded by the part being filled and those under way. Nothing is visible under the object's name before
 `close`; an error, or leaving the context early, aborts the upload. A process that is killed leaves the parts of an
 unfinished upload, never an object; a life-cycle rule (AbortIncompleteMultipartUpload) clears them. The SHA-256 is that
-of the bytes as they were given. Not here: reading, and files that exist already (`infra.store.s3`).
+of the bytes as they were given.
 """
 
 from __future__ import annotations

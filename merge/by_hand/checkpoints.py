@@ -2,8 +2,7 @@
 
 Beside a checkpoint lies `merge.json`, written last: which merge it is, and its files with their sizes. Only files that
 such a record names, of the size that it names, are ever replaced or removed. In S3 `merge.partial.json` does the same
-for a checkpoint that is being put in place, so that a run which was killed meanwhile can be repeated. Not here: the
-tensors (`merge.files.checkpoint_writer`).
+for a checkpoint that is being put in place, so that a run which was killed meanwhile can be repeated.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A merge by hand from a request to a plan: everything that can be refused is refused here, from headers alone.
-
-Not here: making it (`merge.by_hand.run`), the commands and what they print (`merge.by_hand.command`).
-"""
+"""A merge by hand from a request to a plan: everything that can be refused is refused here, from headers alone."""
 
 from __future__ import annotations
 
@@ -223,7 +220,7 @@ def record_of(checked: Checked) -> dict[str, Any]:
 
 
 def checkpoint_record_of(checked: Checked) -> dict[str, Any]:
-    """The same of the checkpoint's."""
+    """Everything that the checkpoint's bytes are a function of."""
     request = checked.request
     return record_of(checked) | {
         "dtype": request.dtype,

@@ -1,7 +1,6 @@
 """What the commands of `python -m merge` do and print (`merge.commands`: their options).
 
-Exit status: 0 done, or nothing to do; 1 something failed; 2 bad input. Not here: the checks and the merge itself
-(`merge.by_hand.checks`).
+Exit status: 0 done, or nothing to do; 1 something failed; 2 bad input.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A full checkpoint from one adapter by hand: checked first, then streamed. Not here: the command."""
+"""A full checkpoint from one adapter by hand: checked first, then streamed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The experts of a merge by hand: whether they fit the base and each other, from headers alone.
 
 `locate_experts` and `find_experts` check names, shapes, bases and duplicates without reading a tensor, `hash_experts`
-reads their bytes. Not here: where sources are (`merge.by_hand.sources`), outputs, the merge itself.
+reads their bytes.
 """
 
 from __future__ import annotations

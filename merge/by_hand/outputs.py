@@ -1,8 +1,7 @@
 """Where a merge by hand writes: files and folders, on disk or in S3, checked before the work and recognised after it.
 
 A merged adapter says in its own information (`merge`) which merge it is. An output that holds exactly the wanted merge
-is left alone; one that holds something else than a merge is never replaced. Not here: the bytes, and what is particular
-to checkpoints (`merge.by_hand.checkpoints`).
+is left alone; one that holds something else than a merge is never replaced.
 """
 
 from __future__ import annotations

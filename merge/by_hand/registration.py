@@ -1,4 +1,4 @@
-"""Registering a merge by hand in MLflow, with what it was made of. Not here: making it."""
+"""Registering a merge by hand in MLflow, with what it was made of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a merge by hand is asked for: a YAML file, flags, or both. Not here: whether its inputs exist and fit."""
+"""What a merge by hand is asked for: a YAML file, flags, or both."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Merges that were checked (`merge.by_hand.checks`), made: flat on this machine, or as a stored tree.
 
 `merge_flat` streams every expert once per round into the outputs. `merge_stored` keeps every node in the object store,
-so that a later merge recomputes only what changed. Both leave the same files. Not here: the checks, what is printed.
+so that a later merge recomputes only what changed. Both leave the same files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Where an expert of a merge by hand is: names and kinds of sources, looked up but not read.
 
 A source is an adapter file, a PEFT folder, a full checkpoint, an object (or the prefix of several) in S3, or a
-registered model. Not here: what a source holds (`merge.by_hand.inputs`).
+registered model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Full checkpoints read without holding them: their tensors, a base, and a checkpoint's δ as the input of a merge.
 
 A checkpoint is read through its safetensors files' headers and ranges. As an expert its δ is dense: checkpoint − base
-in fp32 for every floating tensor of the base. Not here: writing one (`merge.files.checkpoint_writer`), finding a base
-(`workers.base.prepare`).
+in fp32 for every floating tensor of the base.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Merges as full checkpoints, written tensor by tensor: base + δ in fp32, rounded once to the type it is stored in.
 
 All other tensors are copied, into shards whose headers are known before their data, so that the files can go to a
-folder or straight into an object store. The same inputs give the same bytes. Not here: reading checkpoints
-(`merge.files.checkpoint`), which keys they have (`merge.tree.keys`).
+folder or straight into an object store. The same inputs give the same bytes.
 """
 
 from __future__ import annotations

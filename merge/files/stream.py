@@ -2,9 +2,6 @@
 
 The writer reserves room for the header, streams the data behind it and fills the header in at the end, padded with
 spaces (the format allows that). The same calls give the same bytes.
-
-Not here: reading (`workers.adapters.ranged_file`), what the pieces mean (`merge.files.node`), and files whose header is
-known before the data (`merge.files.checkpoint_writer`).
 """
 
 from __future__ import annotations

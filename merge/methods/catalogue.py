@@ -4,9 +4,6 @@ A method is a pair of small pure functions: what its lift does to one expert (`m
 `merge.methods.sparsify` trims and drops) and how the joined statistics are lowered (`merge.methods.lowering` has one
 function a method). A method of two rounds names another method as its `reference`: the merged δ of that one is read by
 the lift and the lower of this one.
-
-Not here: candidates and how they share reductions (`merge.methods.specs`), joining (`merge.methods.statistics`), the
-masks of the methods that need the task at inference (`merge.methods.per_task`).
 """
 
 from __future__ import annotations

@@ -3,9 +3,6 @@
 In this order: values are thinned out (`merge.methods.sparsify`) and, where that was random, rescaled by 1 / keep
 probability, so that their expectation stays (as in the papers of DARE and DELLA and in PEFT; mergekit by default
 rescales to the L1 norm that the tensor had); they are multiplied by the expert's weight; and they become statistics.
-
-Not here: joining (`merge.methods.statistics`), what a method makes of them (`merge.methods.lowering`), where the
-tensors come from.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 In a weighted reduction every δ was multiplied by its expert's weight and counts hold sums of weights, so that the same
 functions serve both.
-
-Not here: which method uses which function (`merge.methods.catalogue`), per-task masks (`merge.methods.per_task`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The parameters of merge methods: which values they take, and what a wrong one is told.
-
-Not here: which method takes which parameter (`merge.methods.catalogue`).
-"""
+"""The parameters of merge methods: which values they take, and what a wrong one is told."""
 
 from __future__ import annotations
 

@@ -4,8 +4,7 @@ EMR (Huang et al., EMR-Merging, arXiv 2405.17461): the mask holds where the expe
 the masked unified δ is rescaled to the expert's L1 norm. TALL (Wang et al., arXiv 2405.07813): the mask holds where
 |δ| ≥ threshold · |unified - δ|; nothing is rescaled.
 
-Masks are made tensor by tensor; the scale is one number per expert over all its tensors. Not here: their files
-(`merge.files.task_mask`), what they leave of a δ (`workers.adapters.task_mask`).
+Masks are made tensor by tensor; the scale is one number per expert over all its tensors.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 Pure functions of the values on the expert's support; random numbers are handed in and made by `uniform`, whose stream
 depends on a seed, the expert and the tensor's name only. Ties of magnitude go to the lower position everywhere.
-
-Not here: rescaling and weighting (`merge.methods.lift`), which method thins out how (`merge.methods.catalogue`).
 """
 
 from __future__ import annotations

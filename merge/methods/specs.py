@@ -2,9 +2,6 @@
 
 A candidate is a method with its parameters and, where it takes them, a weight for each expert. What a candidate's lift
 does is its `LiftSpec`; candidates with the same lift are lowered from one reduction.
-
-Not here: the methods (`merge.methods.catalogue`), the tree a reduction runs over (`merge.tree.trie`), keys
-(`merge.tree.keys`).
 """
 
 from __future__ import annotations

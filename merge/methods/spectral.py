@@ -16,8 +16,7 @@ of vectors for equal or zero singular values matter.
 U is never computed. The smaller Gram matrix ΣδᵀΣδ = V diag(s²) Vᵀ is taken in double precision, as squaring halves the
 digits; then U diag(q) Vᵀ = (Σδ V) diag(q / s) Vᵀ. Vectors and Σδ V serve every p, floor and λ.
 
-Not here: methods and their parameters (`merge.methods.catalogue`), vectors and scalars, which have no directions
-(`merge.methods.lowering`).
+Vectors and scalars have no directions; they are merged as by task arithmetic (`merge.methods.lowering`).
 """
 
 from __future__ import annotations

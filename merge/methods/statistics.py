@@ -7,8 +7,6 @@ what one join of all experts gives (exactly where floating-point addition is exa
 Masses are fp32. Counts are uint8 as long as the experts joined number at most 255 and int32 above (uint16 in files): 20
 experts cost one byte a count, and a count never wraps because it cannot exceed the number of experts. In a weighted
 reduction every δ is multiplied by its expert's weight, and counts hold sums of weights and are fp32.
-
-Not here: what the arrays mean to a method (`merge.methods.catalogue`) and how they are stored (`merge.files.node`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The inputs of a node, opened and checked: experts that are lifted as they are read, and the nodes below.
 
 Only headers are read until a tensor is asked for. Everything that does not fit together is refused here, before any
-tensor is read. Not here: joining (`merge.methods.statistics`) and what becomes of the result (`merge.tree.reduce`).
+tensor is read.
 """
 
 from __future__ import annotations

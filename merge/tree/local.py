@@ -1,6 +1,6 @@
 """The stored tree in this process: every node a piece of work in a thread, as soon as its inputs exist.
 
-What another process is making is waited for. Not here: several machines (the pipeline runs the same flow with Ray).
+What another process is making is waited for.
 """
 
 import asyncio

@@ -5,9 +5,6 @@ the same for the root, but lowers each tensor for every candidate at once and ha
 statistics. Both go tensor by tensor over the union of the children's tensors: memory is bounded by the largest tensor's
 statistics, not by the number of experts or the size of the model. `flat_merge` does all rounds in one process, without
 a tree.
-
-Not here: opening and checking children (`merge.tree.children`), where the bytes come from, keys, scheduling and
-retries.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ A node is made when its children are there, while other experts still train; a l
 awaits, and nodes with Fisher or Gram artifacts await those. Where every expert is there from the start, merges are
 looked for before nodes, so that a node which only they would need is not made again. Names, keys and references pass
 through, never tensors.
-
-Not here: what a node does (`merge.tree.jobs`), where that runs (the engine), who makes Fisher and Gram artifacts.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence

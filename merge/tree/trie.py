@@ -2,8 +2,6 @@
 
 An expert's place depends on its name alone, so that a retrained expert keeps its leaf and an expert that comes or goes
 changes only the nodes between its leaf and the root. The radix is the fan-in; nodes with a single child are collapsed.
-
-Not here: keys, storage and scheduling of the nodes.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ rung scores all surviving candidates on the next share of them, then drops the w
 that all of them have been scored on. Survivors of the last rung are scored on every task; the best mean wins, ties to
 the earlier candidate. What a race asks for does not depend on the order in which scores arrive.
 
-Not here: making the scores. They are cached by content, so a race with a larger budget finds those of a smaller one.
+Scores are cached by content, so a race with a larger budget finds those of a smaller one.
 """
 
 import math

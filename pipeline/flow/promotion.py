@@ -2,9 +2,7 @@
 
 A version that is registered becomes challenger. Unless its bytes were judged before, it and the champion, or the base
 where there is none, are scored on the gate rows of the same tasks: an expert on its own, the merge on all held-in ones.
-What the gate decides is recorded with the version; a full checkpoint follows its merge. Not here: the rule
-(`pipeline.gate.rule`), what is asked of the registry (`pipeline.flow.queries`), commands for people
-(`pipeline.gate.by_hand`).
+What the gate decides is recorded with the version; a full checkpoint follows its merge.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,6 @@
 """What a run asks of the model registry, each as one call of a worker; and what a plan expects it to answer.
 
-Every query is harmless to repeat. Not here: the rule of the gate (`pipeline.gate.rule`), the aliases
-(`infra.registry.aliases`), when what is asked (`pipeline.flow.promotion`).
+Every query is harmless to repeat.
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,6 @@
 """`python -m pipeline models | promote | rollback`: the registered models of a suite, and who is champion, by hand.
 
-A full checkpoint follows its merge. Exit status: 0, or 2 for bad input and services that do not answer. Not here: how
-aliases change (`infra.registry.aliases`), and the gate that changes them in a run (`pipeline.flow.promotion`).
+A full checkpoint follows its merge. Exit status: 0, or 2 for bad input and services that do not answer.
 """
 
 import sys

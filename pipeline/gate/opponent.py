@@ -5,7 +5,7 @@ trained with; rows, metric and length of answers are today's. A merge's tasks ar
 whatever an expert was called when it was trained; one that was made for a task which is none of today's is not compared
 on the others alone. But today's gate rows may be rows that the champion was trained or validated on, for sizes, seed or
 data of the splits changed since, or that another of today's experts was, for two tasks may share a source: no
-comparison counts them. Not here: what is done with the scores (`pipeline.flow.promotion`).
+comparison counts them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What a merge node takes in memory, from the shapes of the adapted weights alone: before anything is trained.
 
-A node holds the statistics of one tensor at a time, so that its largest tensor counts. Not here: the memory of experts
-and evaluators (`pipeline.plan.preflight`), and how nodes keep to this (`merge.tree.children`).
+A node holds the statistics of one tensor at a time, so that its largest tensor counts.
 """
 
 from collections.abc import Mapping, Sequence

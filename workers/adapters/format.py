@@ -2,7 +2,7 @@
 from.
 
 Shared by everything that writes adapters (`workers.adapters.writer`, `merge.files.merged`) and reads them
-(`workers.adapters.reader`). Not here: the supports' encodings (`workers.adapters.support`).
+(`workers.adapters.reader`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ tensor. A file is treated as hostile: it reads as what it says, or ``AdapterErro
   over tokens, its upper triangle stored row by row. Weights that share one input (query, key and value) share one
   stored piece.
 
-How they are measured is `workers.jobs.importance`. Not here: where the files are kept.
+How they are measured is `workers.jobs.importance`.
 """
 
 from __future__ import annotations

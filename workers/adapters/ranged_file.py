@@ -1,8 +1,8 @@
 """Safetensors files read by range: the header is checked once, then each request is one ranged read.
 
 What the formats of importance files, task masks, nodes and checkpoints have in common when they are read. Whatever the
-bytes are, the answer is what they say or an error. Not here: writing (`merge.files.stream`), adapters, which keep a
-smaller table in memory (`workers.adapters.reader`), and what the pieces mean.
+bytes are, the answer is what they say or an error. Adapters keep a smaller
+table in memory instead (`workers.adapters.reader`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The table of contents of an adapter file in memory: what lies where, in few bytes.
 
 A merge keeps a thousand adapters of hundreds of tensors open; as objects their tables would take more memory than the
-tensors in work. Each row is a dozen integers in one array, and becomes an object when it is asked for. Not here:
-checking what a file claims (`workers.adapters.reader`).
+tensors in work. Each row is a dozen integers in one array, and becomes an object when it is asked for.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A safetensors file with, per tensor of the unified adapter, `t#mask` (uint8): one bit for each position of its support,
 least significant bit first. The metadata hold the scale, the method, the task, the base and the SHA-256 of the unified
 adapter's file, without which a mask means nothing. `MaskedAdapter` reads the two together as one adapter. Whatever is
-read is checked: a corrupted or hostile file raises MergeError. Not here: writing them (`merge.files.task_mask`).
+read is checked: a corrupted or hostile file raises MergeError.
 """
 
 from __future__ import annotations
