@@ -15,8 +15,10 @@ PACKAGES = ("infra", "workers", "merge", "pipeline")
 
 ROOMS = {
     "infra": ("", "store", "artifacts", "engine", "registry", "schedule", "stack"),
-    "workers": ("adapters", "text", "base", "masks", "training", "scoring", "jobs", "conversion", "serving", ""),
-    "merge": ("methods", "files", "tree", "by_hand", ""),
+    "workers": (
+        "adapters", "text", "base", "masks", "measuring", "training", "scoring", "jobs", "conversion", "serving", "",
+    ),
+    "merge": ("methods", "files", "tree", "modelled", "by_hand", ""),
     "pipeline": (
         "data", "config", "gate", "records", "report", "flow", "collection", "plan", "running", "commands", "",
     ),
@@ -29,10 +31,12 @@ BELOW = {"infra": set(), "workers": {"infra"}, "merge": {"infra"}, "pipeline": {
 SHARED = {
     "merge.methods": {"workers.adapters"},
     "merge.files": {"workers.adapters"},
-    "merge.tree": {"workers.adapters"},
-    "merge.by_hand": {"workers.adapters", "workers.text", "workers.base", "workers.conversion"},
+    "merge.tree": {"workers.adapters", "workers.measuring"},
+    "merge.modelled": {"workers.adapters", "workers.base", "workers.training", "workers.jobs"},
+    "merge.by_hand": {"workers.adapters", "workers.measuring", "workers.text", "workers.base", "workers.conversion"},
 }
-"""What merges share with workers: the files that one writes and the other reads; by hand, bases and formats too."""
+"""What merges share with workers: the files that one writes and the other reads; by hand, bases and formats too;
+where a merge runs a model, what workers run one with."""
 
 EXCEPTIONS = {
     # in a process of its own: what a schedule runs is checked beforehand
@@ -57,7 +61,7 @@ CONNECTED = {
 }
 """Modules that reach a service, through infra at most, beside those of `CONNECTED_ROOMS`; all others of workers and
 merge compute."""
-CONNECTED_ROOMS = ("workers.jobs", "workers.serving", "merge.by_hand")
+CONNECTED_ROOMS = ("workers.jobs", "workers.serving", "merge.modelled", "merge.by_hand")
 
 
 def _modules() -> dict[str, Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from infra.store.s3 import Store
 from merge.by_hand.checkpoints import check_folder
 from merge.by_hand.inputs import (
     Expert,
-    Extra,
+    MeasuredFile,
     find_experts,
-    find_extras,
+    find_measured,
     hash_experts,
-    hash_extras,
+    hash_measured,
     locate_experts,
-    locate_extras,
+    locate_measured,
 )
 from merge.by_hand.outputs import Output, check_apart, check_buckets, check_file, check_mask, output, record
 from merge.by_hand.request import MergeRequest, shard_bytes
@@ -28,15 +28,15 @@ from merge.files.checkpoint_writer import CHECKPOINT_VERSION
 from merge.methods.catalogue import METHODS
 from merge.methods.parameters import number
 from merge.methods.per_task import PER_TASK_VERSION
-from merge.methods.specs import Candidate, Reduction, check_candidate, plan_reductions
+from merge.methods.specs import Candidate, Reduction, check_candidate, check_without_model, plan_reductions
 from merge.tree.reduce import ROOT_VERSIONS, Fused
 from merge.tree.trie import DEFAULT_FAN_IN, TREE_VERSION
-from workers.adapters.importance_file import IMPORTANCE_READ_VERSION
 from workers.adapters.task_mask import MASK_FILE_VERSION
 from workers.adapters.tensor_file import DTYPES, WEIGHTS, list_entries
 from workers.base.cache import cache_dir
 from workers.base.layout import fused_rows
 from workers.base.prepare import PreparedBase, prepare_base
+from workers.measuring.file import IMPORTANCE_READ_VERSION
 
 REGISTERED_KIND = "merged"
 """Kind of a registered merge, as the pipeline tags its own."""
@@ -51,16 +51,17 @@ class Checked:
     reductions: tuple[Reduction, ...]
     base: PreparedBase
     experts: tuple[Expert, ...]
-    extras: Mapping[str, Extra]
+    measured: Mapping[str, MeasuredFile]
+    """File of each expert's measurement, where the method reads one."""
     out: Output | None
     checkpoint: Output | None
     fused: Fused
     """Rows of the parts of fused weights, where the candidate asks for them."""
 
     @property
-    def extra_kind(self) -> str | None:
-        """`fisher` or `gram`, where the method needs such files."""
-        return next((r.spec.extra for r in self.reductions if r.spec.extra), None)
+    def measurement(self) -> str | None:
+        """Which measurement the method reads."""
+        return _measurement(self.reductions)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -89,6 +90,7 @@ def check(request: MergeRequest, scratch: Path) -> Checked:
     if method.internal:
         raise MergeError(f"merge method {candidate.method!r} is a step of other methods, not one of its own")
     check_candidate(candidate, sorted(request.experts))
+    check_without_model(candidate)
     if not (request.out or request.checkpoint):
         raise ConfigError("no output: give --out FILE, --checkpoint FOLDER, or both")
     if method.per_task and not request.out:
@@ -110,15 +112,15 @@ def check(request: MergeRequest, scratch: Path) -> Checked:
         raise ConfigError("--register needs the adapter in S3, which the registry refers to: give --out s3://…")
     shard_bytes(request.shard_gib)
     reductions = plan_reductions([candidate])
-    kind = next((r.spec.extra for r in reductions if r.spec.extra), None)
-    _check_extra_names(request, candidate.method, kind)
+    kind = _measurement(reductions)
+    _check_measured_names(request, candidate.method, kind)
     out = output(request.out, "--out") if request.out else None
     checkpoint = output(request.checkpoint, "--checkpoint") if request.checkpoint else None
     _check_services(request, out, checkpoint)
     places = locate_experts(request.experts)
-    extra_places = locate_extras(request.fisher or request.gram, kind) if kind else {}
+    measured_places = locate_measured(request.measurements[kind], kind) if kind else {}
     inputs = {f"expert {name!r}": place.uri for name, place in places.items()}
-    inputs |= {f"{kind} of {name!r}": place.uri for name, place in extra_places.items()}
+    inputs |= {f"{kind} of {name!r}": place.uri for name, place in measured_places.items()}
     inputs |= base_place(request.base)
     if out:
         check_file(out, inputs)
@@ -132,10 +134,14 @@ def check(request: MergeRequest, scratch: Path) -> Checked:
         if place:
             check_apart(place, cached, option)
     experts = find_experts(places, base, scratch)
-    extras = find_extras(extra_places, kind, experts, base.sha256) if kind else {}
+    measured = find_measured(measured_places, kind, experts, base.sha256) if kind else {}
     shapes = {name: shape for expert in experts for name, shape in expert.shapes.items()}
     fused = fused_rows(base.path, shapes) if candidate.splits_fused else {}
-    return Checked(request, candidate, reductions, base, tuple(experts), extras, out, checkpoint, fused)
+    return Checked(request, candidate, reductions, base, tuple(experts), measured, out, checkpoint, fused)
+
+
+def _measurement(reductions: Sequence[Reduction]) -> str | None:
+    return next((each.spec.measurement for each in reductions if each.spec.measurement), None)
 
 
 def _check_services(request: MergeRequest, out: Output | None, checkpoint: Output | None) -> None:
@@ -165,9 +171,9 @@ def _numbers(params: Mapping[str, float | str]) -> dict[str, float | str]:
     return {name: value(given) for name, given in params.items()}
 
 
-def _check_extra_names(request: MergeRequest, method: str, kind: str | None) -> None:
-    """Fisher and Gram files are given for every expert of the methods that need them, and for no other method."""
-    for option, given in (("fisher", request.fisher), ("gram", request.gram)):
+def _check_measured_names(request: MergeRequest, method: str, kind: str | None) -> None:
+    """Files of a measurement are given for every expert of the methods that read it, and for no other method."""
+    for option, given in request.measurements.items():
         if given and option != kind:
             raise ConfigError(f"merge method {method!r} reads no {option} files: leave out --{option}")
         if option != kind:
@@ -198,13 +204,13 @@ def fingerprint(checked: Checked) -> Checked:
     """The same with the SHA-256 of every input. Raises MergeError for one expert under two names."""
     experts = hash_experts(checked.experts)
     return replace(
-        checked, experts=tuple(experts), extras=hash_extras(checked.extras, experts) if checked.extras else {}
+        checked, experts=tuple(experts), measured=hash_measured(checked.measured, experts) if checked.measured else {}
     )
 
 
 def record_of(checked: Checked) -> dict[str, Any]:
     """Everything that the merged adapter's bytes are a function of."""
-    kind = checked.extra_kind
+    kind = checked.measurement
     more: dict[str, Any] = {
         "plan": "flat",
         "versions": ROOT_VERSIONS,
@@ -215,7 +221,7 @@ def record_of(checked: Checked) -> dict[str, Any]:
     if METHODS[checked.candidate.method].per_task:
         more["mask_versions"] = {"mask": PER_TASK_VERSION, "file": MASK_FILE_VERSION}
     if kind:
-        more |= {kind: {n: extra.sha256 for n, extra in checked.extras.items()}, "importance": IMPORTANCE_READ_VERSION}
+        more |= {kind: {n: file.sha256 for n, file in checked.measured.items()}, "importance": IMPORTANCE_READ_VERSION}
     return record(checked.candidate.to_dict(), checked.base.sha256, checked.experts, **more)
 
 

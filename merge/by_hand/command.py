@@ -40,6 +40,7 @@ from merge.by_hand.run import Done, merge_flat, merge_stored, up_to_date
 from merge.by_hand.sources import name_experts
 from merge.methods.catalogue import METHODS, Method
 from merge.methods.specs import Candidate, Choice, Number, candidate_lift, describe_plan
+from workers.measuring.catalogue import MEASUREMENTS
 
 _WIDTH = 120
 _OWN_TYPES = "the base's types"
@@ -289,7 +290,6 @@ def methods(markdown: bool) -> None:
 
 
 _COLUMNS = ("method", "parameters: defaults, ranges", "weights", "rounds", "files", "paper")
-_FILES = {None: "", "fisher": "reads Fisher", "gram": "reads Gram"}
 _WEIGHTS = {None: "", "convex": "≥ 0, sum 1", "non_negative": "≥ 0", "any": "any"}
 
 
@@ -302,8 +302,15 @@ def _method_row(name: str, method: Method) -> tuple[str, ...]:
     parameters = [f"{key} = {_accepted(kind)}" for key, kind in method.params.items()]
     weights = _WEIGHTS[method.weights] + (", required" if method.weights_required else "")
     candidate = Candidate(name, weights={"any": 1.0} if method.weights_required else None)
-    files = "writes masks" if method.per_task else _FILES[candidate_lift(candidate).extra]
+    if method.by_model:
+        files = "runs a model"
+    else:
+        files = "writes masks" if method.per_task else _reads(candidate_lift(candidate).measurement)
     return "\n".join(parameters), weights, str(candidate.rounds), files, method.paper
+
+
+def _reads(measurement: str | None) -> str:
+    return f"reads {MEASUREMENTS[measurement].title}" if measurement else ""
 
 
 def _accepted(kind: Number | Choice) -> str:

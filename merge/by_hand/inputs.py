@@ -21,7 +21,6 @@ from infra.errors import AdapterError, ConfigError, MergeError, RegistryError
 from infra.store.source import StoreSource
 from merge.by_hand.sources import Place, locate
 from merge.files.checkpoint import BaseCheckpoint, CheckpointDelta, CheckpointFiles, weight_files
-from workers.adapters.importance_file import FisherReader, GramReader
 from workers.adapters.ranged_file import LocalFile
 from workers.adapters.tensor_file import WEIGHTS, list_entries
 from workers.adapters.writer import AdapterReader, ByteSource
@@ -30,6 +29,7 @@ from workers.base.prepare import PreparedBase
 from workers.conversion.peft import CONFIG as PEFT_CONFIG
 from workers.conversion.peft import TENSORS as PEFT_TENSORS
 from workers.conversion.peft import peft_shapes
+from workers.measuring.catalogue import MEASUREMENTS
 
 _CHUNK = 1 << 24
 
@@ -114,16 +114,16 @@ def hash_experts(experts: Sequence[Expert]) -> list[Expert]:
     return hashed
 
 
-def hash_extras(extras: Mapping[str, Extra], experts: Sequence[Expert]) -> dict[str, Extra]:
-    """The Fisher or Gram files with their SHA-256. Raises MergeError for one that was measured with another adapter."""
+def hash_measured(files: Mapping[str, MeasuredFile], experts: Sequence[Expert]) -> dict[str, MeasuredFile]:
+    """The files with their SHA-256. Raises MergeError for one that was measured with another adapter."""
     for expert in experts:
-        extra = extras[expert.name]
-        if expert.place.kind == "adapter" and extra.adapter_sha256 != expert.sha256:
+        file = files[expert.name]
+        if expert.place.kind == "adapter" and file.adapter_sha256 != expert.sha256:
             raise MergeError(
-                f"{extra.place.given}: measured with the adapter {extra.adapter_sha256[:12]}…, expert {expert.name!r} "
+                f"{file.place.given}: measured with the adapter {file.adapter_sha256[:12]}…, expert {expert.name!r} "
                 f"is {expert.sha256[:12]}…; measure it again"
             )
-    return {name: replace(extra, sha256=_sha256(extra.place)) for name, extra in extras.items()}
+    return {name: replace(file, sha256=_sha256(file.place)) for name, file in files.items()}
 
 
 def checkpoint_files(place: Place) -> dict[str, ByteSource]:
@@ -256,20 +256,20 @@ def source_sha256(source: ByteSource) -> str:
     return digest.hexdigest()
 
 
-# -- Fisher and Gram files --
+# -- measurements --
 
 
 @dataclass(frozen=True)
-class Extra:
-    """An expert's Fisher or Gram file."""
+class MeasuredFile:
+    """The file of an expert's measurement."""
 
     place: Place
     adapter_sha256: str
     sha256: str = ""
 
 
-def locate_extras(given: Mapping[str, str], kind: str) -> dict[str, Place]:
-    """Where each expert's file is. `kind`: `fisher` or `gram`. Raises ConfigError, RegistryError or StoreError."""
+def locate_measured(given: Mapping[str, str], kind: str) -> dict[str, Place]:
+    """Where each expert's file is. `kind`: the measurement's name. Raises ConfigError, RegistryError or StoreError."""
     places = {name: _found(f"{kind} of expert {name!r}", source) for name, source in given.items()}
     for name, place in places.items():
         if place.kind != "adapter":
@@ -277,36 +277,26 @@ def locate_extras(given: Mapping[str, str], kind: str) -> dict[str, Place]:
     return places
 
 
-def find_extras(
+def find_measured(
     places: Mapping[str, Place], kind: str, experts: Sequence[Expert], base_sha256: str
-) -> dict[str, Extra]:
+) -> dict[str, MeasuredFile]:
     """The file of each expert, its header checked.
 
     Raises AdapterError or MergeError naming the expert: another base, another adapter's file, or one that does not fit
     its tensors.
     """
-    return {expert.name: _find_extra(places[expert.name], kind, expert, base_sha256) for expert in experts}
+    return {expert.name: _find_measured(places[expert.name], kind, expert, base_sha256) for expert in experts}
 
 
-def _find_extra(place: Place, kind: str, expert: Expert, base_sha256: str) -> Extra:
+def _find_measured(place: Place, kind: str, expert: Expert, base_sha256: str) -> MeasuredFile:
     where = f"{kind} file {place.given} of expert {expert.name!r}"
     try:
-        file = adapter_source(place)
-        reader = FisherReader(file) if kind == "fisher" else GramReader(file)
+        reader = MEASUREMENTS[kind].open(adapter_source(place))
     except AdapterError as error:
         raise AdapterError(f"{kind} of expert {expert.name!r}: {error}") from None
     if reader.meta.base_sha256 != base_sha256:
         raise MergeError(f"{where}: measured on base {reader.meta.base_sha256[:12]}…, this is {base_sha256[:12]}…")
-    if isinstance(reader, FisherReader):
-        if missing := sorted(set(expert.shapes) - set(reader.names)):
-            raise MergeError(f"{where}: has no values for {missing[0]}, which the expert changes")
-        for name, count in expert.counts.items():
-            if reader.count(name) != count:
-                raise MergeError(f"{where}: {reader.count(name)} values for {name}, the expert's support has {count}")
-    else:
-        for name in set(reader.names) & set(expert.shapes):
-            if reader.side(name) != expert.shapes[name][-1]:
-                raise MergeError(
-                    f"{where}: side {reader.side(name)} for {name}, whose shape is {list(expert.shapes[name])}"
-                )
-    return Extra(place, reader.meta.adapter_sha256)
+    for name, shape in expert.shapes.items():
+        if wrong := reader.misfit(name, shape, expert.counts[name]):
+            raise MergeError(f"{where}: {wrong}")
+    return MeasuredFile(place, reader.meta.adapter_sha256)

@@ -48,6 +48,11 @@ class MergeRequest(BaseModel):
     register_as: str | None = None
     """Register the merged adapter in MLflow under this name; `out` must be in S3."""
 
+    @property
+    def measurements(self) -> dict[str, dict[str, str]]:
+        """The given files of each measurement (`workers.measuring.catalogue`), by expert."""
+        return {"fisher": self.fisher, "gram": self.gram}
+
     @field_validator("experts", mode="before")
     @classmethod
     def _named(cls, given: Any) -> Any:

@@ -23,7 +23,7 @@ from infra.errors import MergeError, StoreError
 from infra.store.s3 import Store
 from merge.by_hand.checkpoints import CheckpointPlace, checkpoint_place, recorded_checkpoint
 from merge.by_hand.checks import Checked, checkpoint_record_of, mask_outputs, record_of
-from merge.by_hand.inputs import Expert, Extra, adapter_source, open_checkpoint, source_sha256
+from merge.by_hand.inputs import Expert, MeasuredFile, adapter_source, open_checkpoint, source_sha256
 from merge.by_hand.outputs import RECORD_FIELD, Output, recipe_key, recorded
 from merge.by_hand.request import shard_bytes
 from merge.files.checkpoint_writer import BaseCheckpoint, CheckpointInfo, CheckpointWriter, write_checkpoint
@@ -95,9 +95,7 @@ def merge_flat(checked: Checked, scratch: Path, report: Report | None = None) ->
     Raises FactoryError; outputs exist complete or not at all.
     """
     inputs = Inputs(checked.base, scratch)
-    children = [
-        ExpertChild(e.name, inputs.reader(e), _extra_source(checked.extras.get(e.name))) for e in checked.experts
-    ]
+    children = [ExpertChild(e.name, inputs.reader(e), _source(checked.measured.get(e.name))) for e in checked.experts]
     base, candidate = LocalFile(checked.base.path / WEIGHTS), checked.candidate
     with _outputs(checked, scratch) as outputs:
         sinks: list[Sink] = []
@@ -131,9 +129,9 @@ def merge_stored(checked: Checked, scratch: Path, report: Report | None = None) 
     upload_base(store, checked.base)
     inputs = Inputs(checked.base, scratch)
     experts = {expert.name: _stored_expert(store, expert, inputs) for expert in checked.experts}
-    kind = checked.extra_kind
-    extras = {
-        (name, str(kind)): _stored_extra(store, extra, str(kind), scratch) for name, extra in checked.extras.items()
+    kind = checked.measurement
+    measured = {
+        (name, str(kind)): _stored_measured(store, file, str(kind), scratch) for name, file in checked.measured.items()
     }
     made = merge_stored_tree(
         store,
@@ -142,7 +140,7 @@ def merge_stored(checked: Checked, scratch: Path, report: Report | None = None) 
         DEFAULT_FAN_IN,
         checked.base.sha256,
         f"bases/{checked.base.sha256}/{WEIGHTS}",
-        extras,
+        measured,
         checked.fused,
         min(_WORKERS, len(os.sched_getaffinity(0))),
         tell=report or (lambda name, done, nodes: None),
@@ -249,9 +247,9 @@ def _find_any(store: Store, key: str) -> Manifest | None:
         return None
 
 
-def _stored_extra(store: Store, extra: Extra, kind: str, scratch: Path) -> Ref:
-    """A Fisher or Gram file as an artifact of this store."""
-    place = extra.place
+def _stored_measured(store: Store, file: MeasuredFile, kind: str, scratch: Path) -> Ref:
+    """A measurement's file as an artifact of this store."""
+    place = file.place
     if place.manifest is not None and place.store is not None and place.store.uri("") == store.uri(""):
         return Ref.of(place.manifest)
 
@@ -259,9 +257,9 @@ def _stored_extra(store: Store, extra: Extra, kind: str, scratch: Path) -> Ref:
         if place.path is not None:
             return {kind: place.path}
         assert place.store is not None
-        return {kind: place.store.download_file(place.name, scratch / f"{kind}-{extra.sha256}", extra.sha256)}
+        return {kind: place.store.download_file(place.name, scratch / f"{kind}-{file.sha256}", file.sha256)}
 
-    return Ref.of(_given(store, Recipe(f"given_{kind}", 1, {"sha256": extra.sha256}), files, scratch))
+    return Ref.of(_given(store, Recipe(f"given_{kind}", 1, {"sha256": file.sha256}), files, scratch))
 
 
 def _given(store: Store, recipe: Recipe, make: Callable[[], Mapping[str, Path]], scratch: Path) -> Manifest:
@@ -279,8 +277,8 @@ def _given(store: Store, recipe: Recipe, make: Callable[[], Mapping[str, Path]],
                 file.unlink()
 
 
-def _extra_source(extra: Extra | None) -> ByteSource | None:
-    return adapter_source(extra.place) if extra else None
+def _source(file: MeasuredFile | None) -> ByteSource | None:
+    return adapter_source(file.place) if file else None
 
 
 # -- outputs --

@@ -28,7 +28,8 @@ from torch import Tensor
 from infra.errors import MergeError
 from merge.files.stream import SafetensorsWriter, header_room
 from merge.methods.specs import LiftSpec
-from merge.methods.statistics import MAX_EXPERTS, STATISTICS, TensorStatistics, statistic_dtype
+from merge.methods.statistic_table import MAX_EXPERTS, STATISTICS
+from merge.methods.statistics import TensorStatistics, statistic_dtype
 from workers.adapters.ranged_file import RangedReader
 from workers.adapters.support import MAX_NUMEL, decode_support, encode_support
 from workers.adapters.writer import ByteSource

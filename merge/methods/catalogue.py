@@ -8,16 +8,18 @@ the lift and the lower of this one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from infra.errors import MergeError
 from merge.methods import lowering
 from merge.methods.lowering import Root
 from merge.methods.parameters import Choice, Number, Params, Value, number
-from merge.methods.statistics import MAX_EXPERTS
+from merge.methods.statistic_table import MAX_EXPERTS
+from workers.adapters.reader import AdapterReader
 from workers.adapters.support import SparseTensor
 
 if TYPE_CHECKING:
@@ -30,6 +32,20 @@ Sparsify = Literal["none", "trim", "drop", "magprune", "breadcrumbs"]
 Options = tuple[tuple[str, Value], ...]
 Lower = Callable[[Root, Params], Tensor | SparseTensor]
 LiftRule = Callable[[Params], tuple[Sparsify, Options]]
+
+
+@dataclass(frozen=True)
+class AtHand:
+    """What a method that runs a model is given: the model at W + δ of its reference in fp32; of each task the summed
+    cross-entropy of every training row by itself; and the reference's δ."""
+
+    model: nn.Module
+    losses: Sequence[Sequence[Callable[[], Tensor]]]
+    reference: AdapterReader
+
+
+ByModel = Callable[[AtHand, Params], Iterable[tuple[str, SparseTensor]]]
+"""The merged δ of each tensor, fp32, in the order of their names: tensors of the reference, in its shapes."""
 
 
 def _plain(params: Params) -> tuple[Sparsify, Options]:
@@ -48,11 +64,13 @@ class Method:
     `reference`: the method and parameters whose merged δ the lift and the lower read (one round more).
     `per_task`: the merged δ needs the task's mask at inference. `internal`: only a reference of other methods.
     `matrix`: the merged δ is made of each weight as a matrix, and dense.
+    `by_model`: the merged δ is made by running a model, from the merge that is its `reference`; it has neither `needs`
+    nor `lower`, and only a run of the pipeline, which has the tasks' rows, can make it.
     """
 
     paper: str
-    needs: tuple[str, ...]
-    lower: Lower
+    needs: tuple[str, ...] = ()
+    lower: Lower | None = None
     params: Mapping[str, Number | Choice] = field(default_factory=dict)
     lift: LiftRule = _plain
     weights: Literal["convex", "non_negative", "any"] | None = None
@@ -63,6 +81,7 @@ class Method:
     per_task: bool = False
     internal: bool = False
     matrix: bool = False
+    by_model: ByModel | None = None
 
 
 def lower(root: Root, candidate: Candidate) -> SparseTensor:
@@ -71,7 +90,10 @@ def lower(root: Root, candidate: Candidate) -> SparseTensor:
 
     Raises MergeError for a δ that is not finite, where the method does not leave that to whoever writes it.
     """
-    result = METHODS[candidate.method].lower(root, candidate.params)
+    method = METHODS[candidate.method]
+    if method.lower is None:
+        raise MergeError(f"{candidate} is not made of statistics")
+    result = method.lower(root, candidate.params)
     if isinstance(result, SparseTensor):
         return result
     return SparseTensor(root.statistics.shape, root.statistics.indices, result)

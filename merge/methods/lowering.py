@@ -16,7 +16,8 @@ from infra.errors import MergeError
 from merge.methods.parameters import Params, number
 from merge.methods.sparsify import kept, trim
 from merge.methods.spectral import Spectrum, spectrum, split_rows
-from merge.methods.statistics import TensorStatistics, values_at
+from merge.methods.statistic_table import values_at
+from merge.methods.statistics import TensorStatistics
 from workers.adapters.support import SparseTensor
 
 

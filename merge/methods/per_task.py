@@ -17,9 +17,8 @@ from torch import Tensor
 
 from infra.errors import MergeError
 from merge.methods.catalogue import METHODS
-from merge.methods.lift import tall_mask
 from merge.methods.parameters import Params, number
-from merge.methods.statistics import values_at
+from merge.methods.statistic_table import tall_mask, values_at
 from workers.adapters.support import SparseTensor
 
 PER_TASK_VERSION = 1

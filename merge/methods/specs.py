@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from infra.errors import MergeError
 from merge.methods.catalogue import METHODS, Options, Sparsify
 from merge.methods.parameters import Choice, Number, Params, Value, nearest
-from merge.methods.statistics import STATISTICS
+from merge.methods.statistic_table import STATISTICS, Lifted
 
 __all__ = [
     "Candidate",
@@ -27,6 +27,7 @@ __all__ = [
     "candidate_lift",
     "check_candidate",
     "check_served",
+    "check_without_model",
     "describe_plan",
     "plan_reductions",
     "shown_params",
@@ -45,13 +46,6 @@ LIFT_OPTIONS: dict[str, Number | Choice] = {
 
 _COUNTS = {"positive_count", "negative_count", "zero_count"}
 """Their sum is the count: exactly, as long as they are whole numbers (not weighted)."""
-_EXTRAS: dict[str, Literal["fisher", "gram"]] = {
-    "fisher": "fisher",
-    "fisher_mass": "fisher",
-    "gram": "gram",
-    "gram_count": "gram",
-    "gram_product": "gram",
-}
 _CONVEX_TOLERANCE = 1e-6
 
 
@@ -215,9 +209,14 @@ class LiftSpec:
         raise MergeError(f"this reduction sets no option {name!r}: {self}")
 
     @property
-    def extra(self) -> Literal["fisher", "gram"] | None:
-        """What the lift reads of an expert beside its adapter."""
-        return next((_EXTRAS[name] for name in self.statistics if name in _EXTRAS), None)
+    def measurement(self) -> str | None:
+        """Which measurement of an expert the lift reads beside its adapter."""
+        return next((STATISTICS[name].measurement for name in self.statistics if STATISTICS[name].measurement), None)
+
+    @property
+    def support(self) -> Callable[[Lifted], Lifted] | None:
+        """What becomes of an expert's positions before anything is lifted."""
+        return next((STATISTICS[name].support for name in self.statistics if STATISTICS[name].support), None)
 
     def recipe(self) -> dict[str, Any]:
         """JSON-able: what of this belongs in a node's key and file. Weights and reference are keyed apart."""
@@ -281,25 +280,32 @@ def plan_reductions(candidates: Sequence[Candidate]) -> tuple[Reduction, ...]:
     """The fewest reductions that these candidates need, by round; within a round in order of first appearance.
 
     Candidates share a reduction where their lifts differ in the statistics only and read the same of an expert (its
-    adapter, or its importance too: nobody else waits for that). Candidates of earlier rounds that others read are
-    included, repeated ones appear once. Every reduction holds no more statistics than its candidates read.
+    adapter, or a measurement too: nobody else waits for that). Candidates of earlier rounds that others read are
+    included, repeated ones appear once; those that are made by running a model are in none. Every reduction holds no
+    more statistics than its candidates read.
     """
     wanted: dict[Candidate, None] = {}
     for candidate in candidates:
         step: Candidate | None = candidate
         while step is not None:
-            wanted.setdefault(step)
+            if not METHODS[step.method].by_model:
+                wanted.setdefault(step)
             step = step.reference
-    groups: dict[LiftSpec, list[Candidate]] = {}
+    groups: dict[Hashable, list[Candidate]] = {}
     for candidate in sorted(wanted, key=lambda c: c.rounds):
         own = candidate_lift(candidate)
-        groups.setdefault(replace(own, statistics=(_group_name(own),)), []).append(candidate)
+        alike = replace(own, statistics=("sum",)), own.measurement, own.support
+        groups.setdefault(alike, []).append(candidate)
     return tuple(Reduction(_joint_lift(members), tuple(members), members[0].rounds) for members in groups.values())
 
 
-def _group_name(spec: LiftSpec) -> str:
-    """A statistic that stands for all that read the same of an expert."""
-    return next((name for name in spec.statistics if name in _EXTRAS), "sum")
+def check_without_model(candidate: Candidate) -> None:
+    """Raise MergeError for a candidate that only a run of the pipeline can make."""
+    if METHODS[candidate.method].by_model:
+        raise MergeError(
+            f"merge method {candidate.method!r} runs a model on rows of the experts' tasks: name it in "
+            "merge.candidates of a run (`python -m pipeline run`), which has them"
+        )
 
 
 def describe_plan(reductions: Sequence[Reduction]) -> str:

@@ -7,6 +7,8 @@ what one join of all experts gives (exactly where floating-point addition is exa
 Masses are fp32. Counts are uint8 as long as the experts joined number at most 255 and int32 above (uint16 in files): 20
 experts cost one byte a count, and a count never wraps because it cannot exceed the number of experts. In a weighted
 reduction every δ is multiplied by its expert's weight, and counts hold sums of weights and are fp32.
+
+Which there are, and how they are made of an expert, is `merge.methods.statistic_table`.
 """
 
 from __future__ import annotations
@@ -14,78 +16,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from infra.errors import MergeError
-from workers.adapters.support import SparseTensor
+from merge.methods.statistic_table import STATISTICS, count_dtype
 
 STATISTICS_VERSION = 2
 """Part of the key of every node: raise it when the same experts give other statistics."""
 
-MAX_EXPERTS = 65_535
-"""Counts are stored in at most 16 bits."""
-
 _COMPACT_BELOW = 16
 """With fewer entries than numel / 16 in all children, joining sorted indices beats a scratch of the tensor's size."""
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """One statistic: how it is joined, what it holds, and where it can differ from zero.
-
-    A `mass` is fp32 and a `count` an integer (fp32 when weighted), one a position of the support. A `matrix` is fp32 of
-    its own shape, beside the support; one without elements means that there is nothing to join.
-    `carrier` names a count: where it is zero, so is this statistic, and files leave it out.
-    """
-
-    name: str
-    operator: Literal["sum", "max"]
-    kind: Literal["mass", "count", "matrix"]
-    carrier: str | None = None
-
-
-STATISTICS: dict[str, Statistic] = {
-    s.name: s
-    for s in (
-        Statistic("sum", "sum", "mass"),
-        Statistic("count", "sum", "count"),
-        Statistic("positive_mass", "sum", "mass", "positive_count"),
-        Statistic("negative_mass", "sum", "mass", "negative_count"),
-        Statistic("positive_count", "sum", "count"),
-        Statistic("negative_count", "sum", "count"),
-        Statistic("zero_count", "sum", "count"),
-        Statistic("square_sum", "sum", "mass"),
-        Statistic("positive_max", "max", "mass", "positive_count"),
-        Statistic("negative_max", "max", "mass", "negative_count"),
-        Statistic("fisher", "sum", "mass"),
-        Statistic("fisher_mass", "sum", "mass"),
-        Statistic("agreement_count", "sum", "count"),
-        Statistic("agreeing_mass", "sum", "mass"),
-        Statistic("agreeing_weight", "sum", "mass"),
-        Statistic("gram", "sum", "matrix"),
-        Statistic("gram_count", "sum", "matrix"),
-        Statistic("gram_product", "sum", "mass"),
-    )
-}
-"""All statistics that can be asked for.
-
-Of δ: `sum`, `positive_mass` and `negative_mass` (the negative sum of negatives), `square_sum`, `positive_max` (largest
-max(δ, 0)), `negative_max` (largest max(-δ, 0)). Experts: `count` (whose support holds the position), `positive_count`,
-`negative_count`, `zero_count`. Σf and Σfδ: `fisher`, `fisher_mass`. Against the result of an earlier round:
-`agreement_count` (consensus), `agreeing_mass` and `agreeing_weight` (SCE). RegMean: `gram` [in, in], `gram_count` []
-(experts that have one) and `gram_product` (Σ δG).
-"""
-
-
-def count_dtype(experts: int) -> torch.dtype:
-    """The dtype of counts in memory for that many experts. Raises MergeError above `MAX_EXPERTS`."""
-    if experts > MAX_EXPERTS:
-        raise MergeError(f"{experts} experts in one merge; at most {MAX_EXPERTS} are supported (counts are 16 bits)")
-    return torch.uint8 if experts <= 255 else torch.int32
 
 
 def statistic_dtype(name: str, experts: int, weighted: bool = False) -> torch.dtype:
@@ -111,19 +54,6 @@ class TensorStatistics:
     def numel(self) -> int:
         """Positions of the dense tensor."""
         return math.prod(self.shape)
-
-
-def values_at(tensor: SparseTensor | None, indices: Tensor) -> Tensor:
-    """A tensor's values at flat positions (int64 [n], ascending), fp32; 0 where it has none."""
-    if tensor is None or not tensor.indices.numel():
-        return torch.zeros(indices.numel())
-    values = tensor.values.float()
-    if values.numel() == tensor.numel:
-        return values.index_select(0, indices)
-    if torch.equal(tensor.indices, indices):
-        return values
-    at = torch.searchsorted(tensor.indices, indices).clamp_(max=values.numel() - 1)
-    return values[at].mul_((tensor.indices[at] == indices).float()).add_(0.0)
 
 
 def empty(shape: Sequence[int], names: Sequence[str], weighted: bool = False) -> TensorStatistics:

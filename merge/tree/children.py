@@ -21,22 +21,24 @@ from merge.files.delta import DeltaReader
 from merge.files.node import StatisticsReader
 from merge.methods.lift import LiftInput, lift
 from merge.methods.specs import LiftSpec
-from merge.methods.statistics import STATISTICS, Accumulator, TensorStatistics, count_dtype, statistic_dtype
+from merge.methods.statistic_table import STATISTICS, count_dtype
+from merge.methods.statistics import Accumulator, TensorStatistics, statistic_dtype
 from merge.tree.prefetch import Load, prefetch
-from workers.adapters.importance_file import FisherReader, GramReader
 from workers.adapters.support import SparseTensor
 from workers.adapters.writer import ByteSource
+from workers.measuring.catalogue import MEASUREMENTS
+from workers.measuring.measurement import Measured
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ExpertChild:
-    """An expert as a node's child. `extra`: its Fisher or Gram file, for reductions that read one."""
+    """An expert as a node's child. `measured`: the file of its measurement, for reductions that read one."""
 
     name: str
     reader: DeltaReader
-    extra: ByteSource | None = None
+    measured: ByteSource | None = None
 
 
 @dataclass(frozen=True)
@@ -66,35 +68,23 @@ class _Expert:
         self.shape, self.count = child.reader.shape, child.reader.count
         self._reader, self._spec = child.reader, spec
         self._weight = spec.weight_of(child.name)
-        self._fisher: FisherReader | None = None
-        self._gram: GramReader | None = None
-        if spec.extra is not None:
-            self._open_extra(child, spec.extra)
+        self._measured = self._open(child, spec.measurement) if spec.measurement else None
 
-    def _open_extra(self, child: ExpertChild, kind: str) -> None:
-        if child.extra is None:
+    def _open(self, child: ExpertChild, kind: str) -> Measured:
+        """The file of the expert's measurement. Raises MergeError where it is missing or another expert's."""
+        if child.measured is None:
             raise MergeError(f"{self.what} has no {kind} file, which this reduction reads")
         try:
-            if kind == "fisher":
-                self._fisher = FisherReader(child.extra)
-            else:
-                self._gram = GramReader(child.extra)
+            found = MEASUREMENTS[kind].open(child.measured)
         except AdapterError as error:
             raise AdapterError(f"{self.what}: {error}") from error
-        found = self._fisher or self._gram
-        assert found is not None
         where = f"the {kind} file of {self.what}"
         if found.meta.base_sha256 != self.base_sha256:
             raise MergeError(f"{where} is for base {found.meta.base_sha256[:12]}…, not {self.base_sha256[:12]}…")
         for name in self.names:
-            if self._fisher is not None and (
-                not _has(self._fisher.names, name) or self._fisher.count(name) != self.count(name)
-            ):
-                raise MergeError(f"{where} does not hold {self.count(name)} values for {name}; measure it again")
-            if self._gram is not None and _has(self._gram.names, name):
-                shape = self.shape(name)
-                if len(shape) != 2 or self._gram.side(name) != shape[1]:
-                    raise MergeError(f"{where}: {name} is {list(shape)}, its matrix has side {self._gram.side(name)}")
+            if wrong := found.misfit(name, self.shape(name), self.count(name)):
+                raise MergeError(f"{where}: {wrong}; measure it again")
+        return found
 
     def load(self, name: str, reference: Callable[[], SparseTensor | None]) -> TensorStatistics:
         try:
@@ -104,8 +94,7 @@ class _Expert:
                 identity=self._reader.identity,
                 weight=self._weight,
                 reference=reference(),
-                fisher=self._fisher.load(name) if self._fisher else None,
-                gram=self._gram.load(name) if self._gram and _has(self._gram.names, name) else None,
+                measured=self._measured.load(name) if self._measured and _has(self._measured.names, name) else None,
             )
             return lift(item, self._spec)
         except (AdapterError, MergeError) as error:

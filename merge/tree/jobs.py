@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from infra.artifacts.manifests import Manifest, Recipe, find, publish
 from infra.engine.step import Made, Place
@@ -52,8 +52,8 @@ class ChildRef:
     name: str
     """Expert name or node label."""
     ref: Ref
-    extra: Ref | None = None
-    """An expert's Fisher or Gram artifact."""
+    measured: Ref | None = None
+    """An expert's measurement."""
     experts: tuple[str, ...] = ()
     """Names of a node's experts in this merge; its file may have been made under others."""
 
@@ -87,8 +87,8 @@ class RootJob:
     """Object name of the base's weights, for the rounding loss."""
     candidates: tuple[tuple[Candidate, Recipe], ...]
     inputs: Mapping[str, str]
-    """Digests by key of all that the merges are functions of: experts, their extras, the reference. Not of the nodes
-    between, which other candidates' needs may have made otherwise."""
+    """Digests by key of all that the merges are functions of: experts, their measurements, the reference. Not of the
+    nodes between, which other candidates' needs may have made otherwise."""
     fused: Fused = field(default_factory=dict)
 
     def __call__(self, store: Store, place: Place) -> Made:
@@ -116,7 +116,7 @@ class TaskMaskJob:
 
 def consumed(children: Sequence[ChildRef], reference: Ref | None) -> dict[str, str]:
     """Digests of everything that an inner node reads, by key. Raises MergeError as `digests_of`."""
-    read = [child.ref for child in children] + [child.extra for child in children if child.extra]
+    read = [child.ref for child in children] + [child.measured for child in children if child.measured]
     return digests_of([*read, *([reference] if reference else [])])
 
 
@@ -197,19 +197,25 @@ def _publish_merged(
     seconds: float,
     licences: Mapping[str, list[str]],
 ) -> tuple[Manifest, bool]:
-    meta = {
-        "label": job.label,
+    meta = merged_meta(merged, job.label, job.base_sha256, seconds, licences)
+    return publish(store, recipe, {"adapter": file}, job.inputs, meta | {"environment": environment()})
+
+
+def merged_meta(
+    merged: MergedInfo, label: str, base_sha256: str, seconds: float, licences: Mapping[str, list[str]]
+) -> dict[str, Any]:
+    """What the manifest of a merged adapter says beside the environment. `label`: of the node that made it."""
+    return {
+        "label": label,
         **merged.candidate.to_dict(),
         "experts": len(merged.experts),
         "delta_norm": merged.norm,
         "seconds": seconds,
-        "base_sha256": job.base_sha256,
+        "base_sha256": base_sha256,
         "rounding_loss_bfloat16": merged.rounding_loss,
         "density": merged.density,
         "licenses": licences,
-        "environment": environment(),
     }
-    return publish(store, recipe, {"adapter": file}, job.inputs, meta)
 
 
 # -- masks ------------------------------------------------------------------------------------------------------
@@ -261,11 +267,11 @@ class _Inputs:
         if child.kind == "node":
             sources = tuple(ReadAhead(StoreSource(self._store, file.name, file.size)) for file in child.ref.files)
             return NodeChild(child.name, sources, child.experts)
-        extra = child.extra.files[0] if child.extra else None
+        measured = child.measured.files[0] if child.measured else None
         return ExpertChild(
             child.name,
             AdapterDelta(self._adapter(child.ref), child.name, identity=child.ref.identity or child.ref.key),
-            ReadAhead(StoreSource(self._store, extra.name, extra.size)) if extra else None,
+            ReadAhead(StoreSource(self._store, measured.name, measured.size)) if measured else None,
         )
 
     def _adapter(self, ref: Ref) -> LocalFile:

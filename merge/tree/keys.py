@@ -9,6 +9,7 @@ what the merge alone needs, as if it were the only candidate: it is found whatev
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from infra.artifacts.manifests import Recipe
 from merge.files.checkpoint_writer import CHECKPOINT_VERSION
@@ -16,41 +17,41 @@ from merge.methods.per_task import PER_TASK_VERSION
 from merge.methods.specs import Candidate, LiftSpec
 from merge.tree.reduce import NODE_VERSIONS, ROOT_VERSIONS
 from merge.tree.trie import Leaf, Node, post_order
-from workers.adapters.importance_file import IMPORTANCE_READ_VERSION
 from workers.adapters.task_mask import MASK_FILE_VERSION
+from workers.measuring.file import IMPORTANCE_READ_VERSION
 
 
 def node_recipe(
     spec: LiftSpec,
     children: Sequence[str],
     weights: Sequence[float] = (),
-    extras: Sequence[str] = (),
+    measured: Sequence[str] = (),
     reference: str | None = None,
 ) -> Recipe:
     """A node is a function of what is lifted and of its children.
 
-    `children` are their keys in the order of the tree; `weights` and `extras` (keys of Fisher or Gram artifacts) are
+    `children` are their keys in the order of the tree; `weights` and `measured` (keys of their measurements) are
     those of the children that are experts, in the same order; `reference` is the key of the merge that lift reads.
     """
     own = {"weights": list(weights) if spec.weighted else None, "reference": reference}
-    read = {"importance": IMPORTANCE_READ_VERSION} if spec.extra else {}
+    read = {"importance": IMPORTANCE_READ_VERSION} if spec.measurement else {}
     body = {"lift": spec.recipe(), "versions": {**NODE_VERSIONS, **read}, **own}
-    return Recipe("node", 1, body, (*children, *extras, *([reference] if reference else [])))
+    return Recipe("node", 1, body, (*children, *measured, *([reference] if reference else [])))
 
 
 def tree_recipes(
     spec: LiftSpec,
     tree: Node,
     experts: Mapping[str, str],
-    extras: Mapping[str, str] | None = None,
+    measured: Mapping[str, str] | None = None,
     reference: str | None = None,
 ) -> dict[str, Recipe]:
     """The recipes of the tree's nodes by label as `spec` would make them, whether or not they exist; the root is last.
 
-    `experts` and `extras` (for specs that read one) are keys by expert name. Raises KeyError for a name without a key
-    or weight.
+    `experts` and `measured` (for specs that read a measurement) are keys by expert name. Raises KeyError for a name
+    without a key or weight.
     """
-    weights, own_extras = dict(spec.weights or ()), extras or {}
+    weights, own_measured = dict(spec.weights or ()), measured or {}
     recipes: dict[str, Recipe] = {}
     for node in post_order(tree):
         leaves = [child.name for child in node.children if isinstance(child, Leaf)]
@@ -58,7 +59,7 @@ def tree_recipes(
             spec,
             [experts[child.name] if isinstance(child, Leaf) else recipes[child.label].key for child in node.children],
             [weights[name] for name in leaves] if spec.weighted else (),
-            [own_extras[name] for name in leaves] if spec.extra else (),
+            [own_measured[name] for name in leaves] if spec.measurement else (),
             reference,
         )
     return recipes
@@ -68,16 +69,23 @@ def root_key(
     spec: LiftSpec,
     tree: Node,
     experts: Mapping[str, str],
-    extras: Mapping[str, str] | None = None,
+    measured: Mapping[str, str] | None = None,
     reference: str | None = None,
 ) -> str:
     """The key of the tree's root; arguments as in `tree_recipes`."""
-    return tree_recipes(spec, tree, experts, extras, reference)[tree.label].key
+    return tree_recipes(spec, tree, experts, measured, reference)[tree.label].key
 
 
 def merged_recipe(candidate: Candidate, root: str) -> Recipe:
     """A merged adapter is a function of its own lift's statistics (`root`: `root_key` of it) and how it is lowered."""
     return Recipe("merged", 1, {**candidate.recipe(), "versions": ROOT_VERSIONS}, (root,))
+
+
+def modelled_recipe(candidate: Candidate, reference: str, rows: Sequence[Mapping[str, Any]]) -> Recipe:
+    """A merge that a model makes is a function of the merge that it starts from, which knows the base, and of each
+    task's training rows as the model is shown them."""
+    body = {**candidate.recipe(), "versions": ROOT_VERSIONS, "rows": list(rows)}
+    return Recipe("merged", 1, body, (reference,))
 
 
 def task_mask_recipe(candidate: Candidate, merged: str, expert: str) -> Recipe:

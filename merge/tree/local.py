@@ -39,7 +39,7 @@ def merge_stored(
     fan_in: int,
     base_sha256: str,
     base_weights: str | None = None,
-    extras: Mapping[tuple[str, str], Ref] | None = None,
+    measured: Mapping[tuple[str, str], Ref] | None = None,
     fused: Fused = NOT_FUSED,
     workers: Workers | int = 1,
     expiry_s: float = EXPIRY_S,
@@ -48,14 +48,14 @@ def merge_stored(
 ) -> Stored:
     """Make everything that is still missing of these merges, and of the masks of methods that need them.
 
-    `base_weights`, `fused`: as of `merge.tree.reduction.Merges`. `extras`: (expert name, "fisher" or "gram") ->
-    artifact. `workers`: how many nodes are made at a time, each with the memory of one, or who makes them. `expiry_s`:
-    of leases. `say` gets a line about each piece of work that another process is making; `tell`, what was made and how
-    many of all nodes are there. The first error is raised once the work under way has ended; what depends on it is not
-    started.
+    `base_weights`, `fused`: as of `merge.tree.reduction.Merges`. `measured`: (expert name, kind) -> its
+    measurement. `workers`: how many nodes are made at a time, each with the memory of one, or who makes them.
+    `expiry_s`: of leases. `say` gets a line about each piece of work that another process is making; `tell`, what was
+    made and how many of all nodes are there. The first error is raised once the work under way has ended; what depends
+    on it is not started.
     """
     return asyncio.run(
-        _merge(store, candidates, experts, fan_in, base_sha256, base_weights, extras or {}, fused, workers, expiry_s,
+        _merge(store, candidates, experts, fan_in, base_sha256, base_weights, measured or {}, fused, workers, expiry_s,
                say, tell)
     )  # fmt: skip
 
@@ -67,7 +67,7 @@ async def _merge(
     fan_in: int,
     base_sha256: str,
     base_weights: str | None,
-    extras: Mapping[tuple[str, str], Ref],
+    measured: Mapping[tuple[str, str], Ref],
     fused: Fused,
     workers: Workers | int,
     expiry_s: float,
@@ -77,8 +77,8 @@ async def _merge(
     async def expert(name: str) -> Ref:
         return experts[name]
 
-    async def extra(name: str, kind: str) -> Ref:
-        return extras[name, kind]
+    async def measurement(name: str, kind: str) -> Ref:
+        return measured[name, kind]
 
     async def complete(kind: str | None) -> bool:
         return True
@@ -89,8 +89,8 @@ async def _merge(
     threads = Threads(store, {"node": workers}) if isinstance(workers, int) else workers
     engine = KeyedEngine(store, threads, expiry_s, say)
     merges = Merges(
-        engine, plan_reductions(candidates), list(experts), fan_in, base_sha256, expert, extra, complete, base_weights,
-        fused, made,
+        engine, plan_reductions(candidates), list(experts), fan_in, base_sha256, expert, measurement, complete,
+        base_weights, fused, tell=made,
     )  # fmt: skip
 
     async def flow() -> Stored:

@@ -26,7 +26,14 @@ from merge.files.sink import Outline, Sink, Tee, squared_norm
 from merge.methods.catalogue import LOWER_VERSION, lower
 from merge.methods.lift import LIFT_VERSION
 from merge.methods.lowering import Root
-from merge.methods.specs import Candidate, LiftSpec, check_candidate, check_served, plan_reductions
+from merge.methods.specs import (
+    Candidate,
+    LiftSpec,
+    check_candidate,
+    check_served,
+    check_without_model,
+    plan_reductions,
+)
 from merge.methods.statistics import STATISTICS_VERSION
 from merge.tree.children import Child, DeltaReader, ExpertChild, Join, NodeChild
 from workers.adapters.ranged_file import LocalFile, RangedReader
@@ -169,7 +176,7 @@ def reduce_root(
     weights = RangedReader(base, "the base's safetensors file") if base is not None else None
     if weights:
         _check_in_base(weights, join)
-    tallies = {candidate: _Tally() for candidate in sinks}
+    tallies = {candidate: DeltaTally() for candidate in sinks}
     positions = 0
     try:
         for candidate, sink in sinks.items():
@@ -201,16 +208,7 @@ def reduce_root(
             sink.abort()
         raise
     merged_infos = tuple(
-        MergedInfo(
-            candidate=candidate,
-            experts=join.experts,
-            positions=tally.positions,
-            elements=join.elements,
-            nonzero=tally.nonzero,
-            norm=math.sqrt(tally.square),
-            rounding_loss=_ratio(tally.lost, tally.square) if weights else None,
-            bytes_written=sinks[candidate].bytes_written,
-        )
+        tally.info(candidate, join.experts, join.elements, sinks[candidate].bytes_written, weights is not None)
         for candidate, tally in tallies.items()
     )
     return RootInfo(join.experts, len(join.names), positions, join.elements, merged_infos)
@@ -236,6 +234,7 @@ def flat_merge(
     children = sorted(experts, key=lambda child: child.name)
     for candidate in candidates:
         check_candidate(candidate, [child.name for child in children])
+        check_without_model(candidate)
     plan = plan_reductions(candidates)
     read_later = {reduction.spec.reference for reduction in plan} - {None}
     if read_later and scratch is None:
@@ -294,8 +293,8 @@ class _Supports:
 
 
 @dataclass
-class _Tally:
-    """Sums over tensors for one candidate, in double precision."""
+class DeltaTally:
+    """Sums over the tensors of one merged δ, in double precision."""
 
     square: float = 0.0
     lost: float = 0.0
@@ -303,6 +302,7 @@ class _Tally:
     positions: int = 0
 
     def add(self, delta: Tensor, base: Tensor | None) -> None:
+        """`delta` fp32 [n] and the base's values there, in any dtype."""
         self.positions += delta.numel()
         self.nonzero += int(torch.count_nonzero(delta))
         for start in range(0, delta.numel(), _CHUNK):
@@ -311,6 +311,21 @@ class _Tally:
             if base is not None:
                 at = base[start : start + _CHUNK].float()
                 self.lost += squared_norm((at + own).bfloat16().float() - at - own)
+
+    def info(
+        self, candidate: Candidate, experts: tuple[str, ...], elements: int, bytes_written: int, with_base: bool
+    ) -> MergedInfo:
+        """What is known once all tensors of `elements` in all are added; `with_base`: each with the base's values."""
+        return MergedInfo(
+            candidate=candidate,
+            experts=experts,
+            positions=self.positions,
+            elements=elements,
+            nonzero=self.nonzero,
+            norm=math.sqrt(self.square),
+            rounding_loss=_ratio(self.lost, self.square) if with_base else None,
+            bytes_written=bytes_written,
+        )
 
 
 def _ratio(lost: float, square: float) -> float:

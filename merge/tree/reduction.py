@@ -1,7 +1,7 @@
 """The merges of a run as a flow: a recursion over the tree, awaited.
 
 A node is made when its children are there, while other experts still train; a later round reads the merge that it
-awaits, and nodes with Fisher or Gram artifacts await those. Where every expert is there from the start, merges are
+awaits, and nodes that read measurements of experts await those. Where every expert is there from the start, merges are
 looked for before nodes, so that a node which only they would need is not made again. Names, keys and references pass
 through, never tensors.
 """
@@ -12,7 +12,9 @@ from dataclasses import replace
 from infra.artifacts.manifests import Manifest, Recipe
 from infra.engine.once import Failed, Once, every
 from infra.engine.step import Engine, Needs, Step
-from merge.methods.specs import Candidate, LiftSpec, Reduction, candidate_lift
+from infra.errors import MergeError
+from merge.methods.catalogue import METHODS
+from merge.methods.specs import Candidate, LiftSpec, Reduction, candidate_lift, check_without_model
 from merge.tree.jobs import ChildRef, NodeJob, Ref, RootJob, TaskMaskJob, consumed, digests_of
 from merge.tree.keys import merged_recipe, node_recipe, root_key, task_mask_recipe
 from merge.tree.reduce import NOT_FUSED, Fused
@@ -35,24 +37,27 @@ class Merges:
         fan_in: int,
         base_sha256: str,
         expert: Callable[[str], Awaitable[Ref]],
-        extra: Callable[[str, str], Awaitable[Ref]],
+        measurement: Callable[[str, str], Awaitable[Ref]],
         complete: Callable[[str | None], Awaitable[bool]],
         base_weights: str | None = None,
         fused: Fused = NOT_FUSED,
+        by_model: Callable[[Candidate, Ref], Step] | None = None,
         tell: Callable[[str, Manifest], None] = lambda name, made: None,
         failed: Callable[[str, Exception], Exception] = lambda name, error: error,
     ) -> None:
-        """`expert(name)` gives an expert, `extra(name, kind)` its Fisher or Gram artifact, `complete(kind)` whether
-        every expert, and its artifact of that kind, is there without being made. `base_weights` is the object name of
-        the base's weights, for the rounding loss; `fused`, the rows of fused weights' parts.
+        """`expert(name)` gives an expert, `measurement(name, kind)` one of its measurements, `complete(kind)` whether
+        every expert, and its measurement of that kind, is there without being made. `base_weights` is the object name
+        of the base's weights, for the rounding loss; `fused`, the rows of fused weights' parts.
+        `by_model(candidate, reference)` is the step of a merge that is made by running a model, where that can be done.
 
         `tell` hears of what was made by the name of its step; `failed` says what to raise where one failed.
 
         Raises MergeError for names or a fan-in that make no tree.
         """
         self._engine, self._once, self._tell, self._failed = engine, Once(), tell, failed
-        self._expert, self._extra, self._complete = expert, extra, complete
+        self._expert, self._measurement, self._complete = expert, measurement, complete
         self._base_sha256, self._base_weights, self._fused = base_sha256, base_weights, fused
+        self._by_model = by_model
         self._reductions = tuple(reductions)
         self._of = {candidate: at for at, each in enumerate(self._reductions) for candidate in each.candidates}
         self._weights = [dict(each.spec.weights or ()) for each in self._reductions]
@@ -61,7 +66,7 @@ class Merges:
         self._nodes = len(post_order(self._tree))
         self._visited = [0] * len(self._reductions)
         self._settled: set[int] = set()  # reductions of which every merge was found
-        self._arrived: dict[str | None, set[str]] = {each.spec.extra: set() for each in self._reductions}
+        self._arrived: dict[str | None, set[str]] = {each.spec.measurement: set() for each in self._reductions}
         self.merged: dict[Candidate, Manifest] = {}
         """What is there so far, merges that only later rounds read included."""
 
@@ -77,11 +82,21 @@ class Merges:
 
     async def merge(self, candidate: Candidate) -> Manifest:
         """A candidate's merge, as soon as it is there."""
-        at = self._of[candidate]
-        existing, _ = await self._once(("existing", at), lambda: self._start(at))
-        manifest = existing.get(candidate) or (await self._once(("root", at), lambda: self._root(at)))[candidate]
+        if METHODS[candidate.method].by_model:
+            manifest = await self._once(("by model", candidate), lambda: self._modelled(candidate))
+        else:
+            at = self._of[candidate]
+            existing, _ = await self._once(("existing", at), lambda: self._start(at))
+            manifest = existing.get(candidate) or (await self._once(("root", at), lambda: self._root(at)))[candidate]
         self.merged[candidate] = manifest
         return manifest
+
+    async def _modelled(self, candidate: Candidate) -> Manifest:
+        if self._by_model is None or candidate.reference is None:
+            check_without_model(candidate)
+            raise MergeError(f"{candidate} names no merge to start from")
+        reference = Ref.of(await self.merge(candidate.reference))
+        return (await self._make(self._by_model(candidate, reference)))[0]
 
     async def mask(self, candidate: Candidate, name: str) -> Manifest:
         """An expert's mask of a method that needs the task at inference."""
@@ -95,7 +110,7 @@ class Merges:
     async def _start(self, at: int) -> tuple[dict[Candidate, Manifest], tuple[tuple[Candidate, Recipe], ...]]:
         """The reduction's merges that exist, and the recipes of the others. Nodes are begun unless all experts are
         there and all merges exist."""
-        if not await self._complete(self._reductions[at].spec.extra):
+        if not await self._complete(self._reductions[at].spec.measurement):
             self._once(("children", at), lambda: self._children(at, self._tree))
         existing, missing = await self._existing(at)
         if not missing:
@@ -149,10 +164,10 @@ class Merges:
 
     async def _child(self, at: int, child: Node | Leaf) -> ChildRef:
         if isinstance(child, Leaf):
-            ref, extra = await self._leaf(at, child.name)
-            return ChildRef("expert", child.name, ref, extra)
+            ref, measured = await self._leaf(at, child.name)
+            return ChildRef("expert", child.name, ref, measured)
         children = await self._children(at, child)
-        if len(self._arrived[self._reductions[at].spec.extra]) == len(self._names):
+        if len(self._arrived[self._reductions[at].spec.measurement]) == len(self._names):
             await self._once(("existing", at), lambda: self._start(at))  # a last expert may be one that was known
         if at in self._settled:
             raise Failed(f"node {child.label} is not needed")
@@ -174,14 +189,14 @@ class Merges:
     # -- what a reduction reads ---------------------------------------------------------------------------------
 
     async def _leaf(self, at: int, name: str) -> tuple[Ref, Ref | None]:
-        kind = self._reductions[at].spec.extra
+        kind = self._reductions[at].spec.measurement
         ref = await self._expert(name)
-        extra = None if kind is None else await self._extra(name, kind)
+        measured = None if kind is None else await self._measurement(name, kind)
         self._arrived[kind].add(name)
-        return ref, extra
+        return ref, measured
 
     async def _leaves(self, at: int) -> Mapping[str, tuple[Ref, Ref | None]]:
-        kind = self._reductions[at].spec.extra
+        kind = self._reductions[at].spec.measurement
 
         async def all_leaves() -> Mapping[str, tuple[Ref, Ref | None]]:
             return dict(zip(self._names, await every(*(self._leaf(at, name) for name in self._names)), strict=True))
@@ -195,17 +210,17 @@ class Merges:
     async def _inputs(self, at: int) -> dict[str, str]:
         """Digests of all that the reduction's merges are functions of."""
         leaves, reference = (await self._leaves(at)).values(), await self._reference(at)
-        read = [ref for ref, _ in leaves] + [extra for _, extra in leaves if extra is not None]
+        read = [ref for ref, _ in leaves] + [measured for _, measured in leaves if measured is not None]
         return digests_of([*read, *([reference] if reference else [])])
 
     async def _root_keys(self, at: int) -> dict[LiftSpec, str]:
         """The root's key for each distinct lift of the reduction's candidates."""
         leaves, reference = await self._leaves(at), await self._reference(at)
         experts = {name: ref.key for name, (ref, _) in leaves.items()}
-        extras = {name: extra.key for name, (_, extra) in leaves.items() if extra is not None}
+        measured = {name: each.key for name, (_, each) in leaves.items() if each is not None}
         lifts = {candidate_lift(candidate) for candidate in self._reductions[at].candidates}
         after = reference.key if reference else None
-        return {lift: root_key(lift, self._tree, experts, extras, after) for lift in lifts}
+        return {lift: root_key(lift, self._tree, experts, measured, after) for lift in lifts}
 
     def _node_recipe(self, at: int, children: Sequence[ChildRef], reference: Ref | None) -> Recipe:
         spec = self._reductions[at].spec
@@ -214,7 +229,7 @@ class Merges:
             spec,
             [child.ref.key for child in children],
             [self._weights[at][child.name] for child in experts] if spec.weighted else (),
-            [child.extra.key for child in experts if child.extra],
+            [child.measured.key for child in experts if child.measured],
             reference.key if reference else None,
         )
 

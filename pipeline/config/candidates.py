@@ -11,6 +11,7 @@ from infra.errors import ConfigError
 from merge.methods.catalogue import METHODS
 from merge.methods.parameters import Value
 from merge.methods.specs import Candidate, check_candidate, describe_plan, plan_reductions
+from pipeline.config.expert_kinds import EXPERT_KINDS
 from pipeline.config.model import CandidateConfig, PipelineConfig, Weights
 from pipeline.config.search import plan_rungs
 
@@ -51,9 +52,14 @@ def list_candidates(config: PipelineConfig, rows: Mapping[str, int] | None = Non
             for weights in _weights(entry):
                 candidate = Candidate(entry.method, params, shares if weights == "training_rows" else weights)
                 check_candidate(candidate, experts)
+                if METHODS[entry.method].by_model and config.objective == "classification":
+                    raise ConfigError(
+                        f"merge method {entry.method!r} runs one model on the rows of all tasks, but in a "
+                        "classification every task has a head of its own: leave it out"
+                    )
                 found[candidate] = None
     notes = []
-    if config.expert != "sparse" or config.mask.shared:
+    if EXPERT_KINDS[config.expert].everywhere or config.mask.shared:
         for candidate in [candidate for candidate in found if _same_on_one_support(candidate) in found]:
             del found[candidate]
             notes.append(

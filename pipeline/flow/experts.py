@@ -9,7 +9,7 @@ from infra.artifacts.manifests import Manifest
 from infra.engine.once import Failed
 from merge.tree.jobs import Ref
 from pipeline.flow.context import Flow, reason
-from pipeline.flow.steps import EXPERTS, expected_tokens, expert_step, importance_step, support_step
+from pipeline.flow.steps import EXPERTS, expected_tokens, expert_step, measurement_step, support_step
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ async def _expert(flow: Flow, task: str) -> Manifest:
     return manifest
 
 
-async def extra(flow: Flow, task: str, kind: str) -> Manifest:
-    """The Fisher or Gram artifact of a task's expert. Raises Failed."""
-    return await flow.once((kind, task), lambda: _extra(flow, task, kind))
+async def measurement(flow: Flow, task: str, kind: str) -> Manifest:
+    """A measurement of a task's expert. Raises Failed."""
+    return await flow.once((kind, task), lambda: _measurement(flow, task, kind))
 
 
-async def _extra(flow: Flow, task: str, kind: str) -> Manifest:
-    step = importance_step(flow.inputs, task, kind, await expert(flow, task))
+async def _measurement(flow: Flow, task: str, kind: str) -> Manifest:
+    step = measurement_step(flow.inputs, task, kind, await expert(flow, task))
     manifest, made = await flow.make(step, f"measuring {kind} of {task!r}")
     if made and flow.engine.known(manifest):
         flow.display.line(f"{kind} of {task}: {manifest.meta['rows']} rows")
@@ -85,9 +85,9 @@ async def expert_ref(flow: Flow, task: str) -> Ref:
     return Ref.of(await expert(flow, task))
 
 
-async def extra_ref(flow: Flow, task: str, kind: str) -> Ref:
-    """What is measured of an expert, for merging."""
-    return Ref.of(await extra(flow, task, kind))
+async def measurement_ref(flow: Flow, task: str, kind: str) -> Ref:
+    """A measurement of an expert, for merging."""
+    return Ref.of(await measurement(flow, task, kind))
 
 
 async def complete(flow: Flow, kind: str | None) -> bool:
@@ -97,5 +97,5 @@ async def complete(flow: Flow, kind: str | None) -> bool:
         return False
     if kind is None:
         return True
-    steps = [importance_step(flow.inputs, task, kind, manifest) for task, manifest in there.items()]
+    steps = [measurement_step(flow.inputs, task, kind, manifest) for task, manifest in there.items()]
     return None not in await flow.engine.find([(step.keys[0], step.inputs) for step in steps])

@@ -8,6 +8,7 @@ from merge.methods.specs import Candidate, plan_reductions
 from merge.tree.reduction import Merges
 from pipeline.flow import experts
 from pipeline.flow.context import Flow
+from pipeline.flow.steps import modelled_step
 
 
 def merges_of(flow: Flow) -> Merges:
@@ -20,10 +21,11 @@ def merges_of(flow: Flow) -> Merges:
         config.merge.fan_in,
         inputs.base.sha256,
         partial(experts.expert_ref, flow),
-        partial(experts.extra_ref, flow),
+        partial(experts.measurement_ref, flow),
         partial(experts.complete, flow),
         inputs.base_weights,
         inputs.fused,
+        partial(modelled_step, inputs),
         partial(_tell, flow),
         flow.failed,
     )

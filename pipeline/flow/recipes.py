@@ -6,49 +6,26 @@ keys of the inputs. Not in a key: names of tasks, resources, retries, paths, end
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 from infra.artifacts.manifests import Recipe, canonical_json
+from pipeline.config.expert_kinds import EXPERT_KINDS, derived_seed, mask_spec
 from pipeline.config.model import PipelineConfig, TrainConfig
 from pipeline.data.tasks import TaskData
-from workers.adapters.importance_file import IMPORTANCE_FILE_VERSION
-from workers.jobs.importance import IMPORTANCE_VERSION
-from workers.masks.spec import MaskSpec
+from workers.measuring.catalogue import MEASUREMENTS
+from workers.measuring.file import IMPORTANCE_FILE_VERSION
 from workers.scoring.classification import CLASSIFICATION_VERSION, ClassifySpec
 from workers.scoring.likelihood import SCORING_VERSION, EvaluateSpec
 from workers.scoring.metrics import METRIC_VERSION
 from workers.text.prompt import PromptSpec
-from workers.training.kinds import ExpertSpec, FullSpec, LoraSpec
+from workers.training.kinds import ExpertSpec
 from workers.training.loop import TRAIN_VERSION, TrainSpec
-
-
-def derived_seed(seed: int, *parts: str) -> int:
-    """A 63-bit seed that is a pure function of its arguments."""
-    digest = hashlib.sha256("\n".join([str(seed), *parts]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-DEFAULT_LEARNING_RATES: Mapping[str, float] = {"sparse": 2e-3, "lora": 2e-3, "full": 1e-4}
-"""Peak learning rates by kind of expert, the best on validation splits (docs/performance.md says of what)."""
 
 
 def expert_spec(config: PipelineConfig, data: TaskData) -> ExpertSpec:
     """The change of one expert. Random supports and factors differ between experts because their training rows do."""
-    own = data.fingerprints["train"]
-    if config.expert == "lora":
-        lora = config.lora
-        seed = derived_seed(config.seed, "lora", own)
-        return LoraSpec(config.mask.modules, lora.rank, lora.alpha, lora.dropout, seed)
-    if config.expert == "full":
-        return FullSpec(config.mask.modules)
-    return mask_spec(config, "shared" if config.mask.shared else own)
-
-
-def mask_spec(config: PipelineConfig, seeded_by: str) -> MaskSpec:
-    """The mask of a sparse expert."""
-    return config.mask.spec(derived_seed(config.seed, "mask", seeded_by))
+    return EXPERT_KINDS[config.expert].spec(config, data.fingerprints["train"])
 
 
 def training_steps(train: TrainConfig, rows: int) -> int:
@@ -62,7 +39,7 @@ def train_spec(config: PipelineConfig, data: TaskData) -> TrainSpec:
     return TrainSpec(
         steps=training_steps(train, len(data.splits["train"])),
         batch_size=train.batch_size,
-        learning_rate=train.learning_rate or DEFAULT_LEARNING_RATES[config.expert],
+        learning_rate=train.learning_rate or EXPERT_KINDS[config.expert].learning_rate,
         weight_decay=train.weight_decay,
         warmup_ratio=train.warmup_ratio,
         schedule=train.schedule,
@@ -77,11 +54,6 @@ def train_spec(config: PipelineConfig, data: TaskData) -> TrainSpec:
 def prompt_spec(config: PipelineConfig, data: TaskData) -> PromptSpec:
     """How a task's rows become inputs."""
     return PromptSpec(data.config.template, config.prompt.wrapper, config.prompt.max_input_tokens)
-
-
-def shares_scored_support(config: PipelineConfig) -> bool:
-    """Whether a support has to be made before the experts: a common seed is enough for criteria that need no data."""
-    return config.mask.shared and config.mask.spec(0).needs_data
 
 
 def pooled(config: PipelineConfig, data: TaskData) -> tuple[str, str]:
@@ -127,15 +99,15 @@ def expert_recipe(config: PipelineConfig, base_sha256: str, data: TaskData, supp
     return Recipe("expert", TRAIN_VERSION, body, (support,) if support else ())
 
 
-def importance_rows(config: PipelineConfig, data: TaskData) -> int:
-    """How many training rows of a task Fisher and Gram matrices are measured on."""
+def measured_rows(config: PipelineConfig, data: TaskData) -> int:
+    """How many training rows of a task are used to measure its expert."""
     return min(config.merge.importance_rows, len(data.splits["train"]))
 
 
-def importance_recipe(config: PipelineConfig, kind: str, expert: str, data: TaskData) -> Recipe:
-    """A Fisher or Gram artifact is a function of its expert (`expert`: its key), whose key holds rows and prompt."""
-    body = {"rows": importance_rows(config, data), "file": IMPORTANCE_FILE_VERSION}
-    return Recipe(kind, IMPORTANCE_VERSION, body, (expert,))
+def measurement_recipe(config: PipelineConfig, kind: str, expert: str, data: TaskData) -> Recipe:
+    """A measurement is a function of its expert (`expert`: its key), whose key holds rows and prompt."""
+    body = {"rows": measured_rows(config, data), "file": IMPORTANCE_FILE_VERSION}
+    return Recipe(kind, MEASUREMENTS[kind].version, body, (expert,))
 
 
 def evaluation_recipe(

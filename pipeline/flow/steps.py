@@ -4,9 +4,17 @@ The one place that knows how a configuration becomes work; plans, announcements 
 are `merge.tree.reduction`'s. What is in a key is `pipeline.flow.recipes`' business.
 """
 
+from dataclasses import asdict
+
 from infra.artifacts.manifests import Manifest
 from infra.engine.step import Needs, Step
+from merge.methods.specs import Candidate
+from merge.modelled.job import ModelledJob
 from merge.tree.export import export_job
+from merge.tree.jobs import Ref
+from merge.tree.keys import modelled_recipe
+from merge.tree.reduction import MERGES
+from pipeline.config.expert_kinds import mask_spec, shares_scored_support
 from pipeline.config.model import GIB, PipelineConfig
 from pipeline.data.tasks import TaskData
 from pipeline.flow import recipes
@@ -14,18 +22,18 @@ from pipeline.gate.opponent import Opponent
 from pipeline.records.outcome import Inputs
 from workers.jobs.evaluator import EvaluationJob
 from workers.jobs.expert import ExpertJob
-from workers.jobs.importance import ImportanceJob
+from workers.jobs.measurement import MeasurementJob, TrainingRows
 from workers.jobs.shared_support import PooledTask, SupportJob, SupportRef
 from workers.scoring.classification import ClassifySpec
 from workers.scoring.likelihood import EvaluateSpec
 from workers.text.prompt import PromptSpec
 
-SUPPORT, EXPERTS, IMPORTANCES, EVALUATIONS, CHECKPOINTS = (
+SUPPORT, EXPERTS, MEASUREMENTS, EVALUATIONS, CHECKPOINTS = (
     "support", "experts", "importances", "evaluations", "checkpoints",
 )  # fmt: skip
 REGISTRATIONS = "registrations"
 KINDS = (
-    SUPPORT, EXPERTS, IMPORTANCES, "merge_nodes", "merges", "task_masks", EVALUATIONS, CHECKPOINTS, REGISTRATIONS,
+    SUPPORT, EXPERTS, MEASUREMENTS, "merge_nodes", "merges", "task_masks", EVALUATIONS, CHECKPOINTS, REGISTRATIONS,
 )  # fmt: skip
 """What is counted, in the order of a run. Merge nodes count the roots too, and merges what roots are lowered to."""
 
@@ -36,7 +44,7 @@ def support_step(inputs: Inputs) -> Step | None:
     """Score positions on the training rows of all held-in tasks, for a support that all experts share; None where each
     has its own, or no data are needed."""
     config, tasks = inputs.config, inputs.tasks
-    if not recipes.shares_scored_support(config):
+    if not shares_scored_support(config):
         return None
     recipe = recipes.support_recipe(config, inputs.base.sha256, tasks)
     order = recipes.pooled_order(config, tasks)
@@ -48,7 +56,7 @@ def support_step(inputs: Inputs) -> Step | None:
             PooledTask(tasks[name].object_name("train"), recipes.prompt_spec(config, tasks[name])) for name in order
         ),
         max_target_tokens=config.prompt.max_target_tokens,
-        mask=recipes.mask_spec(config, "shared"),
+        mask=mask_spec(config, "shared"),
         batch_size=config.train.micro_batch_size or config.train.batch_size,
         compute_dtype=config.train.compute_dtype,
         recompute=config.train.gradient_checkpointing,
@@ -59,7 +67,7 @@ def support_step(inputs: Inputs) -> Step | None:
 
 def support_ref(config: PipelineConfig, manifest: Manifest) -> SupportRef:
     """The finished support, for experts."""
-    return SupportRef(manifest.key, manifest.digest, manifest.files["support"], recipes.mask_spec(config, "shared"))
+    return SupportRef(manifest.key, manifest.digest, manifest.files["support"], mask_spec(config, "shared"))
 
 
 def expert_step(inputs: Inputs, task: str, support: Manifest | None) -> Step:
@@ -106,26 +114,49 @@ def provenance(inputs: Inputs, data: TaskData) -> dict[str, dict[str, str]]:
     }
 
 
-def importance_step(inputs: Inputs, task: str, kind: str, expert: Manifest) -> Step:
-    """Measure the Fisher diagonal or the Gram matrices of one expert."""
-    config, data = inputs.config, inputs.tasks[task]
-    recipe = recipes.importance_recipe(config, kind, expert.key, data)
-    job = ImportanceJob(
+def measurement_step(inputs: Inputs, task: str, kind: str, expert: Manifest) -> Step:
+    """Measure one expert (`workers.measuring.catalogue`)."""
+    recipe = recipes.measurement_recipe(inputs.config, kind, expert.key, inputs.tasks[task])
+    job = MeasurementJob(
         task=task,
         recipe=recipe,
         base_sha256=inputs.base.sha256,
         adapter=expert.files["adapter"],
         expert_key=expert.key,
         expert_digest=expert.digest,
-        train_rows=data.object_name("train"),
-        rows=recipes.importance_rows(config, data),
+        rows=training_rows(inputs, task),
+        provenance=provenance(inputs, inputs.tasks[task]),
+    )
+    consumed = {expert.key: expert.digest}
+    return Step(MEASUREMENTS, f"{kind} of {task}", (recipe,), consumed, job, _EXPERT, kind)
+
+
+def training_rows(inputs: Inputs, task: str) -> TrainingRows:
+    """Training rows of a task, as a model is shown them once it is trained."""
+    config, data = inputs.config, inputs.tasks[task]
+    return TrainingRows(
+        name=data.object_name("train"),
+        count=recipes.measured_rows(config, data),
         prompt=recipes.prompt_spec(config, data),
         max_target_tokens=config.prompt.max_target_tokens,
         labels=data.labels if config.objective == "classification" else None,
-        provenance=provenance(inputs, data),
     )
-    consumed = {expert.key: expert.digest}
-    return Step(IMPORTANCES, f"{kind} of {task}", (recipe,), consumed, job, _EXPERT, kind)
+
+
+def modelled_step(inputs: Inputs, candidate: Candidate, reference: Ref) -> Step:
+    """A merge that is made by running a model, from the merge that is its reference."""
+    rows = sorted((training_rows(inputs, task) for task in inputs.config.held_in), key=lambda rows: rows.name)
+    job = ModelledJob(
+        candidate=candidate,
+        recipe=modelled_recipe(candidate, reference.key, [asdict(each) for each in rows]),
+        base_sha256=inputs.base.sha256,
+        base_weights=inputs.base_weights,
+        reference=reference,
+        experts=tuple(sorted(inputs.config.held_in)),
+        rows=tuple(rows),
+    )
+    needs = Needs("evaluator", base=inputs.base.sha256)
+    return Step(MERGES, f"merge {candidate}", (job.recipe,), job.inputs, job, needs, "adapter")
 
 
 def base_models(config: PipelineConfig) -> tuple[tuple[str, int], ...]:

@@ -22,11 +22,12 @@ from pipeline.flow.rehearse import Forecast
 from pipeline.plan.cluster import slots_of
 from pipeline.plan.preflight import Cost
 from pipeline.records.results import Results
+from workers.measuring.catalogue import MEASUREMENTS
 
 _SECONDS = 20  # for Ray's dashboard to answer
 _MANIFESTS: Mapping[str, tuple[str, ...]] = {
     "support": ("support",),
-    "importances": ("fisher", "gram"),
+    "importances": tuple(MEASUREMENTS),
     "merge_nodes": ("node", "merged"),
     "merges": ("merged",),
     "task_masks": ("task_mask",),

@@ -10,7 +10,8 @@ from math import prod
 from merge.methods.catalogue import METHODS
 from merge.methods.specs import LiftSpec, Reduction
 from merge.methods.spectral import CHUNK_BYTES
-from merge.methods.statistics import STATISTICS, statistic_dtype
+from merge.methods.statistic_table import STATISTICS
+from merge.methods.statistics import statistic_dtype
 
 _INDEX_BYTES = 8
 _COPIES = 4
@@ -59,11 +60,12 @@ def _bytes(spec: LiftSpec, shape: tuple[int, int], experts: int, union: float, d
     elementwise = [name for name in spec.statistics if STATISTICS[name].kind != "matrix"]
     width = sum(statistic_dtype(name, experts, spec.weighted).itemsize for name in elementwise)
     reads = _INDEX_BYTES + 4 if spec.reference else 0
-    gram = spec.extra == "gram"  # its statistics cover every position
+    full = any(STATISTICS[name].full for name in spec.statistics)
     position = _COPIES * (_INDEX_BYTES + width) + reads + _PER_POSITION
     element = width + _PER_ELEMENT
-    matrix = _PER_MATRIX_ELEMENT * shape[1] ** 2 if gram else 0
+    matrices = any(STATISTICS[name].kind == "matrix" for name in spec.statistics)
+    matrix = _PER_MATRIX_ELEMENT * shape[1] ** 2 if matrices else 0
     if dense:
         element += _PER_DENSE_ELEMENT
         matrix += _PER_SIDE * min(shape) ** 2 + 2 * min(CHUNK_BYTES, 8 * prod(shape))
-    return round(prod(shape) * (element + (1.0 if gram else union) * position)) + matrix
+    return round(prod(shape) * (element + (1.0 if full else union) * position)) + matrix

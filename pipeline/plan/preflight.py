@@ -7,7 +7,7 @@ splits, base, modules and blocks, then disk, memory and cluster.
 import math
 import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,9 +24,10 @@ from merge.methods.catalogue import METHODS
 from merge.methods.specs import Reduction, plan_reductions
 from merge.tree.reduce import Fused
 from pipeline.config.candidates import Candidates, list_candidates, merge_plan
+from pipeline.config.expert_kinds import EXPERT_KINDS
 from pipeline.config.model import GIB, PipelineConfig
 from pipeline.data.tasks import TaskData, learned_elsewhere, load_tasks
-from pipeline.flow.recipes import expert_spec, prompt_spec, shares_scored_support, train_spec
+from pipeline.flow.recipes import prompt_spec, train_spec
 from pipeline.flow.registration import CHECKPOINT, MERGED
 from pipeline.plan.cluster import slots_of
 from pipeline.plan.node_memory import largest_node
@@ -36,17 +37,13 @@ from workers.base.cache import cache_dir
 from workers.base.load import load_classifier_tokenizer, load_tokenizer
 from workers.base.modules import find_targets, stacked_rows
 from workers.base.prepare import PreparedBase, prepare_base, upload_base
-from workers.jobs.importance import GRAM_BYTES
-from workers.masks.spec import MaskSpec, accumulator_bytes, trainable_elements, unit_of
+from workers.measuring.catalogue import MEASUREMENTS
 from workers.scoring.classification import encode_labelled
 from workers.text.prompt import encode_examples, target_token_cap
-from workers.training.kinds import LoraSpec, check_whole
 from workers.training.objectives import CHUNK_LOGITS
 
 PROCESS_GIB = 0.9
 """Resident size of a worker with torch and transformers imported, measured, before it loads a base."""
-BYTES_PER_VALUE = {"element": 24, "block": 20, "lora": 16}
-"""Training state per trained value: value, gradient, two moments; in place the original too; for elements the index."""
 
 
 def check_services(config: PipelineConfig, store: Store) -> None:
@@ -139,13 +136,11 @@ class Prepared:
             "objective": config.objective,
             "expert": config.expert,
             "fan_in": config.merge.fan_in,
-            **{f"mask.{name}": value for name, value in config.mask.model_dump().items()},
-            **(
-                {f"lora.{name}": value for name, value in config.lora.model_dump().items()}
-                if config.expert == "lora"
-                else {}
-            ),
-            **{f"train.{name}": value for name, value in config.train.model_dump().items()},
+            **{
+                f"{section}.{name}": value
+                for section in dict.fromkeys(["mask", EXPERT_KINDS[config.expert].section, "train"])
+                for name, value in getattr(config, section).model_dump().items()
+            },
         }
 
     def check_cluster(self, nodes: list[dict[str, Any]], console: Console) -> int:
@@ -229,7 +224,7 @@ def expected_cost(config: PipelineConfig, base: PreparedBase, tasks: dict[str, T
     classifies = config.objective == "classification"
     structure = AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
     model = _empty_model(structure, classifies)
-    trainable, adapted, state_bytes = _trained(config, model, tasks[next(iter(config.held_in))])
+    trainable, adapted, state_bytes = _trained(config, model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tokenizer = load_classifier_tokenizer(base.path) if classifies else load_tokenizer(base.path)
     tokens, longest = {}, 0
@@ -253,20 +248,20 @@ def expected_cost(config: PipelineConfig, base: PreparedBase, tasks: dict[str, T
     rows = min(config.train.micro_batch_size or config.train.batch_size, config.train.batch_size)
     activations = rows * longest * saved * width + (0 if classifies else 2 * 4 * CHUNK_LOGITS)
     worker = PROCESS_GIB * GIB + parameters * width + state_bytes + activations
-    dense = config.expert != "sparse"
-    union = adapted * (1 if dense else 1 - (1 - config.mask.density) ** len(config.held_in))
+    everywhere = EXPERT_KINDS[config.expert].everywhere
+    union = adapted * (1 if everywhere else 1 - (1 - config.mask.density) ** len(config.held_in))
     listed = list_candidates(config).all
     reductions = plan_reductions(listed)
     check_node_memory(config, reductions, model)
-    extras = {reduction.spec.extra for reduction in reductions}
-    measuring, measured = _importance_bytes(config, model, trainable, extras)
-    if measured:  # one row at a time, in fp32
-        worker = max(worker, PROCESS_GIB * GIB + parameters * 4 + measuring + longest * saved * 4)
+    kinds = {reduction.spec.measurement for reduction in reductions} - {None}
+    measured = [MEASUREMENTS[str(kind)].needed(adapted_shapes(config, model), trainable) for kind in kinds]
+    for each in measured:  # one row at a time, in fp32
+        worker = max(worker, PROCESS_GIB * GIB + parameters * 4 + each.memory + longest * saved * 4)
     merges = 4.2 * sum(adapted if METHODS[candidate.method].matrix else union for candidate in listed)
     stored = {
         "base": parameters * 2,
         "experts": len(config.held_in) * trainable * 3.2,
-        "importances": len(config.held_in) * measured,
+        "importances": len(config.held_in) * sum(each.file for each in measured),
         "merge_nodes": union * 2 * 11 * len(reductions),
         "merges": merges,
         "checkpoints": parameters * 4 if config.merge.export else 0,
@@ -289,56 +284,36 @@ def _empty_model(structure: Any, classifies: bool) -> Any:
     return model
 
 
-def _trained(config: PipelineConfig, model: Any, data: TaskData) -> tuple[int, int, int]:
+def _trained(config: PipelineConfig, model: Any) -> tuple[int, int, int]:
     """Trained values of an expert, weights in its modules, and bytes of its training state."""
-    spec, train = expert_spec(config, data), config.train
-    targets = find_targets(model, spec.modules)
-    for name, target in targets.items():
-        kind = type(target.module)
-        if config.expert != "lora" and kind.forward is not torch.nn.Linear.forward:
+    kind, modules = EXPERT_KINDS[config.expert], config.mask.modules
+    for name, target in find_targets(model, modules).items():
+        module = type(target.module)
+        if kind.in_place and module.forward is not torch.nn.Linear.forward:
             raise ConfigError(
-                f"{name} is a {kind.__name__} with a forward of its own: only plain linear modules are trained in "
+                f"{name} is a {module.__name__} with a forward of its own: only plain linear modules are trained in "
                 "place; narrow mask.modules, or take expert=lora"
             )
         if config.objective == "classification" and not name.startswith(f"{model.base_model_prefix}."):
-            raise ConfigError(f"mask.modules {spec.modules!r} matches {name}: the head is trained in full; narrow it")
-    copies = 1 + bool(train.checkpoint_every)  # of values and positions: the best ones, and a state while it is saved
-    if isinstance(spec, MaskSpec):
-        trainable, adapted = trainable_elements(model, spec)
-        per_value = BYTES_PER_VALUE["element" if unit_of(spec, (1, 1)) is None else "block"] + 4 * copies
-        selecting = 4 * adapted if shares_scored_support(config) else accumulator_bytes(model, spec)
-        return trainable, adapted, trainable * per_value + selecting
-    adapted = sum(target.shape[0] * target.shape[1] for target in targets.values())
-    if isinstance(spec, LoraSpec):
-        for name, target in targets.items():
-            check_whole(name, target, spec.modules)
-        trainable = sum(spec.rank * sum(target.module.weight.shape) for target in targets.values())
-        return trainable, adapted, trainable * (BYTES_PER_VALUE["lora"] + 4 * copies)
-    return adapted, adapted, adapted * (BYTES_PER_VALUE["block"] + 4 * copies)
+            raise ConfigError(f"mask.modules {modules!r} matches {name}: the head is trained in full; narrow it")
+    size = kind.size(model, config)
+    copies = 1 + bool(config.train.checkpoint_every)  # of values and positions: the best, and a state while it is saved
+    return size.trainable, size.adapted, size.trainable * (size.per_value + 4 * copies) + size.beside
 
 
-def _importance_bytes(
-    config: PipelineConfig, model: Any, trainable: int, extras: Collection[str | None]
-) -> tuple[int, int]:
-    """Bytes of the sums while an expert's Fisher or Gram matrices are measured, and of their files. At most: weights
-    that share an input share a Gram matrix."""
-    squares = 0
-    if "gram" in extras:
-        squares = sum(t.module.weight.shape[1] ** 2 for t in find_targets(model, config.mask.modules).values())
-    fisher = trainable if "fisher" in extras else 0
-    return max(8 * fisher, min(8 * squares, GRAM_BYTES)), 2 * fisher + 2 * squares
+def adapted_shapes(config: PipelineConfig, model: Any) -> dict[str, tuple[int, int]]:
+    """[out, in] of each weight that experts change, by name."""
+    weights = {f"{name}.weight": t.module.weight for name, t in find_targets(model, config.mask.modules).items()}
+    return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
 
 
 def check_node_memory(config: PipelineConfig, reductions: Sequence[Reduction], model: Any) -> None:
     """Raises ConfigError if a merge node needs more memory than it reserves."""
     mask, experts = config.mask, len(config.held_in)
     union = 1.0
-    if config.expert == "sparse" and mask.budget == "tensor":  # a global budget may fill a tensor
+    if not EXPERT_KINDS[config.expert].everywhere and mask.budget == "tensor":  # a global budget may fill a tensor
         union = mask.density if mask.shared else 1 - (1 - mask.density) ** experts
-    targets = find_targets(model, mask.modules)
-    weights = {f"{name}.weight": target.module.weight for name, target in targets.items()}
-    shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
-    need = largest_node(reductions, shapes, experts, union)
+    need = largest_node(reductions, adapted_shapes(config, model), experts, union)
     needed, reserved = need.bytes / GIB + PROCESS_GIB, config.resources.node.memory_gib
     if needed > reserved:
         raise ConfigError(

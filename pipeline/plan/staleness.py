@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from infra.artifacts.manifests import Manifest, Readable, Recipe, canonical_json, manifest_name, peek
+from pipeline.config.expert_kinds import EXPERT_KINDS, derived_seed
 from pipeline.config.model import PipelineConfig
 from pipeline.data.tasks import TaskData
-from pipeline.flow.recipes import DEFAULT_LEARNING_RATES, derived_seed, pooled, training_steps
+from pipeline.flow.recipes import pooled, training_steps
 from workers.text.rows import Row
 
 Rows = Callable[[str], Sequence[Row] | None]
@@ -100,7 +101,7 @@ def _shown(value: Any) -> str:
 
 def _kind_fields(kind: str, now: Mapping[str, Any]) -> dict[str, str]:
     """Configuration paths of what a kind of expert is made of; the modules are named in `mask` for all of them."""
-    section = "lora" if kind == "lora" else "mask"
+    section = EXPERT_KINDS[kind].section
     return {f"{'mask' if name == 'modules' else section}.{name}": name for name in now[kind] if name != "seed"}
 
 
@@ -111,7 +112,8 @@ def _training(
     old = dict(then.get("train", {}))
     skipped = {"seed"}
     if config.train.learning_rate is None and not same_kind:
-        skipped |= {"learning_rate"} if old.get("learning_rate") == DEFAULT_LEARNING_RATES.get(then["kind"]) else set()
+        kind = EXPERT_KINDS.get(then["kind"])
+        skipped |= {"learning_rate"} if kind and old.get("learning_rate") == kind.learning_rate else set()
     paths = {f"train.{name}": name for name in now["train"] if name not in skipped}
     if config.train.epochs is not None:
         before = rows(then.get("data", {}).get("train", ""))

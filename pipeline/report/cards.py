@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from infra.artifacts.manifests import Manifest
 from infra.registry.models import VERSION_MARK
 from infra.registry.runs import model_name
+from pipeline.config.expert_kinds import EXPERT_KINDS
 from pipeline.config.model import PipelineConfig
 from pipeline.data.tasks import TaskData
 from pipeline.records.outcome import Inputs, Outcome
@@ -120,15 +121,7 @@ def _merge(
 
 def change(config: PipelineConfig) -> str:
     """What an expert changes, in words."""
-    mask, lora = config.mask, config.lora
-    if config.expert == "lora":
-        return f"factors of rank {lora.rank}, alpha {lora.alpha:g}"
-    if config.expert == "full":
-        return "every weight"
-    shared = "one support for all experts, " if mask.shared else ""
-    return (
-        f"{shared}{mask.criterion} ({mask.keep}), {mask.granularity}, density {mask.density:g} ({mask.budget} budget)"
-    )
+    return EXPERT_KINDS[config.expert].describe(config)
 
 
 # -- scores -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 from infra.engine.keyed import QUERIES, KeyedEngine
 from infra.engine.once import Failed
 from infra.errors import ExpertError, FactoryError
-from merge.tree.reduction import MASKS, NODES, Merges
+from merge.tree.reduction import MASKS, MERGES, NODES, Merges
 from pipeline.flow import recipes
 from pipeline.flow.context import Flow
 from pipeline.flow.merges import merges_of
@@ -95,7 +95,7 @@ def _fill(outcome: Outcome, engine: KeyedEngine) -> None:
             setattr(counts, kind, found[kind])
     outcome.spans = list(tally.spans[EXPERTS])
     outcome.seconds["experts"] = span(outcome.spans)
-    outcome.seconds["merge"] = tally.seconds[NODES] + tally.seconds[MASKS]
+    outcome.seconds["merge"] = tally.seconds[NODES] + tally.seconds[MASKS] + tally.seconds[MERGES]
     outcome.seconds["evaluate"] = tally.seconds[EVALUATIONS]
 
 

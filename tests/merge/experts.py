@@ -9,10 +9,12 @@ from merge.files.merged import AdapterDelta
 from merge.methods.catalogue import METHODS
 from merge.methods.specs import Candidate
 from merge.tree.reduce import DeltaReader, ExpertChild
-from workers.adapters.importance_file import FisherWriter, GramWriter, ImportanceMeta
 from workers.adapters.ranged_file import LocalFile
 from workers.adapters.support import SparseTensor
 from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, save_adapter
+from workers.measuring.file import MeasuredOn
+from workers.measuring.fisher import FisherWriter
+from workers.measuring.gram import GramWriter
 
 BASE = "b" * 64
 SHAPES = {"l0.v.weight": (6, 10), "l0.up.weight": (8, 16), "l1.v.weight": (6, 10)}
@@ -36,11 +38,11 @@ def make_experts(folder: Path, names: Iterable[str], seed: int = 0, skip: str = 
     return paths
 
 
-def make_extra(kind: str, adapter: Path) -> Path:
+def make_measured(kind: str, adapter: Path) -> Path:
     """A Fisher or Gram file beside an adapter, with dyadic values; those of a Fisher file have a norm of 8."""
     reader = AdapterReader(FileSource(adapter))
     out = adapter.with_suffix(f".{kind}")
-    meta = ImportanceMeta(BASE, "a" * 64, 8)
+    meta = MeasuredOn(BASE, "a" * 64, 8)
     if kind == "fisher":
         with FisherWriter(out, meta, reader.names) as fisher:
             for name in reader.names:
@@ -59,10 +61,14 @@ def make_extra(kind: str, adapter: Path) -> Path:
     return out
 
 
-def children(paths: Mapping[str, Path], extra: str | None = None) -> list[ExpertChild]:
+def children(paths: Mapping[str, Path], measurement: str | None = None) -> list[ExpertChild]:
     """The experts as a node's children, in the mapping's order."""
     return [
-        ExpertChild(name, AdapterDelta(LocalFile(path), name), LocalFile(make_extra(extra, path)) if extra else None)
+        ExpertChild(
+            name,
+            AdapterDelta(LocalFile(path), name),
+            LocalFile(make_measured(measurement, path)) if measurement else None,
+        )
         for name, path in paths.items()
     ]
 
@@ -79,7 +85,7 @@ class Only:
 
 def only(children: Sequence[ExpertChild], names: Sequence[str]) -> list[ExpertChild]:
     """The experts with these tensors alone."""
-    return [ExpertChild(child.name, Only(child.reader, names), child.extra) for child in children]
+    return [ExpertChild(child.name, Only(child.reader, names), child.measured) for child in children]
 
 
 def default_candidate(method: str, names: Iterable[str]) -> Candidate:

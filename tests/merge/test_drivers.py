@@ -49,7 +49,7 @@ def assert_no_leftovers(experts: Experts) -> None:
     store = experts.store
     assert list(store.list("leases/")) == []
     published = {ref.name for manifest in manifests(store) for ref in manifest.files.values()}
-    given = {ref.files[0].name for ref in [*experts.refs.values(), *experts.extras.values()]}
+    given = {ref.files[0].name for ref in [*experts.refs.values(), *experts.measured.values()]}
     assert set(store.list("objects/")) == published | given
 
 

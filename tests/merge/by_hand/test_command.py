@@ -25,12 +25,14 @@ from merge.files.checkpoint_writer import CheckpointWriter
 from merge.methods.catalogue import METHODS
 from merge.tree.jobs import Ref
 from tests.e2e.conftest import write_tiny_base
-from workers.adapters.importance_file import FisherWriter, GramWriter, ImportanceMeta
 from workers.adapters.support import SparseTensor
 from workers.adapters.task_mask import MaskReader
 from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, save_adapter
 from workers.base.cache import cache_dir
 from workers.base.prepare import PreparedBase, prepare_base
+from workers.measuring.file import MeasuredOn
+from workers.measuring.fisher import FisherWriter
+from workers.measuring.gram import GramWriter
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 V = "model.layers.1.self_attn.v_proj.weight"
@@ -254,7 +256,7 @@ def test_a_configuration_file(merge: Callable[..., Result], folder: Path, model:
 def test_every_method(merge: Callable[..., Result], folder: Path, base: PreparedBase, method: str) -> None:
     given = []
     for at in range(2):
-        meta = ImportanceMeta(base.sha256, file_sha256(folder / f"e{at}.safetensors"), 8)
+        meta = MeasuredOn(base.sha256, file_sha256(folder / f"e{at}.safetensors"), 8)
         with FisherWriter(folder / f"f{at}", meta, list(SHAPES)) as fisher:
             for name in SHAPES:
                 fisher.add(name, torch.rand(300, generator=torch.Generator().manual_seed(at)))

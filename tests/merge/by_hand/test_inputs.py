@@ -20,12 +20,16 @@ from merge.by_hand.inputs import find_experts as read_experts
 from merge.by_hand.outputs import output, prepare
 from merge.by_hand.request import MergeRequest, read_request
 from merge.by_hand.sources import locate, name_experts, split_expert
+from merge.commands import main
 from tests.e2e.conftest import write_tiny_base
-from workers.adapters.importance_file import FisherWriter, GramWriter, ImportanceMeta
 from workers.adapters.support import SparseTensor
 from workers.adapters.writer import AdapterMeta, AdapterReader, save_adapter
 from workers.base.cache import cache_dir
 from workers.base.prepare import PreparedBase, prepare_base
+from workers.measuring.catalogue import MEASUREMENTS
+from workers.measuring.file import MeasuredOn
+from workers.measuring.fisher import FisherWriter
+from workers.measuring.gram import GramWriter
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 V = "model.layers.1.self_attn.v_proj.weight"
@@ -285,7 +289,7 @@ class TestRefused:
 def write_fisher(
     path: Path, base: PreparedBase, adapter_sha256: str, count: int = 40, names: tuple[str, ...] = (Q, V)
 ) -> str:
-    with FisherWriter(path, ImportanceMeta(base.sha256, adapter_sha256, 8), names) as writer:
+    with FisherWriter(path, MeasuredOn(base.sha256, adapter_sha256, 8), names) as writer:
         for name in names:
             writer.add(name, torch.ones(count))
         writer.close()
@@ -297,7 +301,7 @@ def test_fisher_files_are_checked(tmp_path: Path, base: PreparedBase, model: Pat
     (expert,) = hash_experts(find_experts(given, base, tmp_path))
     good = write_fisher(tmp_path / "good", base, expert.sha256)
     found = checked(model, given, tmp_path, method="fisher_on_support", fisher={"e0": good})
-    assert found.extras["e0"].sha256
+    assert found.measured["e0"].sha256
     for file, told in (
         (write_fisher(tmp_path / "of another", base, "2" * 64), "measured with the adapter 222222222222"),
         (write_fisher(tmp_path / "short", base, expert.sha256, 39), "39 values for .*, the expert's support has 40"),
@@ -315,13 +319,13 @@ def test_gram_files_are_checked(tmp_path: Path, base: PreparedBase, model: Path)
     (expert,) = hash_experts(find_experts(given, base, tmp_path))
     for side, fits in ((64, True), (32, False)):
         file = tmp_path / f"gram{side}"
-        with GramWriter(file, ImportanceMeta(base.sha256, expert.sha256, 8), (Q,)) as writer:
+        with GramWriter(file, MeasuredOn(base.sha256, expert.sha256, 8), (Q,)) as writer:
             writer.add((Q,), torch.eye(side))
             writer.close()
         if fits:
             checked(model, given, tmp_path, method="regmean", gram={"e0": str(file)})
         else:
-            with pytest.raises(MergeError, match=r"side 32 for .*\[64, 64\]"):
+            with pytest.raises(MergeError, match=r"side 32, the weight has shape \[64, 64\]"):
                 checked(model, given, tmp_path, method="regmean", gram={"e0": str(file)})
 
 
@@ -371,3 +375,10 @@ def test_a_record_is_json(tmp_path: Path, base: PreparedBase, model: Path) -> No
     assert json.loads(json.dumps(record)) == record
     other = record_of(checked(model, experts(tmp_path, base), tmp_path, method="task_arithmetic"))
     assert recipe_key(record) != recipe_key(other)
+
+
+def test_every_measurement_can_be_given() -> None:
+    """The request and the command line name each of the table."""
+    request = MergeRequest(base="path:x", method="mean", experts={"a": "a", "b": "b"})
+    assert set(request.measurements) == set(MEASUREMENTS)
+    assert set(MEASUREMENTS) <= {option.name for option in main.commands["run"].params}

@@ -53,11 +53,11 @@ def joined(seed: int, shape: tuple[int, ...], density: float, experts: int, spec
         indices = (torch.rand(numel, generator=g) < density).nonzero().view(-1)
         values = torch.randint(-8, 9, (indices.numel(),), generator=g) / 64
         gram = None
-        if len(shape) == 2 and spec.extra and expert % 2:
+        if len(shape) == 2 and spec.measurement and expert % 2:
             x = torch.randint(-2, 3, (4, shape[1]), generator=g).float()
             gram = x.T @ x
         tensor = SparseTensor(shape, indices, values)
-        made.append(lift(LiftInput(tensor, "w", "e", spec.weight_of(f"e{expert}"), tensor, None, gram), spec))
+        made.append(lift(LiftInput(tensor, "w", "e", spec.weight_of(f"e{expert}"), tensor, gram), spec))
     return combine(made)
 
 

@@ -28,12 +28,13 @@ def merge(experts: Experts, candidate: Candidate, join: Join = combine, beside: 
     done: dict[Candidate, SparseTensor] = {}
     for reduction in plan_reductions([candidate, *beside]):
         spec = reduction.spec
-        if spec.extra is not None and candidate not in reduction.candidates:
+        if spec.measurement is not None and candidate not in reduction.candidates:
             continue
         read = done[spec.reference] if spec.reference else None
+        measured = {n: {"fisher": e.fisher, "gram": e.gram}.get(spec.measurement or "") for n, e in experts.items()}
         total = join(
             [
-                lift(LiftInput(e.tensor, "w", name, spec.weight_of(name), read, e.fisher, e.gram), spec)
+                lift(LiftInput(e.tensor, "w", name, spec.weight_of(name), read, measured[name]), spec)
                 for name, e in experts.items()
             ]
         )

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from infra.errors import MergeError
-from merge.methods.lift import LiftInput, lift, tall_mask
+from merge.methods.lift import LiftInput, lift
 from merge.methods.sparsify import uniform
 from merge.methods.specs import Candidate, LiftSpec, candidate_lift
+from merge.methods.statistic_table import tall_mask
 from workers.adapters.support import SparseTensor
 
 SHAPE = (3, 4)
@@ -72,22 +73,22 @@ def test_values_are_read_in_fp32():
 def test_fisher_masses_and_their_refusals():
     spec = spec_of("fisher_on_support")
     f = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
-    found = lift(item(fisher=f), spec).arrays
+    found = lift(item(measured=f), spec).arrays
     assert found["fisher"].tolist() == f.tolist()
     assert found["fisher_mass"].tolist() == [1.0, -4.0, 0.0, 2.0, -1.25]
-    weighted = lift(item(fisher=f, weight=0.5), candidate_lift(Candidate("fisher_on_support", {}, {"e": 0.5})))
+    weighted = lift(item(measured=f, weight=0.5), candidate_lift(Candidate("fisher_on_support", {}, {"e": 0.5})))
     assert weighted.weighted
     assert weighted.arrays["fisher_mass"].tolist() == [0.5, -2.0, 0.0, 1.0, -0.625]
     with pytest.raises(MergeError, match="no Fisher information"):
         lift(item(), spec)
     for bad in (f[:3], f - 1, f * float("nan")):
         with pytest.raises(MergeError, match="5 finite numbers above 0"):
-            lift(item(fisher=bad), spec)
+            lift(item(measured=bad), spec)
 
 
 def test_gram_products_cover_the_tensor_and_shrink_off_the_diagonal():
     gram = torch.tensor([[4.0, 2.0, 0.0, 0.0], [2.0, 4.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    found = lift(item(gram=gram), spec_of("regmean", off_diagonal=0.5))
+    found = lift(item(measured=gram), spec_of("regmean", off_diagonal=0.5))
     shrunk = gram.clone()
     shrunk[0, 1] = shrunk[1, 0] = 1.0
     dense = torch.zeros(12).index_copy_(0, ONE.indices, ONE.values)
@@ -102,7 +103,7 @@ def test_gram_products_cover_the_tensor_and_shrink_off_the_diagonal():
     assert without.arrays["gram"].numel() == without.arrays["gram_count"].numel() == 0
     for bad in (torch.eye(3), torch.eye(4) * float("inf")):
         with pytest.raises(MergeError, match=r"finite and \[in, in\] of a tensor \[out, in\]"):
-            lift(item(gram=bad), spec_of("regmean"))
+            lift(item(measured=bad), spec_of("regmean"))
 
 
 def test_agreement_is_the_tall_mask_against_the_reference():

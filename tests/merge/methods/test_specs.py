@@ -227,7 +227,7 @@ def test_a_reduction_holds_no_more_than_its_candidates_read():
 
 def test_nothing_waits_for_importance_that_it_does_not_read():
     plan = plan_reductions([Candidate("mean"), Candidate("fisher_on_support"), Candidate("regmean")])
-    assert [r.spec.extra for r in plan] == [None, "fisher", "gram"]
+    assert [r.spec.measurement for r in plan] == [None, "fisher", "gram"]
     assert plan[2].spec.statistics == ("gram", "gram_count", "gram_product", "sum")
 
 

@@ -12,7 +12,8 @@ from merge.methods import statistics
 from merge.methods.lift import LiftInput
 from merge.methods.lift import lift as lift_input
 from merge.methods.specs import LiftSpec
-from merge.methods.statistics import STATISTICS, Accumulator, TensorStatistics, combine, count_dtype, empty, values_at
+from merge.methods.statistic_table import STATISTICS, count_dtype, values_at
+from merge.methods.statistics import Accumulator, TensorStatistics, combine, empty
 from workers.adapters.support import SparseTensor
 
 OF_THE_VALUES = (

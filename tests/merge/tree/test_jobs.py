@@ -33,12 +33,14 @@ from merge.tree.reduce import ExpertChild, Fused, flat_merge
 from merge.tree.reduction import MASKS, NODES
 from merge.tree.trie import build_tree, path_to, post_order
 from tests.workers.tiny import tiny_model, tiny_tokenizer
-from workers.adapters.importance_file import FisherWriter, GramWriter, ImportanceMeta
 from workers.adapters.ranged_file import LocalFile
 from workers.adapters.support import SparseTensor
 from workers.adapters.task_mask import MaskedAdapter, MaskReader
 from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, save_adapter
 from workers.base.prepare import prepare_base, upload_base
+from workers.measuring.file import MeasuredOn
+from workers.measuring.fisher import FisherWriter
+from workers.measuring.gram import GramWriter
 
 BASE = "b" * 64
 SHAPES = {"l0.v.weight": (8, 12), "l0.up.weight": (16, 12), "l1.v.weight": (8, 16)}
@@ -87,8 +89,8 @@ class Experts:
         self.store, self.folder = store, folder
         self.paths: dict[str, Path] = {}
         self.refs: dict[str, Ref] = {}
-        self.extras: dict[tuple[str, str], Ref] = {}
-        self.extra_paths: dict[tuple[str, str], Path] = {}
+        self.measured: dict[tuple[str, str], Ref] = {}
+        self.measured_paths: dict[tuple[str, str], Path] = {}
         weights = folder / "model.safetensors"
         g = torch.Generator().manual_seed(99)
         save_file({name: torch.randn(shape, generator=g).bfloat16() for name, shape in SHAPES.items()}, weights)
@@ -106,7 +108,7 @@ class Experts:
             tensors[tensor] = SparseTensor(shape, indices, values if dyadic else values * torch.rand(1, generator=g))
         save_adapter(path, tensors, AdapterMeta(BASE), torch.float32)
         self.paths[name], self.refs[name] = path, self.put(path, f"expert {seed}")
-        about = ImportanceMeta(BASE, hashlib.sha256(path.read_bytes()).hexdigest(), 4)
+        about = MeasuredOn(BASE, hashlib.sha256(path.read_bytes()).hexdigest(), 4)
         fisher, gram = self.folder / f"{name}-{seed}.fisher", self.folder / f"{name}-{seed}.gram"
         with FisherWriter(fisher, about, list(tensors)) as writer:
             for tensor, delta in tensors.items():
@@ -118,7 +120,7 @@ class Experts:
                 grams.add([tensor], x.T @ x)
             grams.close()
         for kind, file in (("fisher", fisher), ("gram", gram)):
-            self.extras[name, kind], self.extra_paths[name, kind] = self.put(file, f"{kind} {seed}"), file
+            self.measured[name, kind], self.measured_paths[name, kind] = self.put(file, f"{kind} {seed}"), file
 
     def put(self, path: Path, what: str) -> Ref:
         key = hashlib.sha256(what.encode()).hexdigest()
@@ -140,16 +142,16 @@ class Experts:
         refs = {name: self.refs[name] for name in names}
         weights = "bases/b/model.safetensors"
         return merge_stored(
-            self.store, candidates, refs, 2, BASE, weights, self.extras, fused or {}, workers, expiry_s
+            self.store, candidates, refs, 2, BASE, weights, self.measured, fused or {}, workers, expiry_s
         )  # fmt: skip
 
     def flat(self, names: Sequence[str], candidate: Candidate) -> AdapterReader:
-        kind = next((r.spec.extra for r in plan_reductions([candidate]) if r.spec.extra), None)
+        kind = next((r.spec.measurement for r in plan_reductions([candidate]) if r.spec.measurement), None)
         children = [
             ExpertChild(
                 name,
                 AdapterDelta(LocalFile(self.paths[name]), name, self.refs[name].key),
-                FileSource(self.extra_paths[name, kind]) if kind else None,
+                FileSource(self.measured_paths[name, kind]) if kind else None,
             )
             for name in names
         ]

@@ -23,7 +23,7 @@ def test_a_node_is_a_function_of_its_lift_and_children_in_order() -> None:
         node_recipe(candidate_lift(Candidate("dare_linear", {"seed": 1})), [ONE, TWO]),
         node_recipe(candidate_lift(Candidate("dare_linear", {"seed": 2})), [ONE, TWO]),
         node_recipe(lift, [ONE, TWO], reference=THREE),
-        node_recipe(lift, [ONE, TWO], extras=[THREE]),
+        node_recipe(lift, [ONE, TWO], measured=[THREE]),
     ]
     assert len({recipe.key for recipe in (node, *changed)}) == 1 + len(changed)
     assert node_recipe(candidate_lift(SCALED), [ONE, TWO]).key == node.key  # λ scales in the end
@@ -39,7 +39,7 @@ def test_weights_are_those_of_the_experts_below_whatever_these_are_called() -> N
     assert node_recipe(candidate_lift(MEAN), [ONE, TWO]).key != one.key
 
 
-def test_a_node_that_reads_importance_names_how_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_reads_a_measurement_names_how_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     for method in ("fisher_on_support", "regmean", "mean"):
         lift = candidate_lift(Candidate(method))
         key = node_recipe(lift, [ONE, TWO]).key
@@ -50,7 +50,7 @@ def test_a_node_that_reads_importance_names_how_it_is_read(monkeypatch: pytest.M
 
 def test_a_roots_key_is_that_of_a_tree_made_for_one_lift() -> None:
     experts = {name: f"{at:064x}" for at, name in enumerate("abcdefg")}
-    extras = {name: f"{at:064x}" for at, name in enumerate("gfedcba")}
+    measured = {name: f"{at:064x}" for at, name in enumerate("gfedcba")}
     weights = {name: 1 / 7 for name in experts}
     tree = build_tree(list(experts), 2)
     mean, fisher = candidate_lift(MEAN), candidate_lift(Candidate("fisher_on_support"))
@@ -66,8 +66,8 @@ def test_a_roots_key_is_that_of_a_tree_made_for_one_lift() -> None:
         root_key(mean, build_tree(list(experts), 4), experts),
         root_key(weighted, tree, experts),
         root_key(candidate_lift(Candidate("weighted_mean", {}, weights | {"a": 0.0, "b": 2 / 7})), tree, experts),
-        root_key(fisher, tree, experts, extras),
-        root_key(fisher, tree, experts, extras | {"c": ONE}),
+        root_key(fisher, tree, experts, measured),
+        root_key(fisher, tree, experts, measured | {"c": ONE}),
     ]
     assert len(set(found)) == len(found)
 

@@ -22,7 +22,7 @@ from merge.tree.reduce import (
     reduce_root,
 )
 from merge.tree.trie import Leaf, Node, build_tree, leaf_names, post_order
-from tests.merge.experts import BASE, SHAPES, children, default_candidate, load, make_experts, make_extra, only, same
+from tests.merge.experts import BASE, SHAPES, children, default_candidate, load, make_experts, make_measured, only, same
 from workers.adapters.ranged_file import LocalFile
 from workers.adapters.support import SparseTensor
 from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, save_adapter
@@ -53,7 +53,7 @@ def run_tree(folder: Path, paths: dict[str, Path], fan_in: int, candidates) -> d
         files: dict[Node, Path] = {}
         spec = reduction.spec
         earlier = AdapterDelta(LocalFile(outs[spec.reference]), "earlier") if spec.reference else None
-        experts = {child.name: child for child in children(paths, spec.extra)}
+        experts = {child.name: child for child in children(paths, spec.measurement)}
 
         def below(node: Node, experts=experts, files=files):
             return [
@@ -76,10 +76,10 @@ def run_tree(folder: Path, paths: dict[str, Path], fan_in: int, candidates) -> d
 def run_flat(folder: Path, paths: dict[str, Path], candidates, base: Path | None = None):
     """`flat_merge` into a new folder; infos, and the files by candidate."""
     folder.mkdir()
-    extras = {r.spec.extra for r in plan_reductions(candidates)} - {None}
+    measured = {r.spec.measurement for r in plan_reductions(candidates)} - {None}
     outs = {candidate: folder / f"{number}" for number, candidate in enumerate(candidates)}
     infos = flat_merge(
-        children(paths, extras.pop() if extras else None),
+        children(paths, measured.pop() if measured else None),
         candidates,
         lambda candidate: AdapterWriter(outs[candidate]),
         BASE,
@@ -283,15 +283,15 @@ def test_a_node_in_several_files_is_read_and_files_of_different_nodes_are_refuse
         reduce_node([node("1", "2", experts=("x",))], spec, tmp_path / "out")
 
 
-def test_importance_files_are_checked_before_tensors_are_read(tmp_path):
+def test_measurements_are_checked_before_tensors_are_read(tmp_path):
     paths = make_experts(tmp_path, ["a", "bb"])
     spec = plan_reductions([Candidate("fisher_on_support")])[0].spec
     with pytest.raises(MergeError, match="expert 'a' has no fisher file"):
         reduce_node(children(paths), spec, tmp_path / "out")
     (tmp_path / "other").mkdir()
     other = make_experts(tmp_path / "other", ["a"], skip="l0.up.weight")["a"]
-    swapped = ExpertChild("a", AdapterDelta(FileSource(paths["a"]), "a"), FileSource(make_extra("fisher", other)))
-    with pytest.raises(MergeError, match=r"does not hold 32 values for l0\.up\.weight"):
+    swapped = ExpertChild("a", AdapterDelta(FileSource(paths["a"]), "a"), FileSource(make_measured("fisher", other)))
+    with pytest.raises(MergeError, match=r"no values for l0\.up\.weight, which the expert changes; measure it again"):
         reduce_node([swapped], spec, tmp_path / "out")
     gram = plan_reductions([Candidate("regmean")])[0].spec
     with pytest.raises(AdapterError, match="expert 'a'"):

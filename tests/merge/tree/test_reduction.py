@@ -91,14 +91,14 @@ def merges_of(
         await turns(rng)
         return expert(name)
 
-    async def extra(name: str, kind: str) -> Ref:
+    async def measurement(name: str, kind: str) -> Ref:
         await turns(rng)
         return ref(name, f"{kind} of {expert(name).key}")
 
     async def is_complete(kind: str | None) -> bool:
         return complete
 
-    return Merges(engine, plan_reductions(candidates), names, fan_in, BASE, one, extra, is_complete)
+    return Merges(engine, plan_reductions(candidates), names, fan_in, BASE, one, measurement, is_complete)
 
 
 def nodes(names: Sequence[str], fan_in: int = 4) -> int:
@@ -221,14 +221,14 @@ def test_a_merge_that_exists_is_found_whatever_else_is_listed(names, candidates,
     assert run(store, names, *candidates[some:], complete=True).steps == []
 
 
-def test_a_merge_names_its_experts_extras_and_reference_not_the_nodes_between():
+def test_a_merge_names_its_experts_measurements_and_reference_not_the_nodes_between():
     names = [f"task{number}" for number in range(9)]
     merged = run(Memory(), names, MEAN, FISHER, CONSENSUS).merged
     experts = {ref(name).key: ref(name).digest for name in names}
-    extras = [ref(name, f"fisher of {ref(name).key}") for name in names]
+    measured = [ref(name, f"fisher of {ref(name).key}") for name in names]
     reference = merged[CONSENSUS.reference]
     assert merged[MEAN].inputs == experts
-    assert merged[FISHER].inputs == experts | {each.key: each.digest for each in extras}
+    assert merged[FISHER].inputs == experts | {each.key: each.digest for each in measured}
     assert merged[CONSENSUS].inputs == experts | {reference.key: reference.digest}
 
 
@@ -245,11 +245,11 @@ def test_fisher_waits_for_its_artifacts_and_others_do_not():
         engine = KeyedEngine(store, workers := InMemory(store, rng))  # type: ignore[arg-type]
         merges = merges_of(engine, ["a", "b"], [MEAN, FISHER], 4, rng)
 
-        async def extra(name: str, kind: str) -> Ref:
+        async def measurement(name: str, kind: str) -> Ref:
             await measured.wait()
             return ref(name, kind)
 
-        merges._extra = extra
+        merges._measurement = measurement
         fisher = asyncio.ensure_future(merges.merge(FISHER))
         await merges.merge(MEAN)
         assert [candidate for step in workers.steps for candidate, _ in step.call.candidates] == [MEAN]  # type: ignore[attr-defined]
@@ -258,7 +258,7 @@ def test_fisher_waits_for_its_artifacts_and_others_do_not():
         await fisher
         job = workers.steps[-1].call
         assert isinstance(job, RootJob)
-        assert [child.extra for child in job.children] == [ref(child.name, "fisher") for child in job.children]
+        assert [child.measured for child in job.children] == [ref(child.name, "fisher") for child in job.children]
 
     asyncio.run(flow())
 

@@ -2,22 +2,24 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from pipeline.config.model import load_config
+from pipeline.config.expert_kinds import EXPERT_KINDS, shares_scored_support
+from pipeline.config.model import PipelineConfig, load_config
 from pipeline.data.tasks import TaskConfig, TaskData, fingerprint
 from pipeline.flow.recipes import (
     evaluation_recipe,
     expert_recipe,
     expert_spec,
-    importance_recipe,
-    shares_scored_support,
+    measurement_recipe,
     support_recipe,
 )
-from workers.adapters.importance_file import IMPORTANCE_FILE_VERSION
+from workers.measuring.file import IMPORTANCE_FILE_VERSION
 from workers.scoring.likelihood import EvaluateSpec
 from workers.text.rows import Row
+from workers.training.kinds import kind_name
 
 CONFIG = Path(__file__).resolve().parents[3] / "pipeline" / "configs" / "quickstart.yaml"
 BASE = "a" * 64
@@ -80,7 +82,7 @@ def test_licences_are_in_no_key() -> None:
     config, plain, stated = load_config(CONFIG, ["mask.shared=true", "mask.criterion=fisher"]), data(), data()
     stated = replace(stated, license="mit", config=stated.config.model_copy(update={"license": "mit"}))
     assert expert_recipe(config, BASE, stated) == expert_recipe(config, BASE, plain)
-    assert importance_recipe(config, "fisher", BASE, stated) == importance_recipe(config, "fisher", BASE, plain)
+    assert measurement_recipe(config, "fisher", BASE, stated) == measurement_recipe(config, "fisher", BASE, plain)
     pools = [dict.fromkeys(config.held_in, each) for each in (plain, stated)]
     assert support_recipe(config, BASE, pools[0]) == support_recipe(config, BASE, pools[1])
     scores = [
@@ -124,14 +126,14 @@ def test_a_shared_support_is_a_function_of_all_tasks_and_an_input_of_every_exper
 
 def test_an_importance_is_a_function_of_its_expert_and_the_number_of_rows() -> None:
     config, expert = load_config(CONFIG), "1" * 64
-    one = importance_recipe(config, "fisher", expert, data())
+    one = measurement_recipe(config, "fisher", expert, data())
     assert one.inputs == (expert,)
     assert one.config["file"] == IMPORTANCE_FILE_VERSION
-    assert importance_recipe(config, "gram", expert, data()).key != one.key
-    assert importance_recipe(config, "fisher", "2" * 64, data()).key != one.key
+    assert measurement_recipe(config, "gram", expert, data()).key != one.key
+    assert measurement_recipe(config, "fisher", "2" * 64, data()).key != one.key
 
     def other(override: str) -> str:
-        return importance_recipe(load_config(CONFIG, [override]), "fisher", expert, data()).key
+        return measurement_recipe(load_config(CONFIG, [override]), "fisher", expert, data()).key
 
     assert other("merge.importance_rows=7") != one.key
     assert other("merge.importance_rows=19") != other("merge.importance_rows=20")
@@ -153,3 +155,11 @@ def test_a_scores_key_names_model_rows_decoding_and_types() -> None:
     ]  # fmt: skip
     assert len({score(), *changed}) == len(changed) + 1
     assert score(data=data("other training rows")) == score()
+
+
+def test_every_kind_that_can_be_asked_for_is_told() -> None:
+    assert set(EXPERT_KINDS) == set(get_args(PipelineConfig.model_fields["expert"].annotation))
+    for name, kind in EXPERT_KINDS.items():
+        config = load_config(CONFIG, [f"expert={name}"])
+        assert kind_name(kind.spec(config, "rows")) == name
+        assert kind.section in PipelineConfig.model_fields

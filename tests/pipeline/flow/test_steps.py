@@ -6,10 +6,10 @@ from typing import Any
 
 from infra.artifacts.manifests import Manifest
 from infra.store.s3 import FileRef, Store
-from pipeline.flow.steps import evaluation_job, expert_step, importance_step, support_step
+from pipeline.flow.steps import evaluation_job, expert_step, measurement_step, support_step
 from tests.pipeline.given import inputs
 from workers.jobs.expert import ExpertJob
-from workers.jobs.importance import ImportanceJob
+from workers.jobs.measurement import MeasurementJob
 from workers.jobs.shared_support import SupportJob
 
 EXPERT = Manifest("e" * 64, "expert", 1, {}, {"adapter": FileRef("objects/e/1/adapter", "s", 1)}, {}, {})
@@ -26,8 +26,8 @@ def test_jobs_carry_licences_outside_their_keys(store: Store) -> None:
     }
     scored = evaluation_job(given, "expert", "test", "task1", EXPERT, EXPERT)
     assert scored.provenance == of_task1
-    measured, trained = importance_step(given, "task1", "fisher", EXPERT).call, expert_step(given, "task1", None).call
-    assert isinstance(measured, ImportanceJob)
+    measured, trained = measurement_step(given, "task1", "fisher", EXPERT).call, expert_step(given, "task1", None).call
+    assert isinstance(measured, MeasurementJob)
     assert isinstance(trained, ExpertJob)
     assert measured.provenance == trained.provenance == of_task1
     mask = given.config.mask.model_copy(update={"shared": True, "criterion": "gradient", "reselect_every": None})

@@ -14,17 +14,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from infra.errors import AdapterError
-from workers.adapters.importance_file import (
-    FLOOR,
-    FisherReader,
-    FisherWriter,
-    GramReader,
-    GramWriter,
-    ImportanceMeta,
-)
 from workers.adapters.writer import FileSource
+from workers.measuring.file import MeasuredOn
+from workers.measuring.fisher import FLOOR, FisherReader, FisherWriter
+from workers.measuring.gram import GramReader, GramWriter
 
-META = ImportanceMeta("a" * 64, "b" * 64, 7)
+META = MeasuredOn("a" * 64, "b" * 64, 7)
 
 
 class Bytes:

@@ -13,19 +13,13 @@ from infra.errors import AdapterError, ConfigError
 from infra.store.s3 import FileRef, Store
 from infra.store.source import StoreSource
 from tests.workers.tiny import WRAPPER, tiny_encoder, tiny_encoder_tokenizer, tiny_model, tiny_tokenizer
-from workers.adapters.importance_file import FLOOR, FisherReader, GramReader
 from workers.adapters.support import SparseTensor
 from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, LowRank, save_adapter
 from workers.base.load import load_classifier, load_classifier_tokenizer, load_model, load_tokenizer
 from workers.base.prepare import PreparedBase, prepare_base, upload_base
-from workers.jobs.importance import (
-    IMPORTANCE_VERSION,
-    ImportanceJob,
-    fisher_diagonal,
-    gram_matrices,
-    make_importance,
-    spaced,
-)
+from workers.jobs.measurement import MeasurementJob, TrainingRows, make_measurement, spaced
+from workers.measuring.fisher import FLOOR, FisherReader, fisher_diagonal
+from workers.measuring.gram import GramReader, gram_matrices
 from workers.scoring.classification import encode_text, head_state, set_head
 from workers.text.prompt import PromptSpec, encode_example
 from workers.text.rows import Row, fingerprint, rows_object, rows_to_jsonl
@@ -167,13 +161,15 @@ class Published:
         set_head(model, {name: self.reader.load_head(name) for name in self.reader.head_names})
         return model, load_classifier_tokenizer(self.base.path)
 
-    def job(self, kind: str, rows: int = 100) -> ImportanceJob:
-        return ImportanceJob(
-            task="task", recipe=Recipe(kind, IMPORTANCE_VERSION, {"rows": rows}, ("e" * 64,)),
+    def job(self, kind: str, rows: int = 100) -> MeasurementJob:
+        return MeasurementJob(
+            task="task", recipe=Recipe(kind, 1, {"rows": rows}, ("e" * 64,)),
             base_sha256=self.base.sha256, adapter=self.adapter, expert_key="e" * 64, expert_digest="d" * 64,
-            train_rows=rows_object(fingerprint(self.rows)), rows=rows,
-            prompt=PLAIN if self.classifies else PROMPT, max_target_tokens=8,
-            labels=LABELS if self.classifies else None, provenance={"data": {"source": "here", "license": "mit"}},
+            rows=TrainingRows(
+                rows_object(fingerprint(self.rows)), rows, PLAIN if self.classifies else PROMPT, 8,
+                LABELS if self.classifies else None,
+            ),
+            provenance={"data": {"source": "here", "license": "mit"}},
         )  # fmt: skip
 
     def source(self, manifest: Any, kind: str) -> StoreSource:
@@ -193,7 +189,7 @@ def test_an_expert_is_measured(
     names = made.reader.names
     loss = label_loss if classifies else causal_loss
 
-    manifest, new = make_importance(store, made.job("fisher"), ["cpu"] * devices, 1)
+    manifest, new = make_measurement(store, made.job("fisher"), ["cpu"] * devices, 1)
     assert new
     assert manifest.inputs == {"e" * 64: "d" * 64}
     assert manifest.meta["rows"] == len(ROWS)
@@ -212,7 +208,7 @@ def test_an_expert_is_measured(
         assert torch.allclose(fisher.load(name), expected, rtol=ROUNDING, atol=0)
         assert bool((fisher.load(name) > FLOOR).any())
 
-    gram = GramReader(made.source(make_importance(store, made.job("gram"), ["cpu"] * devices, 1)[0], "gram"))
+    gram = GramReader(made.source(make_measurement(store, made.job("gram"), ["cpu"] * devices, 1)[0], "gram"))
     assert gram.names == names
     if classifies:
         texts = [tuple(encode_text(tokenizer, PLAIN, row)) for row in made.rows]
@@ -222,7 +218,7 @@ def test_an_expert_is_measured(
         assert torch.allclose(gram.load(name).double(), product, rtol=1e-5, atol=1e-5 * float(product.diagonal().max()))
 
     before = list(store.list("objects/"))
-    again = make_importance(store, made.job("fisher"), ["cpu"] * devices, 1)
+    again = make_measurement(store, made.job("fisher"), ["cpu"] * devices, 1)
     assert again == (manifest, False)
     assert list(store.list("objects/")) == before
 
@@ -232,7 +228,7 @@ def test_few_rows_are_spaced_and_errors_name_the_expert(
 ) -> None:
     monkeypatch.setenv("FACTORY_CACHE", str(tmp_path / "cache"))
     made = Published(store, tmp_path, "sparse")
-    manifest, _ = make_importance(store, made.job("fisher", rows=4), ["cpu"], 1)
+    manifest, _ = make_measurement(store, made.job("fisher", rows=4), ["cpu"], 1)
     assert manifest.meta["rows"] == 4
     model, tokenizer = made.model()
     chosen = [made.rows[at] for at in (0, 2, 4, 6)]
@@ -247,7 +243,7 @@ def test_few_rows_are_spaced_and_errors_name_the_expert(
     for kind, error in (("fisher", ConfigError), ("gram", AdapterError)):
         job = made.job(kind, rows=2)
         with pytest.raises(error, match=f"{kind} of the expert 'task': "):
-            make_importance(store, job, ["cpu"], 1)
+            make_measurement(store, job, ["cpu"], 1)
     with pytest.raises(ConfigError, match="accepted: fisher, gram"):
         made.job("hessian")
     with pytest.raises(ConfigError, match="0 rows"):
