@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from workers.adapters.ranged_file import LocalFile
+from workers.adapters.tensor_file import WEIGHTS
 
-from infra.artifacts.manifests import Manifest, Recipe, find, manifest_name, publish
+from infra.artifacts.manifests import Manifest, Recipe, find, publish
 from infra.digests import file_sha256
 from infra.errors import MergeError, StoreError
+from infra.store.layout import base_file, manifest_name
 from infra.store.s3 import Store
 from merge.by_hand.checkpoints import CheckpointPlace, checkpoint_place, recorded_checkpoint
 from merge.by_hand.checks import Checked, checkpoint_record_of, mask_outputs, record_of
@@ -37,9 +40,7 @@ from merge.tree.local import merge_stored as merge_stored_tree
 from merge.tree.reduce import ROOT_VERSIONS, DeltaReader, ExpertChild, flat_merge
 from merge.tree.reduction import NODES
 from merge.tree.trie import DEFAULT_FAN_IN, build_tree, leaf_names
-from workers.adapters.ranged_file import LocalFile
 from workers.adapters.task_mask import MaskReader
-from workers.adapters.tensor_file import WEIGHTS
 from workers.adapters.writer import ByteSource
 from workers.base.layout import read_layout
 from workers.base.prepare import PreparedBase, upload_base
@@ -141,7 +142,7 @@ def merge_stored(checked: Checked, scratch: Path, report: Report | None = None) 
         experts,
         DEFAULT_FAN_IN,
         checked.base.sha256,
-        f"bases/{checked.base.sha256}/{WEIGHTS}",
+        base_file(checked.base.sha256, WEIGHTS),
         extras,
         checked.fused,
         min(_WORKERS, len(os.sched_getaffinity(0))),

@@ -25,6 +25,7 @@ from filelock import FileLock
 
 from infra.digests import file_sha256
 from infra.errors import BaseModelError, FactoryError
+from infra.store.layout import base_file, base_index
 from workers.adapters.tensor_file import WEIGHTS, hash_entries, list_entries, write_entries
 from workers.base.downloads import fetch_pypi
 from workers.base.load import quiet_transformers
@@ -318,22 +319,17 @@ def _dequantise(gguf: Path, made: Path, pad_token: str) -> None:
 # -- the object store --
 
 
-def index_object(sha256: str) -> str:
-    """Object name of a stored base's index, which is written last: a base is in the store if its index is."""
-    return f"bases/{sha256}/index.json"
-
-
 def upload_base(store: BaseStore, prepared: PreparedBase) -> None:
     """Put a prepared base at `bases/<identity>/`, `index.json` last; files that are there already are left alone."""
-    prefix, index_name = f"bases/{prepared.sha256}", index_object(prepared.sha256)
+    index_name = base_index(prepared.sha256)
     if store.head(index_name) is not None:
         return
     recorded = json.loads((prepared.path / IDENTITY).read_text())["files"]
     files = {name: {"sha256": file["sha256"], "size": file["size"]} for name, file in recorded.items()}
     for name, file in files.items():
-        found = store.head(f"{prefix}/{name}")
+        found = store.head(base_file(prepared.sha256, name))
         if found is None or found.size != file["size"]:
-            store.upload_file(f"{prefix}/{name}", prepared.path / name)
+            store.upload_file(base_file(prepared.sha256, name), prepared.path / name)
     index = {"sha256": prepared.sha256, "name": prepared.name, "license": prepared.license, "files": files}
     store.put_if_absent(index_name, json.dumps(index, indent=1, sort_keys=True).encode())
 
@@ -351,21 +347,20 @@ def fetch_base(store: BaseStore, sha256: str, cache_dir: Path) -> Path:
     with FileLock(str(target) + ".lock"):
         if (target / IDENTITY).is_file():
             return read_base(target).path
-        prefix, index_name = f"bases/{sha256}", index_object(sha256)
-        if store.head(index_name) is None:
+        if store.head(base_index(sha256)) is None:
             raise BaseModelError(
-                f"base {sha256}: not in the object store ({index_name}); run the pipeline that made it"
+                f"base {sha256}: not in the object store ({base_index(sha256)}); run the pipeline that made it"
             )
-        index = json.loads(store.get(index_name))
+        index = json.loads(store.get(base_index(sha256)))
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
             made = Path(temporary) / "base"
             made.mkdir()
             for name, file in index["files"].items():
                 if name not in (WEIGHTS, *_KEPT_FILES):
                     raise BaseModelError(f"base {sha256}: unexpected file {name!r} in its index")
-                store.download_file(f"{prefix}/{name}", made / name, sha256=file["sha256"])
+                store.download_file(base_file(sha256, name), made / name, sha256=file["sha256"])
             if base_identity(made) != sha256:
                 raise BaseModelError(
-                    f"base {sha256}: the object store holds other contents at {prefix}; upload it again"
+                    f"base {sha256}: the object store holds other contents at {base_file(sha256, '')}; upload it again"
                 )
             return _install(made, folder, sha256, index["name"], index["license"]).path

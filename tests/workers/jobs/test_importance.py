@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from infra.artifacts.manifests import Recipe
 from infra.errors import AdapterError, ConfigError
+from infra.store.layout import rows_name
 from infra.store.s3 import FileRef, Store
 from infra.store.source import StoreSource
 from tests.workers.tiny import WRAPPER, tiny_encoder, tiny_encoder_tokenizer, tiny_model, tiny_tokenizer
@@ -28,7 +29,7 @@ from workers.jobs.importance import (
 )
 from workers.scoring.classification import encode_text, head_state, set_head
 from workers.text.prompt import PromptSpec, encode_example
-from workers.text.rows import Row, fingerprint, rows_object, rows_to_jsonl
+from workers.text.rows import Row, fingerprint, rows_to_jsonl
 from workers.training.in_place import apply_delta
 
 LAYER = "model.layers.{}."
@@ -141,7 +142,7 @@ class Published:
         self.base: PreparedBase = prepare_base(f"path:{checkpoint}", folder / "made")
         upload_base(store, self.base)
         self.rows = LABELLED if classifies else ROWS
-        store.put_if_absent(rows_object(fingerprint(self.rows)), rows_to_jsonl(self.rows))
+        store.put_if_absent(rows_name(fingerprint(self.rows)), rows_to_jsonl(self.rows))
         self.file = folder / "adapter"
         model, head = self.plain(), None
         if classifies:
@@ -171,7 +172,7 @@ class Published:
         return ImportanceJob(
             task="task", recipe=Recipe(kind, IMPORTANCE_VERSION, {"rows": rows}, ("e" * 64,)),
             base_sha256=self.base.sha256, adapter=self.adapter, expert_key="e" * 64, expert_digest="d" * 64,
-            train_rows=rows_object(fingerprint(self.rows)), rows=rows,
+            train_rows=rows_name(fingerprint(self.rows)), rows=rows,
             prompt=PLAIN if self.classifies else PROMPT, max_target_tokens=8,
             labels=LABELS if self.classifies else None, provenance={"data": {"source": "here", "license": "mit"}},
         )  # fmt: skip
