@@ -15,7 +15,9 @@ PACKAGES = ("infra", "workers", "merge", "pipeline")
 
 ROOMS = {
     "infra": ("", "store", "artifacts", "engine", "registry", "schedule", "stack"),
-    "workers": ("adapters", "text", "base", "masks", "training", "scoring", "jobs", "conversion", "serving", ""),
+    "workers": (
+        "tensors", "adapters", "text", "base", "masks", "training", "scoring", "jobs", "conversion", "serving", "",
+    ),
     "merge": ("methods", "files", "tree", "by_hand", ""),
     "pipeline": (
         "data", "config", "gate", "records", "report", "flow", "collection", "plan", "running", "commands", "",
@@ -28,9 +30,9 @@ BELOW = {"infra": set(), "workers": {"infra"}, "merge": {"infra"}, "pipeline": {
 
 SHARED = {
     "merge.methods": {"workers.adapters"},
-    "merge.files": {"workers.adapters"},
-    "merge.tree": {"workers.adapters"},
-    "merge.by_hand": {"workers.adapters", "workers.text", "workers.base", "workers.conversion"},
+    "merge.files": {"workers.tensors", "workers.adapters"},
+    "merge.tree": {"workers.tensors", "workers.adapters"},
+    "merge.by_hand": {"workers.tensors", "workers.adapters", "workers.text", "workers.base", "workers.conversion"},
 }
 """What merges share with workers: the files that one writes and the other reads; by hand, bases and formats too."""
 

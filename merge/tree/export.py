@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from workers.adapters.ranged_file import LocalFile
 
 from infra.artifacts.manifests import Manifest, Recipe, find, publish
 from infra.engine.step import Made, Place
@@ -22,6 +21,7 @@ from merge.files.merged import AdapterDelta
 from merge.tree.jobs import Ref
 from merge.tree.keys import checkpoint_recipe
 from merge.tree.licences import licences_of
+from workers.tensors.source import FileSource
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def export_checkpoint(store: Store, job: ExportJob) -> tuple[Manifest, bool]:
     target = StoreTarget(store, new_attempt(job.recipe.key))
     with tempfile.TemporaryDirectory(prefix="factory-export-") as scratch:
         local = store.download_file(job.merged.files[0], Path(scratch) / "adapter.safetensors")
-        merged = AdapterDelta(LocalFile(local), "the merge")
+        merged = AdapterDelta(FileSource(local), "the merge")
         info = write_checkpoint(merged, base, target, getattr(torch, job.dtype), job.shard_bytes)
     meta = {
         "dtype": job.dtype,

