@@ -32,11 +32,11 @@ from pipeline.config.candidates import expand
 from pipeline.config.model import CandidateConfig, PipelineConfig, load_config
 from pipeline.data.tasks import TaskData, load_tasks
 from pipeline.flow.recipes import expert_recipe, prompt_spec
-from workers.adapters.ranged_file import LocalFile
 from workers.base.cache import cache_dir
 from workers.base.load import load_model, load_tokenizer
 from workers.base.prepare import prepare_base
 from workers.scoring.decoding import padding_id
+from workers.tensors.source import FileSource
 from workers.text.prompt import Example, encode_example
 from workers.training.in_place import Undo, apply_delta
 from workers.training.objectives import language_modelling, mean_loss
@@ -93,7 +93,7 @@ def main(path: str, lists: tuple[str, ...], rows: int, overrides: tuple[str, ...
         children = []
         for name, manifest in experts.items():
             file = store.download_file(manifest.files["adapter"], Path(folder) / name)
-            children.append(ExpertChild(name, AdapterDelta(LocalFile(file), name, manifest.key)))
+            children.append(ExpertChild(name, AdapterDelta(FileSource(file), name, manifest.key)))
         roots = {t.name: Root(t.statistics, len(experts), name=t.name) for t in Join.open(children, SUM).tensors()}
     model, limit = Model(base.path, roots), config.prompt.max_target_tokens
 

@@ -85,14 +85,14 @@ def ours_adapters(method: str, trimmed: bool = True) -> Prepare:
         from merge.files.merged import AdapterDelta, AdapterWriter
         from merge.tree.children import ExpertChild
         from merge.tree.reduce import flat_merge
-        from workers.adapters.ranged_file import LocalFile
+        from workers.tensors.source import FileSource
 
         torch.set_num_threads(1)
         candidate = _candidate(method, setup, trimmed)
 
         def merge() -> Account:
             experts = [
-                ExpertChild(name, AdapterDelta(LocalFile(path), name)) for name, path in setup.adapters().items()
+                ExpertChild(name, AdapterDelta(FileSource(path), name)) for name, path in setup.adapters().items()
             ]
             info = flat_merge(experts, [candidate], lambda _: AdapterWriter(setup.out(name)), setup.base_sha256())
             return lambda: {"density": info[candidate].density}
@@ -108,15 +108,11 @@ def ours_full(method: str, trimmed: bool = True) -> Prepare:
     def prepare(setup: Setup, name: str) -> Merge:
         import torch
 
-        from merge.files.checkpoint_writer import (
-            BaseCheckpoint,
-            CheckpointDelta,
-            CheckpointFiles,
-            CheckpointWriter,
-            FolderTarget,
-        )
+        from merge.files.checkpoint import BaseCheckpoint, CheckpointDelta
+        from merge.files.checkpoint_writer import CheckpointWriter, FolderTarget
         from merge.tree.children import ExpertChild
         from merge.tree.reduce import flat_merge
+        from workers.tensors.checkpoint import CheckpointFiles
 
         torch.set_num_threads(1)
         candidate = _candidate(method, setup, trimmed)
@@ -153,7 +149,8 @@ def stored_tree(changed: bool) -> Prepare:
         from merge.tree.jobs import Ref
         from merge.tree.local import merge_stored
         from merge.tree.trie import build_tree, path_to
-        from workers.adapters.writer import AdapterReader, FileSource
+        from workers.adapters.writer import AdapterReader
+        from workers.tensors.source import FileSource
 
         torch.set_num_threads(1)
         store = Store(os.environ["FACTORY_S3_BUCKET"], os.environ["FACTORY_S3_ENDPOINT"], STORE_PREFIX)
@@ -256,8 +253,9 @@ def peft_ties(trimmed: bool = True) -> Prepare:
         from peft.utils.merge_utils import ties
 
         from benchmarks.merging_inputs import dense
-        from workers.adapters.tensor_file import write_tensors
-        from workers.adapters.writer import AdapterReader, FileSource
+        from workers.adapters.writer import AdapterReader
+        from workers.tensors.source import FileSource
+        from workers.tensors.writer import write_tensors
 
         density = setup.density if trimmed else 1.0
 
@@ -270,7 +268,7 @@ def peft_ties(trimmed: bool = True) -> Prepare:
                 return [ties(deltas, weights, density).view(torch.uint8).numpy().data]
 
             first = readers[0]
-            write_tensors(setup.out(name), [(each, "F32", first.shape(each)) for each in first.names], merged)
+            write_tensors(setup.out(name), [(each, torch.float32, first.shape(each)) for each in first.names], merged)
             return dict
 
         return merge

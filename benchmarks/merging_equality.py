@@ -17,7 +17,8 @@ from torch import Tensor
 
 from benchmarks.merging_cases import Setup
 from benchmarks.merging_inputs import SUPPORT, dense
-from workers.adapters.writer import AdapterReader, FileSource
+from workers.adapters.writer import AdapterReader
+from workers.tensors.source import FileSource
 
 ROUNDING = 1e-6
 """Outputs further apart than this differ by more than rounding: δ are around 1e-3, an ulp of a weight 4e-9."""

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from workers.adapters.support import LazyTensors, SparseTensor
-from workers.adapters.tensor_file import WEIGHTS, list_entries, map_tensors, write_entries, write_tensors
-from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, save_adapter
+from workers.adapters.writer import AdapterMeta, AdapterReader, save_adapter
 from workers.base.prepare import base_identity
 from workers.masks.spec import match_modules
+from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles, map_weights, write_weights
+from workers.tensors.source import FileSource
+from workers.tensors.writer import raw_bytes, write_tensors
 
 SUPPORT = 0.05
 """Share of the positions of an adapted weight that an expert's support holds."""
@@ -96,14 +98,14 @@ def make_inputs(folder: Path, modules: str, adapters: int, checkpoints: int) -> 
     if not inputs.base_weights.exists():
         _write_checkpoint(inputs.base, shapes, {name: _base_tensor(name, shape) for name, shape in shapes.items()})
     if not inputs.base_bfloat16.exists():
-        write_entries(inputs.base_bfloat16, list_entries(inputs.base_weights), torch.bfloat16)
+        write_weights(inputs.base_bfloat16, CheckpointFiles.in_file(inputs.base_weights), torch.bfloat16)
     sha256 = base_sha256(inputs)
     inputs.changed().parent.mkdir(parents=True, exist_ok=True)
     inputs.adapter(0).parent.mkdir(exist_ok=True)
     for path, seed in [(inputs.adapter(n), f"{n}") for n in range(adapters)] + [(inputs.changed(), "changed")]:
         if not path.exists():
             _write_adapter(path, chosen, seed, sha256)
-    base = map_tensors(inputs.base_weights) if checkpoints else {}
+    base = map_weights(inputs.base_weights) if checkpoints else {}
     for number in range(checkpoints):
         if not (inputs.checkpoint(number) / WEIGHTS).exists():
             reader = AdapterReader(FileSource(inputs.adapter(number)))
@@ -184,9 +186,5 @@ def _write_checkpoint(folder: Path, shapes: Shapes, tensors: Mapping[str, Tensor
     folder.mkdir(parents=True, exist_ok=True)
     text = {**config().to_diff_dict(), "architectures": ["LlamaForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(text, indent=1))
-    rows = [(name, "F32", shape) for name, shape in shapes.items()]
-
-    def content(name: str) -> Iterator[bytes]:
-        yield tensors[name].contiguous().view(torch.uint8).numpy().tobytes()
-
-    write_tensors(folder / WEIGHTS, rows, content)
+    rows = [(name, torch.float32, shape) for name, shape in shapes.items()]
+    write_tensors(folder / WEIGHTS, rows, lambda name: [raw_bytes(tensors[name])])

@@ -19,7 +19,7 @@ from benchmarks.merging_cases import CASES, STORED_EXPERTS, Setup
 from benchmarks.merging_inputs import Inputs
 from benchmarks.merging_measure import Server, Usage, copy_seconds, local_s3, run_process, settle
 from infra.store.s3 import FileRef, Store
-from workers.adapters.tensor_file import WEIGHTS
+from workers.tensors.checkpoint import WEIGHTS
 
 
 @dataclass(frozen=True)

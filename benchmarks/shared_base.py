@@ -22,10 +22,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from infra.environment import versions
-from workers.adapters.tensor_file import WEIGHTS, list_entries, write_entries
 from workers.base.load import load_model, quiet_transformers
 from workers.base.memory import give_back, map_large_tensors
 from workers.masks.spec import MaskSpec, select_supports
+from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles, write_weights
 from workers.text.prompt import Example
 from workers.training.in_place import InPlaceAdapter
 from workers.training.objectives import LanguageModelling
@@ -107,7 +107,7 @@ def write_base(folder: Path, layers: int, vocabulary: int) -> Path:
     )  # fmt: skip
     with quiet_transformers():
         LlamaForCausalLM(config).save_pretrained(folder / "unaligned")
-    write_entries(folder / WEIGHTS, list_entries(folder / "unaligned" / "model.safetensors"))
+    write_weights(folder / WEIGHTS, CheckpointFiles.in_folder(folder / "unaligned"))
     shutil.rmtree(folder / "unaligned")
     config.save_pretrained(folder)
     return folder

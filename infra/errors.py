@@ -20,6 +20,10 @@ class BaseModelError(FactoryError):
     """The base model cannot be found, fails its checksum, or is not what an artifact was made for."""
 
 
+class TensorFileError(FactoryError):
+    """A safetensors file, or a checkpoint of several, is missing, damaged, or not what it claims to be."""
+
+
 class AdapterError(FactoryError):
     """An adapter file is corrupted, hostile, or made for another base."""
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from infra.artifacts.claims import Busy, Claim, under_claim
-from infra.artifacts.manifests import Manifest, Recipe, manifest_name, publish
+from infra.artifacts.manifests import Manifest, Recipe, publish
 from infra.engine.in_thread import in_thread
 from infra.engine.step import Answer, Query, Step
+from infra.store.layout import manifest_name
 from infra.store.s3 import FileRef, ObjectInfo, Store
 
 

@@ -16,7 +16,8 @@ PACKAGES = ("infra", "workers", "merge", "pipeline")
 ROOMS = {
     "infra": ("", "store", "artifacts", "engine", "registry", "schedule", "stack"),
     "workers": (
-        "adapters", "text", "base", "masks", "measuring", "training", "scoring", "jobs", "conversion", "serving", "",
+        "tensors", "adapters", "text", "base", "masks", "measuring", "training", "scoring", "jobs", "conversion",
+        "serving", "",
     ),
     "merge": ("methods", "files", "tree", "modelled", "by_hand", ""),
     "pipeline": (
@@ -30,10 +31,17 @@ BELOW = {"infra": set(), "workers": {"infra"}, "merge": {"infra"}, "pipeline": {
 
 SHARED = {
     "merge.methods": {"workers.adapters"},
-    "merge.files": {"workers.adapters"},
-    "merge.tree": {"workers.adapters", "workers.measuring"},
-    "merge.modelled": {"workers.adapters", "workers.base", "workers.training", "workers.jobs"},
-    "merge.by_hand": {"workers.adapters", "workers.measuring", "workers.text", "workers.base", "workers.conversion"},
+    "merge.files": {"workers.tensors", "workers.adapters"},
+    "merge.tree": {"workers.tensors", "workers.adapters", "workers.measuring"},
+    "merge.modelled": {"workers.tensors", "workers.adapters", "workers.base", "workers.training", "workers.jobs"},
+    "merge.by_hand": {
+        "workers.tensors",
+        "workers.adapters",
+        "workers.measuring",
+        "workers.text",
+        "workers.base",
+        "workers.conversion",
+    },
 }
 """What merges share with workers: the files that one writes and the other reads; by hand, bases and formats too;
 where a merge runs a model, what workers run one with."""

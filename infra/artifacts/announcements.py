@@ -21,13 +21,11 @@ from infra.artifacts.gc_plan import Roots
 from infra.artifacts.leases import EXPIRY_S, Watcher
 from infra.errors import StoreError
 from infra.store.admin import StoredObject, list_objects, server_time
+from infra.store.layout import ANNOUNCED, RESULTS, RUNS, SHARED_JOURNALS, run_file, run_of
 from infra.store.s3 import Store
 
 LEASE = "gc"
 """Key of the lease under which a collection runs."""
-SHARED_JOURNALS = "gc/shared-"
-"""Prefix of the lists of rows and bases that are being removed."""
-_KEYS, _RESULTS = "keys.json", "results.json"
 _THREADS = 16
 _POLL_S = 0.2
 
@@ -50,7 +48,7 @@ def announce(store: Store, run: str, hashes: Iterable[str]) -> None:
 
     To be called before the run looks for any of it.
     """
-    store.put(f"runs/{run}/{_KEYS}", json.dumps(sorted(hashes)).encode())
+    store.put(run_file(run, ANNOUNCED), json.dumps(sorted(hashes)).encode())
 
 
 def await_removals(store: Store, hashes: Collection[str], expiry_s: float = EXPIRY_S) -> None:
@@ -92,16 +90,16 @@ class RootReader:
         self._keys |= registered.keys
         self._attempts |= registered.attempts
         runs: dict[str, dict[str, StoredObject]] = {}
-        for entry in list_objects(self._store, "runs/"):
-            run, _, name = entry.name.removeprefix("runs/").partition("/")
+        for entry in list_objects(self._store, RUNS):
+            run, name = run_of(entry.name)
             runs.setdefault(run, {})[name] = entry
         waiting: list[StoredObject] = []
         for run, files in runs.items():
-            said = files.get(_KEYS)
+            said = files.get(ANNOUNCED)
             age_s = (now - said.modified).total_seconds() if said else math.inf
             if run in self._runs or registered.keep(run, age_s):
                 self._runs.add(run)
-                waiting += [entry for entry in (said or files.get(_RESULTS),) if entry is not None]
+                waiting += [entry for entry in (said or files.get(RESULTS),) if entry is not None]
         new = [entry for entry in waiting if (entry.name, entry.etag) not in self._read]
         with ThreadPoolExecutor(_THREADS) as pool:
             for found in pool.map(self._hashes, new):
@@ -115,7 +113,7 @@ class RootReader:
             if found is None:
                 return set()
             body = json.loads(found[0])
-            if entry.name.endswith(_RESULTS):
+            if entry.name.endswith(RESULTS):
                 return {body["chosen"]["key"], *(row["expert_key"] for row in body["held_in"].values())}
             return {str(each) for each in body}
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -26,13 +26,12 @@ import contextlib
 import json
 import re
 import time
-import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from infra.artifacts.announcements import LEASE, SHARED_JOURNALS
+from infra.artifacts.announcements import LEASE
 from infra.artifacts.gc_plan import (
     KINDS,
     MIN_AGE_S,
@@ -48,16 +47,17 @@ from infra.artifacts.gc_plan import (
     shared_hash,
 )
 from infra.artifacts.leases import EXPIRY_S, Lease, Watcher, holding
-from infra.artifacts.manifests import manifest_name
 from infra.errors import StoreError
+from infra.store import layout
 from infra.store.admin import abort_upload, delete_if_match, list_objects, list_uploads, server_time, upload_size
+from infra.store.layout import manifest_name
 from infra.store.s3 import Store
 
-_JOURNALS = "gc/"
-_MANIFEST = re.compile(r"artifacts/([0-9a-f]{64})\.json")
 _HASH = re.compile(rb"[0-9a-f]{64}")
-_PREFIXES = ("objects/", "checkpoints/", "leases/", "runs/", "data/", "bases/", "checks/")
-_UPLOADS = ("objects/", "checkpoints/", "bases/")
+_PREFIXES = (
+    layout.DATA, layout.STATES, layout.LEASES, layout.RUNS, layout.ROWS, layout.BASES, layout.PROBES,
+)  # fmt: skip
+_UPLOADS = (layout.DATA, layout.STATES, layout.BASES)
 _BATCH = 200  # removals between two looks at the roots
 _THREADS = 16
 _T = TypeVar("_T")
@@ -97,7 +97,7 @@ def take_inventory(store: Store) -> Inventory:
     shared = {place[1] for found in objects if (place := shared_hash(found.name))}
     uploads = [found for prefix in _UPLOADS for found in list_uploads(store, prefix)]
     manifests = {
-        match[1]: found for found in list_objects(store, "artifacts/") if (match := _MANIFEST.fullmatch(found.name))
+        key: found for found in list_objects(store, layout.MANIFESTS) if (key := layout.manifest_key(found.name))
     }
     with ThreadPoolExecutor(_THREADS) as pool:
         sizes = list(pool.map(lambda upload: upload_size(store, upload), uploads))
@@ -121,7 +121,7 @@ def links_of(key: str, manifest: bytes) -> Links | None:
     try:
         body = json.loads(manifest)
         names = frozenset(str(ref["name"]) for ref in body["files"].values())
-        files = frozenset(name for name in names if name.startswith(f"objects/{key}/"))
+        files = frozenset(name for name in names if name.startswith(layout.data_folder(key)))
         return Links(frozenset(body["inputs"]), files, str(body.get("kind", "")))
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -184,7 +184,7 @@ def _remove_artifacts(
     etags = {removal.key: removal.manifest.etag for removal in batch if removal.manifest}
     found = dict(zip(etags, _each(lambda key: store.get_with_etag(manifest_name(key)), etags), strict=True))
     bodies = {key: answer[0] for key, answer in found.items() if answer is not None and answer[1] == etags[key]}
-    journal = f"{_JOURNALS}{uuid.uuid4().hex}.json"
+    journal = layout.new_journal(layout.JOURNALS)
     store.put(journal, json.dumps({key: body.decode("latin-1") for key, body in bodies.items()}).encode())
     try:
         _each(lambda key: delete_if_match(store, manifest_name(key), etags[key]), bodies)
@@ -207,8 +207,8 @@ def _remove_artifacts(
 def _recover(store: Store) -> int:
     """Undo collections that did not end. Returns how many manifests came back."""
     restored = 0
-    for journal in list(list_objects(store, _JOURNALS)):
-        if journal.name.startswith(SHARED_JOURNALS):
+    for journal in list(list_objects(store, layout.JOURNALS)):
+        if journal.name.startswith(layout.SHARED_JOURNALS):
             store.delete(journal.name)  # what went is stored again by the run that wants it
         else:
             restored += _undo(store, journal.name)
@@ -244,7 +244,8 @@ def _remove_others(
     def remove(removal: Removal) -> bool:
         if removal.kind == "run" and removal.key in again.runs:
             return False
-        if removal.kind == "orphan" and any(_attempt(found.name) in again.attempts for found in removal.objects):
+        attempts = {layout.attempt_of(found.name) for found in removal.objects}
+        if removal.kind == "orphan" and not attempts.isdisjoint(again.attempts):
             return False
         if removal.kind == "checkpoint" and removal.key in reached and removal.key not in plan.inventory.links:
             return False
@@ -260,7 +261,7 @@ def _remove_one(store: Store, removal: Removal) -> bool:
         return True
     names = [found.name for found in removal.objects]
     if removal.kind == "orphan":
-        found = store.get_with_etag(manifest_name(removal.key)) if _is_key(removal.key) else None
+        found = store.get_with_etag(manifest_name(removal.key)) if layout.is_key(removal.key) else None
         links = links_of(removal.key, found[0]) if found else None
         if links is not None and not links.files.isdisjoint(names):
             return False
@@ -282,7 +283,7 @@ def _remove_shared(
     outcome: GcOutcome,
 ) -> None:
     """Rows and bases: said aloud first, so that a run that announces them from now on waits for the end of this."""
-    journal = f"{SHARED_JOURNALS}{uuid.uuid4().hex}.json"
+    journal = layout.new_journal(layout.SHARED_JOURNALS)
     store.put(journal, json.dumps(sorted({removal.key for removal in batch})).encode())
     try:
         again = roots()
@@ -309,14 +310,6 @@ def _count(batch: Sequence[Removal], removed: Sequence[bool], outcome: GcOutcome
             outcome.size += removal.size
         else:
             outcome.skipped += 1
-
-
-def _attempt(name: str) -> str:
-    return "/".join(name.split("/")[:3])
-
-
-def _is_key(key: str) -> bool:
-    return _MANIFEST.fullmatch(f"artifacts/{key}.json") is not None
 
 
 def _each(function: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:

@@ -12,13 +12,12 @@ Pure: `infra/artifacts/gc.py` looks at the store and removes. Not covered: anyth
 always stays.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
-from infra.artifacts.manifests import manifest_name
+from infra.store import layout
 from infra.store.admin import PendingUpload, StoredObject
 
 MIN_AGE_S = 24 * 3600.0
@@ -29,11 +28,6 @@ LEASE_S = 3600.0
 Kind = Literal["artifact", "orphan", "checkpoint", "lease", "upload", "run", "rows", "base", "probe"]
 KINDS: tuple[Kind, ...] = ("artifact", "orphan", "checkpoint", "lease", "upload", "run", "rows", "base", "probe")
 YOUNG, LEASED = "younger than the minimal age", "live lease"
-_KEYED = re.compile(r"(objects|bases)/[0-9a-f]{64}/.+|checkpoints/[0-9a-f]{64}(\.json|/.+)")
-_SHARED: Mapping[Kind, re.Pattern[str]] = {
-    "rows": re.compile(r"data/([0-9a-f]{64})\.jsonl"),
-    "base": re.compile(r"bases/([0-9a-f]{64})/.+"),
-}
 
 
 @dataclass(frozen=True)
@@ -153,10 +147,10 @@ def plan_gc(roots: Roots, inventory: Inventory, min_age_s: float = MIN_AGE_S) ->
 
 def shared_hash(name: str) -> tuple[Kind, str] | None:
     """Whether an object holds rows or is a file of a base, and of which hash; None for any other object."""
-    for kind, pattern in _SHARED.items():
-        if found := pattern.fullmatch(name):
-            return kind, found[1]
-    return None
+    if fingerprint := layout.rows_fingerprint(name):
+        return "rows", fingerprint
+    identity = layout.base_identity(name)
+    return ("base", identity) if identity else None
 
 
 def mentioned(keys: Iterable[str], mentions: Mapping[str, frozenset[str]]) -> set[str]:
@@ -169,14 +163,14 @@ class _Planner:
         self.inventory, self.roots, self._min_age_s = inventory, roots, min_age_s
         self.removals: list[Removal] = []
         self.spared: list[Spared] = []
-        self._manifests = {found.name: found for found in self._under("artifacts/")}
+        self._manifests = {found.name: found for found in self._under(layout.MANIFESTS)}
         self._attempts: dict[tuple[str, str], list[StoredObject]] = {}
-        for found in self._keyed("objects/"):
+        for found in self._keyed(layout.DATA):
             self._attempts.setdefault(_attempt(found.name), []).append(found)
         self._attempts_of: dict[str, list[tuple[str, str]]] = {}
         for attempt in self._attempts:
             self._attempts_of.setdefault(attempt[0], []).append(attempt)
-        self._leases = {_lease_key(found.name): found for found in self._under("leases/")}
+        self._leases = {layout.lease_key(found.name): found for found in self._under(layout.LEASES)}
         live_s = max(min_age_s, LEASE_S)
         self._leased = {key for key, found in self._leases.items() if self._age(found.modified) < live_s}
         young = {key for key in inventory.links if self._young([self._manifest(key), *self._data(key)])}
@@ -200,12 +194,12 @@ class _Planner:
         registered version names them."""
         named = {found.name for key in self.inventory.links for found in self._data(key)}
         for (key, attempt), objects in sorted(self._attempts.items()):
-            if objects[0].name not in named and f"objects/{key}/{attempt}" not in self.roots.attempts:
+            if objects[0].name not in named and f"{layout.data_folder(key)}{attempt}" not in self.roots.attempts:
                 self._judge("orphan", key, objects)
 
     def checkpoints(self) -> None:
         states: dict[str, list[StoredObject]] = {}
-        for found in self._keyed("checkpoints/"):
+        for found in self._keyed(layout.STATES):
             states.setdefault(found.name.split("/")[1].removesuffix(".json"), []).append(found)
         for key, objects in sorted(states.items()):
             if key in self.inventory.links or key not in self.reached:
@@ -219,7 +213,7 @@ class _Planner:
     def uploads(self) -> None:
         for upload, size in sorted(self.inventory.uploads, key=lambda found: (found[0].name, found[0].upload_id)):
             key = _attempt(upload.name)[0]
-            if not _KEYED.fullmatch(upload.name):
+            if not layout.is_keyed(upload.name):
                 continue
             if self._age(upload.started) < self._min_age_s:
                 self.spared.append(Spared("upload", key, size, YOUNG))
@@ -230,8 +224,8 @@ class _Planner:
 
     def runs(self) -> None:
         folders: dict[str, list[StoredObject]] = {}
-        for found in self._under("runs/"):
-            folders.setdefault(found.name.split("/")[1], []).append(found)
+        for found in self._under(layout.RUNS):
+            folders.setdefault(layout.run_of(found.name)[0], []).append(found)
         for run, objects in sorted(folders.items()):
             if run not in self.roots.runs:
                 self._judge("run", run, objects)
@@ -246,10 +240,10 @@ class _Planner:
                 found.setdefault(place, []).append(each)
         for (kind, sha256), objects in sorted(found.items()):
             # A base's index goes first: without it a reader takes the base for absent.
-            self._judge(kind, sha256, sorted(objects, key=lambda each: not each.name.endswith("/index.json")))
+            self._judge(kind, sha256, sorted(objects, key=lambda each: each.name != layout.base_index(sha256)))
 
     def probes(self) -> None:
-        for found in self._under("checks/"):
+        for found in self._under(layout.PROBES):
             self._judge("probe", found.name.split("/")[1], [found])
 
     def _judge(self, kind: Kind, key: str, objects: Sequence[StoredObject]) -> None:
@@ -274,10 +268,10 @@ class _Planner:
 
     def _keyed(self, prefix: str) -> list[StoredObject]:
         """Those that are the factory's: what others put there is none of a collection's business."""
-        return [found for found in self._under(prefix) if _KEYED.fullmatch(found.name)]
+        return [found for found in self._under(prefix) if layout.is_keyed(found.name)]
 
     def _manifest(self, key: str) -> StoredObject:
-        return self._manifests[manifest_name(key)]
+        return self._manifests[layout.manifest_name(key)]
 
     def _data(self, key: str) -> list[StoredObject]:
         """Everything in the attempts that the artifact's manifest names; in all of them if it cannot be read."""
@@ -296,10 +290,6 @@ def _attempt(name: str) -> tuple[str, str]:
     """Key and attempt of an object's name; what is not in an attempt's folder is an attempt of its own."""
     parts = name.split("/")
     return (parts[1].removesuffix(".json"), parts[2]) if len(parts) > 2 else (parts[-1], "")
-
-
-def _lease_key(name: str) -> str:
-    return name.removeprefix("leases/").removesuffix(".json")
 
 
 @dataclass(frozen=True)

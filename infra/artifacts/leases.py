@@ -17,7 +17,6 @@ finds itself lost, and the work may be done twice. Where the delete is refused, 
 import contextlib
 import json
 import os
-import re
 import socket
 import threading
 import time
@@ -29,6 +28,7 @@ from typing import Literal, TypeVar
 
 from infra.errors import StoreError
 from infra.store.admin import delete_if_match
+from infra.store.layout import lease_name
 from infra.store.s3 import Store
 
 EXPIRY_S = 60.0
@@ -39,7 +39,6 @@ _PATIENCE = 1 / 3
 """Part of that time for which a heartbeat's request waits for an answer: a connection that hangs costs no lease."""
 _LEAST_PATIENCE_S = 1.0
 _LOOKS = 3  # an observer must have looked at least this often in the time
-_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _ATTEMPTS = 5
 _THREADS = 16  # requests at a time, where one holder has many keys
 _T = TypeVar("_T")
@@ -77,13 +76,6 @@ class Holder:
             )  # fmt: skip
         except (ValueError, KeyError, TypeError):
             return None
-
-
-def lease_name(key: str) -> str:
-    """Where the lease of a key lives. ValueError for a key that is no plain name."""
-    if not _KEY.fullmatch(key):
-        raise ValueError(f"not a lease key: {key!r}")
-    return f"leases/{key}.json"
 
 
 def new_owner() -> str:

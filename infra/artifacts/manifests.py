@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import re
-import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -25,10 +24,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from infra.errors import StoreError
+from infra.store.layout import data_folder, manifest_name, new_attempt
 from infra.store.s3 import FileRef, ObjectInfo, Store
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_KEY = re.compile(r"[0-9a-f]{64}")
 _ATTEMPTS = 50
 _THREADS = 16
 
@@ -129,18 +128,11 @@ class Manifest:
             raise StoreError(f"not a manifest ({type(error).__name__}: {error}): {data[:80]!r}") from error
         if digest != manifest.digest:
             raise StoreError(f"the manifest of {manifest.key} records digest {digest}, not {manifest.digest}")
-        prefix = f"objects/{manifest.key}/"
+        prefix = data_folder(manifest.key)
         for ref in manifest.files.values():
             if not ref.name.startswith(prefix) or ".." in ref.name.split("/"):
                 raise StoreError(f"the manifest of {manifest.key} refers to {ref.name!r}; accepted: {prefix}…")
         return manifest
-
-
-def manifest_name(key: str) -> str:
-    """Where the manifest of a key lives. Raises ValueError if the key is not a hex SHA-256."""
-    if not _KEY.fullmatch(key):
-        raise ValueError(f"not a recipe key: {key!r}")
-    return f"artifacts/{key}.json"
 
 
 class Readable(Protocol):
@@ -174,16 +166,6 @@ def peek(store: Readable, key: str) -> Manifest | None:
     return None
 
 
-def new_attempt(key: str) -> str:
-    """A folder of its own for one attempt at a key: where files go that are uploaded before `publish`.
-
-    Raises ValueError if the key is not a hex SHA-256.
-    """
-    if not _KEY.fullmatch(key):
-        raise ValueError(f"not a recipe key: {key!r}")
-    return f"objects/{key}/{uuid.uuid4().hex}"
-
-
 def publish(
     store: Store,
     recipe: Recipe,
@@ -207,8 +189,8 @@ def publish(
         if not _LABEL.fullmatch(label):
             raise ValueError(f"bad file label {label!r}: letters, digits, '.', '_' and '-' are accepted")
     for label, ref in given.items():
-        if not ref.name.startswith(f"objects/{key}/") or ".." in ref.name.split("/"):
-            raise ValueError(f"{label}: {ref.name!r} is not in a folder of this artifact, objects/{key}/…")
+        if not ref.name.startswith(data_folder(key)) or ".." in ref.name.split("/"):
+            raise ValueError(f"{label}: {ref.name!r} is not in a folder of this artifact, {data_folder(key)}…")
         info = store.head(ref.name)
         if info is None or info.size != ref.size:
             raise StoreError(f"{store.uri(ref.name)} is not there with {ref.size} bytes: {label} was not stored")

@@ -8,8 +8,9 @@ import contextlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from infra.artifacts.manifests import Manifest, Readable, manifest_name
+from infra.artifacts.manifests import Manifest, Readable
 from infra.errors import StoreError
+from infra.store.layout import manifest_name
 from infra.store.s3 import ObjectInfo
 
 

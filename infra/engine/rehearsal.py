@@ -15,6 +15,7 @@ from infra.artifacts.snapshot import Snapshot
 from infra.engine.step import Engine, Made, Query, Step
 from infra.engine.tally import Tally
 from infra.engine.together import Together
+from infra.store.layout import data_folder
 from infra.store.s3 import FileRef
 
 T = TypeVar("T")
@@ -23,7 +24,7 @@ _DIGEST = re.compile(rb"[0-9a-f]{64}")
 
 def unmade(recipe: Recipe, label: str = "adapter") -> Manifest:
     """Stands for an artifact that does not exist: its digest is that of no bytes."""
-    file = FileRef(f"objects/{recipe.key}/-/{label}", f"unmade {recipe.key}", 0)
+    file = FileRef(f"{data_folder(recipe.key)}-/{label}", f"unmade {recipe.key}", 0)
     return Manifest(recipe.key, recipe.kind, recipe.version, {}, {label: file}, {}, {})
 
 

@@ -11,6 +11,7 @@ from mlflow.exceptions import MlflowException
 
 from infra.registry.runs import client, failed, model_name
 from infra.registry.versions import versions_where
+from infra.store.layout import RESULTS, run_file
 from infra.store.s3 import Store
 
 
@@ -26,7 +27,7 @@ def results_of_runs(store: Store, suite: str, limit: int = 10) -> Iterator[bytes
     except MlflowException as error:
         raise failed(f"list the runs of {suite!r}", error) from error
     for run in runs:
-        found = store.get_with_etag(f"runs/{run.info.run_id}/results.json")
+        found = store.get_with_etag(run_file(run.info.run_id, RESULTS))
         if found is not None:
             yield found[0]
 

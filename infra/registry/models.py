@@ -10,7 +10,6 @@ loaded is `workers.serving.adapter_model` and `workers.serving.checkpoint_model`
 import hashlib
 import importlib.metadata
 import json
-import re
 import shutil
 import tempfile
 import threading
@@ -28,6 +27,7 @@ from mlflow.exceptions import MlflowException
 from infra.errors import RegistryError
 from infra.registry.lineage import LINEAGE_FILE, TAG_LENGTH, Lineage
 from infra.registry.runs import client, failed, tracking_uri
+from infra.store.layout import split_stored
 from infra.store.s3 import FileRef, split_uri
 
 KEY_TAG, DIGEST_TAG = "factory.key", "factory.digest"
@@ -45,7 +45,6 @@ _ALIASES = """\
 - `challenger`: the newest version that is no champion
 
 Each version's own page says what it was made of, how it scores, and why it is champion or not."""
-_ARTIFACT = re.compile(r"(?:(?P<prefix>.*)/)?(?P<name>objects/[0-9a-f]{64}/.+)")
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("infra", "workers")
 _REQUIREMENTS = (
@@ -359,12 +358,12 @@ def model_config(model: Registration) -> dict[str, Any]:
 def split_place(uri: str) -> tuple[str, str, str]:
     """Bucket, prefix of the store, and name inside that store of the object or folder at an ``s3://`` URI.
 
-    A stored artifact's name begins with ``objects/<key>/`` (`infra.artifacts.manifests`); any other place is in a store
-    without a prefix. A registered model looks for its base in that store, too.
+    What lies in an artifact's folder (`infra.store.layout`) is in the store that has the artifact; any other place is
+    in a store without a prefix. A registered model looks for its base in that store, too.
     """
     bucket, name = split_uri(uri)
-    found = _ARTIFACT.fullmatch(name)
-    return (bucket, found["prefix"] or "", found["name"]) if found else (bucket, "", name)
+    found = split_stored(name)
+    return (bucket, found.prefix, found.name) if found and found.inside else (bucket, "", name)
 
 
 def _object_name(uri: str) -> str:

@@ -4,7 +4,6 @@ Nothing is changed. Runs that the server does not know, because they were purged
 another server, are not "deleted": the caller decides. What runs used is `infra.artifacts.announcements`.
 """
 
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from mlflow.exceptions import MlflowException
 from infra.registry import lineage
 from infra.registry.models import ADAPTER_TAG, BASE_TAG, CHECKPOINT_TAG, HEADS_TAG, KEY_TAG, has_files
 from infra.registry.runs import client, failed, pages
+from infra.store.layout import attempt_of
 from infra.store.s3 import Store
 
-_ATTEMPT = re.compile(r"(objects/[0-9a-f]{64}/[^/]+)(/.*)?")
 _PAGE = 1000
 _EXPERIMENTS = 100  # asked for in one search
 _THREADS = 8
@@ -104,7 +103,7 @@ def referred(store: Store, known: dict[str, list[str]] | None = None) -> Referre
     return Referred(
         len(ours),
         frozenset(v.tags[tag] for v in ours for tag in (KEY_TAG, lineage.KEY_TAG, BASE_TAG) if tag in v.tags),
-        frozenset(found[1] for place in places if (found := _ATTEMPT.fullmatch(place))),
+        frozenset(found for place in places if (found := attempt_of(place))),
     )
 
 

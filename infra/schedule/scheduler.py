@@ -48,6 +48,7 @@ from infra.schedule.ticks import (
     submission_id,
     tick_of,
 )
+from infra.store.layout import schedule_name
 from infra.store.s3 import Store
 
 _POLL = 15.0  # seconds; short, because a wait does not count the time for which the machine sleeps
@@ -282,7 +283,7 @@ class Scheduler:
         return self._load() if self._state is None else self._state
 
     def _load(self) -> State:
-        name = f"schedules/{self._suite}.json"
+        name = schedule_name(self._suite)
         found = self._store.get_with_etag(name)
         if found is None:
             state = first_state(self._clock.now(), self._jobs.list())
@@ -298,7 +299,7 @@ class Scheduler:
 
     def _save(self, state: State) -> bool:
         """Replace the stored state; False (and the cached one dropped) if it is no longer what was read."""
-        name = f"schedules/{self._suite}.json"
+        name = schedule_name(self._suite)
         self._state = None  # whatever happens, the next step reads what is stored
         return self._store.replace_if_match(name, _packed(state), self._etag) and self._load() == state
 

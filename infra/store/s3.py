@@ -40,6 +40,7 @@ from infra.store.errors import (
     retries_of,
     where,
 )
+from infra.store.layout import new_probe
 
 if TYPE_CHECKING:
     from infra.store.writer import StoreWriter
@@ -287,7 +288,7 @@ class Store:
             if code_of(error) in MISSING | {"NoSuchBucket"}:
                 raise no_bucket(self.endpoint, self.bucket) from error
             raise self._error("reach", "", error) from error
-        name = f"checks/{uuid.uuid4().hex}"
+        name = new_probe()
         try:
             first, second = probe.put_if_absent(name, b"first"), probe.put_if_absent(name, b"second")
             replaced = probe.replace_if_match(name, b"third", '"00000000000000000000000000000000"')

@@ -149,7 +149,7 @@ class StoreTarget:
     """Files of one folder in the store, for writers that make several (`merge.files.checkpoint_writer.Target`)."""
 
     def __init__(self, store: Store, prefix: str) -> None:
-        """`prefix`: the folder's name, for example that of `infra.artifacts.manifests.new_attempt`."""
+        """`prefix`: the folder's name, for example that of `infra.store.layout.new_attempt`."""
         self._store, self._prefix = store, prefix.rstrip("/")
         self._writers: dict[str, StoreWriter] = {}
         self.files: dict[str, FileRef] = {}

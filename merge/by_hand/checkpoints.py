@@ -18,6 +18,7 @@ from infra.errors import ConfigError, MergeError, StoreError
 from infra.store.s3 import Store
 from infra.store.writer import StoreWriter
 from merge.by_hand.outputs import RECORD_FIELD, Output, check_apart, check_writable
+from merge.by_hand.sources import names_in
 from merge.files.checkpoint_writer import FolderTarget, Target
 
 RECORD_FILE, PARTIAL_FILE = "merge.json", "merge.partial.json"
@@ -167,7 +168,7 @@ def _read_record(place: Output, name: str) -> tuple[dict[str, Any], dict[str, li
 
 def _strange(place: Output) -> str:
     """What is wrong with a place that holds something else than a merge, "" for nothing."""
-    strange = sorted(_names_in(place) - set(_own_files(place)))
+    strange = sorted(names_in(place) - set(_own_files(place)))
     return f"holds {strange[0]!r}, which is no part of a merge" if strange else ""
 
 
@@ -190,10 +191,3 @@ def _own_files(place: Output) -> dict[str, int]:
             if size is not None and size in sizes:
                 own[name] = size
     return own
-
-
-def _names_in(place: Output) -> set[str]:
-    if place.store is not None:
-        return {name.removeprefix(f"{place.name}/") for name in place.store.list(f"{place.name}/")}
-    assert place.path is not None
-    return {entry.name for entry in place.path.iterdir()} if place.path.is_dir() else set()

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from infra.errors import ConfigError, MergeError
 from infra.store.s3 import Store
 from merge.by_hand.checkpoints import check_folder
@@ -32,11 +34,11 @@ from merge.methods.specs import Candidate, Reduction, check_candidate, check_wit
 from merge.tree.reduce import ROOT_VERSIONS, Fused
 from merge.tree.trie import DEFAULT_FAN_IN, TREE_VERSION
 from workers.adapters.task_mask import MASK_FILE_VERSION
-from workers.adapters.tensor_file import DTYPES, WEIGHTS, list_entries
 from workers.base.cache import cache_dir
 from workers.base.layout import fused_rows
 from workers.base.prepare import PreparedBase, prepare_base
 from workers.measuring.file import IMPORTANCE_READ_VERSION
+from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles
 
 REGISTERED_KIND = "merged"
 """Kind of a registered merge, as the pipeline tags its own."""
@@ -281,11 +283,14 @@ def adapter_bytes_estimate(checked: Checked) -> int:
 
 def checkpoint_bytes(checked: Checked) -> int:
     """Bytes of the checkpoint's tensors."""
-    wanted = _SAFETENSORS[checked.request.dtype] if checked.request.dtype else None
+    wanted = torch_dtype(checked.request.dtype)
+    weights = CheckpointFiles.in_file(checked.base.path / WEIGHTS)
     return sum(
-        math.prod(entry.shape) * DTYPES[wanted if wanted and entry.floating else entry.dtype].itemsize
-        for entry in list_entries(checked.base.path / WEIGHTS)
+        math.prod(piece.shape) * (wanted if wanted and piece.dtype.is_floating_point else piece.dtype).itemsize
+        for piece in map(weights.piece, weights.names)
     )
 
 
-_SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """A checkpoint's type by name; None keeps those of the base."""
+    return None if name is None else getattr(torch, name)

@@ -8,7 +8,7 @@ from typing import Any
 
 from infra.errors import AdapterError, ConfigError
 from merge.by_hand.checkpoints import check_folder, checkpoint_place, recorded_checkpoint
-from merge.by_hand.checks import base_place
+from merge.by_hand.checks import base_place, torch_dtype
 from merge.by_hand.inputs import (
     Expert,
     adapter_source,
@@ -19,7 +19,7 @@ from merge.by_hand.inputs import (
 )
 from merge.by_hand.outputs import Output, check_apart, check_buckets, output
 from merge.by_hand.request import shard_bytes
-from merge.by_hand.run import Inputs, publish_checkpoint, torch_dtype
+from merge.by_hand.run import Inputs, publish_checkpoint
 from merge.by_hand.sources import locate, name_of
 from merge.files.checkpoint_writer import CHECKPOINT_VERSION, CheckpointInfo, write_checkpoint
 from merge.tree.reduce import DeltaReader

@@ -19,17 +19,17 @@ from infra.artifacts.manifests import Recipe
 from infra.digests import file_sha256
 from infra.errors import AdapterError, ConfigError, MergeError, RegistryError
 from infra.store.source import StoreSource
-from merge.by_hand.sources import Place, locate
-from merge.files.checkpoint import BaseCheckpoint, CheckpointDelta, CheckpointFiles, weight_files
-from workers.adapters.ranged_file import LocalFile
-from workers.adapters.tensor_file import WEIGHTS, list_entries
-from workers.adapters.writer import AdapterReader, ByteSource
-from workers.base.layout import BaseLayout, read_layout
+from merge.by_hand.sources import Place, locate, names_in
+from merge.files.checkpoint import BaseCheckpoint, CheckpointDelta
+from workers.adapters.writer import AdapterReader
+from workers.base.layout import BaseLayout, read_layout, read_shapes
 from workers.base.prepare import PreparedBase
 from workers.conversion.peft import CONFIG as PEFT_CONFIG
 from workers.conversion.peft import TENSORS as PEFT_TENSORS
 from workers.conversion.peft import peft_shapes
 from workers.measuring.catalogue import MEASUREMENTS
+from workers.tensors.checkpoint import CheckpointFiles, weight_files
+from workers.tensors.source import ByteSource, FileSource
 
 _CHUNK = 1 << 24
 
@@ -82,7 +82,7 @@ def locate_experts(sources: Mapping[str, str]) -> dict[str, Place]:
 def find_experts(places: Mapping[str, Place], base: PreparedBase, scratch: Path) -> list[Expert]:
     """The experts by name, their headers read and checked against the base and each other.
 
-    A PEFT adapter in S3 is copied to `scratch`. Raises ConfigError, AdapterError or MergeError naming the expert.
+    A PEFT adapter in S3 is copied to `scratch`. Raises FactoryError naming the expert.
     """
     layout = _layout(base, any(place.kind == "peft" for place in places.values()))
     checkpoint = BaseCheckpoint.in_folder(base.path, base.sha256)
@@ -127,28 +127,20 @@ def hash_measured(files: Mapping[str, MeasuredFile], experts: Sequence[Expert]) 
 
 
 def checkpoint_files(place: Place) -> dict[str, ByteSource]:
-    """The safetensors files of a checkpoint by file name. Raises AdapterError where there is none or one is missing."""
+    """The safetensors files of a checkpoint by file name. Raises TensorFileError where there is none or one is
+    missing."""
 
     def source(name: str) -> ByteSource:
         if place.store is not None:
             return StoreSource(place.store, f"{place.name}/{name}")
         assert place.path is not None
-        return LocalFile(place.path / name)
+        return FileSource(place.path / name)
 
     def read(name: str) -> bytes:
         file = source(name)
         return file.read(0, file.size)
 
-    def exists(name: str) -> bool:
-        if place.store is not None:
-            return place.store.head(f"{place.name}/{name}") is not None
-        assert place.path is not None
-        return (place.path / name).is_file()
-
-    try:
-        return {name: source(name) for name in weight_files(place.given, exists, read)}
-    except MergeError as error:
-        raise AdapterError(str(error)) from error
+    return {name: source(name) for name in weight_files(place.given, names_in(place), read)}
 
 
 def adapter_source(place: Place) -> ByteSource:
@@ -156,7 +148,7 @@ def adapter_source(place: Place) -> ByteSource:
     if place.store is not None:
         return StoreSource(place.store, place.name)
     assert place.path is not None
-    return LocalFile(place.path)
+    return FileSource(place.path)
 
 
 def _found(what: str, source: str) -> Place:
@@ -177,8 +169,7 @@ def _layout(base: PreparedBase, linear: bool) -> BaseLayout:
     """Names and shapes of the base; which are linear layers' (seconds of imports) only where a PEFT adapter asks."""
     if linear:
         return read_layout(base)
-    shapes = {entry.name: entry.shape for entry in list_entries(base.path / WEIGHTS) if entry.floating}
-    return BaseLayout(base.path, base.sha256, shapes, frozenset())
+    return BaseLayout(base.path, base.sha256, read_shapes(base.path), frozenset())
 
 
 def _read_header(name: str, place: Place, base: BaseLayout, scratch: Path) -> Expert:
@@ -218,7 +209,7 @@ def _read_header(name: str, place: Place, base: BaseLayout, scratch: Path) -> Ex
 
 
 def open_checkpoint(name: str, place: Place, base: BaseCheckpoint, identity: str | None = None) -> CheckpointDelta:
-    """A full checkpoint's δ. Raises AdapterError or MergeError where it is not one of this base."""
+    """A full checkpoint's δ. Raises TensorFileError for none, and BaseModelError for one that is not of this base."""
     what = f"expert {name!r} ({place.given})"
     return CheckpointDelta(CheckpointFiles(list(checkpoint_files(place).values()), what), base, name, identity)
 

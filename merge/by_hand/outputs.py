@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,18 +16,17 @@ from typing import Any
 
 from infra.artifacts.manifests import canonical_json
 from infra.errors import AdapterError, ConfigError, MergeError
+from infra.store.layout import FOLDERS, split_stored
 from infra.store.s3 import Store, split_uri
 from infra.store.source import StoreSource
 from merge.by_hand.inputs import Expert
 from merge.by_hand.sources import store_of
 from workers.adapters.task_mask import MaskReader
-from workers.adapters.writer import AdapterReader, ByteSource, FileSource
+from workers.adapters.writer import AdapterReader
+from workers.tensors.source import ByteSource, FileSource
 
 RECORD_FIELD = "merge"
 """Field of a merged adapter's information that holds the record."""
-
-_OWN = ("artifacts", "bases", "checkpoints", "checks", "data", "gc", "leases", "objects", "runs", "schedules")
-"""Folders of the factory's bucket that hold what the factory itself stores."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +86,11 @@ def output(given: str, what: str) -> Output:
         if not name:
             raise ConfigError(f"{what} {given}: names a bucket; give s3://<bucket>/<name>")
         bucket, whole = split_uri(given)
-        artifact = re.search(r"(^|/)objects/[0-9a-f]{64}(/|$)", whole)
         own = Store.from_env()
         inside = whole.removeprefix(f"{own.prefix}/") if own.prefix else whole
-        if artifact or (bucket == own.bucket and inside.partition("/")[0] in _OWN):
+        if split_stored(whole) or (bucket == own.bucket and f"{inside}/".startswith(FOLDERS)):
             raise ConfigError(
-                f"{what} {given}: is among what the factory stores ({', '.join(f'{name}/' for name in _OWN)}); "
-                "name another place"
+                f"{what} {given}: is among what the factory stores ({', '.join(FOLDERS)}); name another place"
             )
         return Output(given, None, store, name)
     if "://" in given or given.startswith("models:"):

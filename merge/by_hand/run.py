@@ -15,18 +15,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from infra.artifacts.manifests import Manifest, Recipe, find, manifest_name, publish
+from infra.artifacts.manifests import Manifest, Recipe, find, publish
 from infra.digests import file_sha256
 from infra.errors import MergeError, StoreError
+from infra.store.layout import base_file, manifest_name
 from infra.store.s3 import Store
 from merge.by_hand.checkpoints import CheckpointPlace, checkpoint_place, recorded_checkpoint
-from merge.by_hand.checks import Checked, checkpoint_record_of, mask_outputs, record_of
+from merge.by_hand.checks import Checked, checkpoint_record_of, mask_outputs, record_of, torch_dtype
 from merge.by_hand.inputs import Expert, MeasuredFile, adapter_source, open_checkpoint, source_sha256
 from merge.by_hand.outputs import RECORD_FIELD, Output, recipe_key, recorded
 from merge.by_hand.request import shard_bytes
-from merge.files.checkpoint_writer import BaseCheckpoint, CheckpointInfo, CheckpointWriter, write_checkpoint
+from merge.files.checkpoint import BaseCheckpoint
+from merge.files.checkpoint_writer import CheckpointInfo, CheckpointWriter, write_checkpoint
 from merge.files.merged import AdapterDelta, AdapterWriter
 from merge.files.sink import Outline, Sink, Tee
 from merge.files.task_mask import MaskWriter, write_task_mask
@@ -37,13 +37,12 @@ from merge.tree.local import merge_stored as merge_stored_tree
 from merge.tree.reduce import ROOT_VERSIONS, DeltaReader, ExpertChild, flat_merge
 from merge.tree.reduction import NODES
 from merge.tree.trie import DEFAULT_FAN_IN, build_tree, leaf_names
-from workers.adapters.ranged_file import LocalFile
 from workers.adapters.task_mask import MaskReader
-from workers.adapters.tensor_file import WEIGHTS
-from workers.adapters.writer import ByteSource
 from workers.base.layout import read_layout
 from workers.base.prepare import PreparedBase, upload_base
 from workers.conversion.formats import from_peft
+from workers.tensors.checkpoint import WEIGHTS
+from workers.tensors.source import ByteSource, FileSource
 
 _WORKERS = 4
 """Most nodes of a stored tree that are made at once: each holds one tensor's statistics of its children."""
@@ -96,7 +95,7 @@ def merge_flat(checked: Checked, scratch: Path, report: Report | None = None) ->
     """
     inputs = Inputs(checked.base, scratch)
     children = [ExpertChild(e.name, inputs.reader(e), _source(checked.measured.get(e.name))) for e in checked.experts]
-    base, candidate = LocalFile(checked.base.path / WEIGHTS), checked.candidate
+    base, candidate = FileSource(checked.base.path / WEIGHTS), checked.candidate
     with _outputs(checked, scratch) as outputs:
         sinks: list[Sink] = []
         if outputs.checkpoint:  # first: it is closed before the adapter
@@ -139,7 +138,7 @@ def merge_stored(checked: Checked, scratch: Path, report: Report | None = None) 
         experts,
         DEFAULT_FAN_IN,
         checked.base.sha256,
-        f"bases/{checked.base.sha256}/{WEIGHTS}",
+        base_file(checked.base.sha256, WEIGHTS),
         measured,
         checked.fused,
         min(_WORKERS, len(os.sched_getaffinity(0))),
@@ -147,7 +146,7 @@ def merge_stored(checked: Checked, scratch: Path, report: Report | None = None) 
     )
     manifest = made.merged[checked.candidate]
     file = store.download_file(manifest.files["adapter"], scratch / "merged.safetensors")
-    merged = AdapterDelta(LocalFile(file), "the merge")
+    merged = AdapterDelta(FileSource(file), "the merge")
     written = None
     with _outputs(checked, scratch) as outputs:
         if outputs.checkpoint:
@@ -183,7 +182,7 @@ class Inputs:
         """The expert's δ, tensor by tensor."""
         if expert.place.kind == "checkpoint":
             return open_checkpoint(expert.name, expert.place, self.checkpoint, expert.identity)
-        return AdapterDelta(LocalFile(self.file(expert)), expert.name, expert.identity)
+        return AdapterDelta(FileSource(self.file(expert)), expert.name, expert.identity)
 
     def file(self, expert: Expert) -> Path:
         """The expert as an adapter file."""
@@ -355,11 +354,6 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
 
 
-def torch_dtype(name: str | None) -> torch.dtype | None:
-    """A checkpoint's type by name; None keeps those of the base."""
-    return None if name is None else getattr(torch, name)
-
-
 def _deliver(file: Path, out: Output) -> dict[str, int]:
     """Copy a finished file to its place; returns the place and the file's bytes."""
     size = file.stat().st_size
@@ -378,7 +372,7 @@ def _deliver(file: Path, out: Output) -> dict[str, int]:
 
 def _write_masks(checked: Checked, outputs: _Outputs, children: Sequence[ExpertChild], scratch: Path) -> dict[str, int]:
     """Each task's mask over the unified adapter."""
-    unified, sha256 = AdapterDelta(LocalFile(outputs.adapter), "the merge"), file_sha256(outputs.adapter)
+    unified, sha256 = AdapterDelta(FileSource(outputs.adapter), "the merge"), file_sha256(outputs.adapter)
     files: dict[str, int] = {}
     masks = mask_outputs(checked)
     for child in children:
@@ -390,7 +384,7 @@ def _write_masks(checked: Checked, outputs: _Outputs, children: Sequence[ExpertC
 
 def _copy_task_mask(stored: Path, made: Path, unified_sha256: str, task: str) -> None:
     """A stored tree's mask over the unified adapter's delivered file, whose information and so digest are others."""
-    reader = MaskReader(LocalFile(stored))
+    reader = MaskReader(FileSource(stored))
     meta = replace(reader.meta, unified_sha256=unified_sha256, task=task)
     with MaskWriter(made, meta, {name: reader.positions(name) for name in reader.names}) as writer:
         for name in reader.names:

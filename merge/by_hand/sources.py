@@ -10,11 +10,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from infra.artifacts.manifests import Manifest, manifest_name
+from infra.artifacts.manifests import Manifest
 from infra.errors import ConfigError, RegistryError
 from infra.store.errors import ObjectMissing
+from infra.store.layout import manifest_name, split_stored
 from infra.store.s3 import Store, split_uri
 from workers.conversion.peft import CONFIG as PEFT_CONFIG
 
@@ -23,7 +24,6 @@ ACCEPTED = (
     "full checkpoint (config.json and safetensors), s3://<bucket>/<name> of an adapter file or of a checkpoint's "
     "prefix, and models:/<name>/<version> or models:/<name>@<alias>"
 )
-_OBJECT = re.compile(r"(?:(?P<prefix>.*)/)?(?P<name>objects/(?P<key>[0-9a-f]{64})/[^/]+/[^/]+)")
 _MODEL = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
 
 
@@ -57,8 +57,8 @@ def name_of(source: str) -> str:
     """The name of an expert that is given without one."""
     if found := _MODEL.fullmatch(source):
         return found["name"]
-    if found := _OBJECT.fullmatch(source.partition("://")[2].partition("/")[2]):
-        return found["key"][:12]
+    if (stored := split_stored(source.partition("://")[2].partition("/")[2])) and stored.is_file:
+        return stored.key[:12]
     name = Path(source.rstrip("/")).name.removesuffix(".safetensors")
     return name or source
 
@@ -122,8 +122,8 @@ def store_of(uri: str) -> tuple[Store, str]:
     """The store that an `s3://` URI lies in and the name there; an artifact's store has its prefix."""
     bucket, name = split_uri(uri)
     endpoint = Store.from_env().endpoint
-    if found := _OBJECT.fullmatch(name):
-        return Store(bucket, endpoint, found["prefix"] or ""), found["name"]
+    if (stored := split_stored(name)) and stored.is_file:
+        return Store(bucket, endpoint, stored.prefix), stored.name
     return Store(bucket, endpoint), name
 
 
@@ -142,13 +142,32 @@ def locate_object(uri: str, lineage: str | None = None) -> Place:
     raise ConfigError(f"{uri}: no such object at {store.endpoint or 'AWS'}, and no checkpoint below it; {ACCEPTED}")
 
 
+class Folder(Protocol):
+    """Files below one name: on disk, or in a store."""
+
+    @property
+    def path(self) -> Path | None: ...
+    @property
+    def store(self) -> Store | None: ...
+    @property
+    def name(self) -> str: ...
+
+
+def names_in(folder: Folder) -> set[str]:
+    """What lies there, none where it does not exist."""
+    if folder.store is not None:
+        return {name.removeprefix(f"{folder.name}/") for name in folder.store.list(f"{folder.name}/")}
+    assert folder.path is not None
+    return {entry.name for entry in folder.path.iterdir()} if folder.path.is_dir() else set()
+
+
 def _manifest(store: Store, name: str) -> Manifest | None:
     """Of the artifact that a file belongs to; None for other objects."""
-    found = _OBJECT.fullmatch(name)
-    if not found:
+    stored = split_stored(name)
+    if stored is None or not stored.is_file:
         return None
     try:
-        manifest = Manifest.from_json(store.get(manifest_name(found["key"])))
+        manifest = Manifest.from_json(store.get(manifest_name(stored.key)))
     except ObjectMissing:
         return None
     return manifest if any(ref.name == name for ref in manifest.files.values()) else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import struct
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,25 +19,13 @@ import torch
 from torch import Tensor
 
 from infra.errors import MergeError
-from merge.files.checkpoint import INDEX, BaseCheckpoint, CheckpointDelta, CheckpointFiles
+from merge.files.checkpoint import BaseCheckpoint
 from merge.files.delta import DeltaReader
 from merge.files.sink import Outline, squared_norm
-from merge.files.stream import raw_bytes
-from workers.adapters.ranged_file import DTYPE_NAMES
 from workers.adapters.support import SparseTensor
-from workers.adapters.tensor_file import WEIGHTS
-
-__all__ = [
-    "CHECKPOINT_VERSION",
-    "BaseCheckpoint",
-    "CheckpointDelta",
-    "CheckpointFiles",
-    "CheckpointInfo",
-    "CheckpointWriter",
-    "FolderTarget",
-    "Target",
-    "write_checkpoint",
-]
+from workers.tensors.checkpoint import INDEX, WEIGHTS
+from workers.tensors.header import Row, header_bytes
+from workers.tensors.writer import PLAIN, raw_bytes
 
 CHECKPOINT_VERSION = 1
 """Part of the key of every checkpoint: raise it when the same merge gives other bytes."""
@@ -124,7 +111,7 @@ class CheckpointInfo:
 class _Shard:
     """One file of tensors of one item size, so that each lies aligned; names in the order written."""
 
-    rows: list[tuple[str, torch.dtype, tuple[int, ...]]]
+    rows: list[Row]
     file: str = ""
     size: int = 0
     stream: Stream | None = None
@@ -278,7 +265,7 @@ class CheckpointWriter:
     def _stream(self, shard: _Shard) -> Stream:
         if shard.stream is None:
             shard.stream = self._target.open(shard.file)
-            head = _shard_header(shard)
+            head = header_bytes(shard.rows, PLAIN)
             shard.stream.write(head)
             self._files[shard.file] = len(head) + shard.size
         return shard.stream
@@ -329,7 +316,7 @@ def write_checkpoint(
     return writer.info
 
 
-def _plan_shards(rows: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], limit: int) -> list[_Shard]:
+def _plan_shards(rows: Sequence[Row], limit: int) -> list[_Shard]:
     """Tensors in their order, filled up greedily; one item size in a file, so that no tensor lies unaligned."""
     shards: list[_Shard] = []
     filling: dict[int, _Shard] = {}
@@ -344,15 +331,3 @@ def _plan_shards(rows: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], limit
     for number, shard in enumerate(shards, 1):
         shard.file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     return shards
-
-
-def _shard_header(shard: _Shard) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, dtype, shape in shard.rows:
-        end = at + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    return struct.pack("<Q", len(text)) + text

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from infra.errors import AdapterError, MergeError
 from merge.files.sink import Outline
-from merge.files.stream import SafetensorsWriter, header_room
 from workers.adapters.format import AdapterMeta, metadata_text, sparse_pieces
 from workers.adapters.support import SparseTensor
-from workers.adapters.writer import AdapterReader, ByteSource
+from workers.adapters.writer import AdapterReader
+from workers.tensors.header import header_room
+from workers.tensors.source import ByteSource
+from workers.tensors.writer import TensorWriter
 
 
 class AdapterDelta:
@@ -84,12 +86,12 @@ class AdapterWriter:
         self._extra = dict(info or {})
         self._table: dict[str, dict[str, Any]] = {}
         self._outline = Outline("", {}, {})
-        self._out: SafetensorsWriter | None = None
+        self._out: TensorWriter | None = None
 
     def open(self, outline: Outline) -> None:
         """The outline bounds the header. Raises MergeError for too many tensors or info that is no JSON."""
         self._outline = Outline(outline.base_sha256, outline.shapes, {**self._extra, **outline.info})
-        self._out = SafetensorsWriter(self.path, adapter_room(self._outline))
+        self._out = TensorWriter(self.path, adapter_room(self._outline))
 
     def add(self, name: str, tensor: SparseTensor, support: tuple[str, Tensor] | None = None) -> None:
         """Append one tensor. Raises MergeError for a δ that is not finite."""
@@ -124,7 +126,7 @@ class AdapterWriter:
         return self.path.stat().st_size
 
     @property
-    def _file(self) -> SafetensorsWriter:
+    def _file(self) -> TensorWriter:
         if self._out is None:
             raise MergeError(f"{self.path}: written to before it was opened")
         return self._out

@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from infra.errors import MergeError
-from merge.files.stream import SafetensorsWriter, header_room
 from merge.methods.specs import LiftSpec
 from merge.methods.statistic_table import MAX_EXPERTS, STATISTICS
 from merge.methods.statistics import TensorStatistics, statistic_dtype
-from workers.adapters.ranged_file import RangedReader
 from workers.adapters.support import MAX_NUMEL, decode_support, encode_support
-from workers.adapters.writer import ByteSource
+from workers.tensors.header import header_room
+from workers.tensors.reader import TensorReader, damaged
+from workers.tensors.source import ByteSource
+from workers.tensors.writer import TensorWriter
 
 NODE_FILE_VERSION = 2
 """Part of the key of every node: raise it when the same statistics are stored in another way."""
@@ -85,7 +86,7 @@ class StatisticsWriter:
         self._table: dict[str, list[Any]] = {}
         worst = {n: [list(s), math.prod(s), "x" * 16, MAX_EXPERTS] for n, s in shapes.items()}
         pieces = [f"{name}#{part}" for name in shapes for part in ("support", *meta.lift["statistics"])]
-        self._out = SafetensorsWriter(path, header_room(pieces, self._metadata(worst)))
+        self._out = TensorWriter(path, header_room(pieces, self._metadata(worst)))
 
     def _metadata(self, table: Mapping[str, list[Any]]) -> dict[str, str]:
         return {
@@ -134,7 +135,7 @@ class StatisticsReader:
 
     def __init__(self, source: ByteSource, what: str = "statistics file") -> None:
         """`what` names the file in errors. Raises MergeError for anything but a node's file of this version."""
-        self._file = RangedReader(source, what)
+        self._file = TensorReader(source, damaged(what))
         metadata = self._file.metadata
         if metadata.get("format") != NODE_FORMAT:
             raise self._file.bad(f"its format is {metadata.get('format')!r}, expected {NODE_FORMAT!r}")

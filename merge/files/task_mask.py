@@ -15,11 +15,12 @@ from torch import Tensor
 
 from infra.errors import MergeError
 from merge.files.delta import DeltaReader
-from merge.files.stream import SafetensorsWriter, header_room
 from merge.methods.per_task import task_mask, task_scale
 from merge.methods.specs import Candidate
 from workers.adapters.support import SparseTensor
 from workers.adapters.task_mask import MASK_FILE_VERSION, MASK_FORMAT, MAX_SCALE, MaskMeta
+from workers.tensors.header import header_room
+from workers.tensors.writer import TensorWriter
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class MaskWriter:
         self._table: dict[str, list[int]] = {}
         worst = {name: [count, count] for name, count in self._counts.items()}
         room = header_room([f"{name}#mask" for name in counts], self._metadata(worst, 1 / 3 * 1e-300))
-        self._out = SafetensorsWriter(path, room)
+        self._out = TensorWriter(path, room)
 
     def _metadata(self, table: Mapping[str, Sequence[int]], scale: float) -> dict[str, str]:
         return {

@@ -26,13 +26,13 @@ from merge.methods.specs import Candidate
 from merge.tree.jobs import Ref, merged_meta
 from merge.tree.licences import licences_of
 from merge.tree.reduce import ROOT_VERSIONS, DeltaTally, MergedInfo
-from workers.adapters.ranged_file import RangedReader, ReadAhead
 from workers.adapters.reader import AdapterReader, check_base
-from workers.adapters.writer import FileSource
 from workers.base.cache import cache_dir
 from workers.base.load import load_model, load_tokenizer
 from workers.base.prepare import fetch_base
 from workers.jobs.measurement import TrainingRows, row_losses
+from workers.tensors.reader import TensorReader, damaged
+from workers.tensors.source import FileSource, ReadAhead
 from workers.training.devices import spread
 from workers.training.in_place import apply_delta
 
@@ -99,7 +99,7 @@ def _write(job: ModelledJob, at_hand: AtHand, store: Store, out: Path) -> Merged
     by_model, candidate = METHODS[job.candidate.method].by_model, job.candidate
     assert by_model is not None
     shapes = {name: tuple(at_hand.reference.shape(name)) for name in at_hand.reference.names}
-    base = RangedReader(ReadAhead(StoreSource(store, job.base_weights)), "the base's safetensors file")
+    base = TensorReader(ReadAhead(StoreSource(store, job.base_weights)), damaged("the base's safetensors file"))
     sink, tally = AdapterWriter(out), DeltaTally()
     info: dict[str, Any] = {**candidate.to_dict(), "experts": list(job.experts), "versions": ROOT_VERSIONS}
     sink.open(Outline(job.base_sha256, shapes, info))

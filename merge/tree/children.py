@@ -25,9 +25,9 @@ from merge.methods.statistic_table import STATISTICS, count_dtype
 from merge.methods.statistics import Accumulator, TensorStatistics, statistic_dtype
 from merge.tree.prefetch import Load, prefetch
 from workers.adapters.support import SparseTensor
-from workers.adapters.writer import ByteSource
 from workers.measuring.catalogue import MEASUREMENTS
 from workers.measuring.measurement import Measured
+from workers.tensors.source import ByteSource
 
 T = TypeVar("T")
 

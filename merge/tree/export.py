@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from infra.artifacts.manifests import Manifest, Recipe, find, new_attempt, publish
+from infra.artifacts.manifests import Manifest, Recipe, find, publish
 from infra.engine.step import Made, Place
 from infra.environment import environment
+from infra.store.layout import base_file, base_index, new_attempt
 from infra.store.s3 import Store
 from infra.store.source import StoreSource
 from infra.store.writer import StoreTarget
@@ -20,7 +21,7 @@ from merge.files.merged import AdapterDelta
 from merge.tree.jobs import Ref
 from merge.tree.keys import checkpoint_recipe
 from merge.tree.licences import licences_of
-from workers.adapters.ranged_file import LocalFile
+from workers.tensors.source import FileSource
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,12 @@ def export_checkpoint(store: Store, job: ExportJob) -> tuple[Manifest, bool]:
     earlier = find(store, job.recipe.key, {})
     if earlier is not None:
         return earlier, False
-    folder = f"bases/{job.base_sha256}"
-    index = json.loads(store.get(f"{folder}/index.json"))
-    base = BaseCheckpoint.from_index(index, lambda name: StoreSource(store, f"{folder}/{name}"))
+    index = json.loads(store.get(base_index(job.base_sha256)))
+    base = BaseCheckpoint.from_index(index, lambda name: StoreSource(store, base_file(job.base_sha256, name)))
     target = StoreTarget(store, new_attempt(job.recipe.key))
     with tempfile.TemporaryDirectory(prefix="factory-export-") as scratch:
         local = store.download_file(job.merged.files[0], Path(scratch) / "adapter.safetensors")
-        merged = AdapterDelta(LocalFile(local), "the merge")
+        merged = AdapterDelta(FileSource(local), "the merge")
         info = write_checkpoint(merged, base, target, getattr(torch, job.dtype), job.shard_bytes)
     meta = {
         "dtype": job.dtype,

@@ -23,7 +23,7 @@ from merge.methods.specs import Candidate, LiftSpec
 from merge.methods.spectral import merge_device
 from merge.tree.licences import licences_of
 from merge.tree.reduce import Child, ExpertChild, Fused, MergedInfo, NodeChild, reduce_node, reduce_root
-from workers.adapters.ranged_file import LocalFile, ReadAhead
+from workers.tensors.source import FileSource, ReadAhead
 
 
 @dataclass(frozen=True)
@@ -234,8 +234,8 @@ def make_mask(store: Store, job: TaskMaskJob) -> tuple[Manifest, bool]:
         info = write_task_mask(
             out,
             job.candidate,
-            AdapterDelta(LocalFile(unified), str(job.candidate)),
-            AdapterDelta(LocalFile(expert), job.expert, job.adapter.key),
+            AdapterDelta(FileSource(unified), str(job.candidate)),
+            AdapterDelta(FileSource(expert), job.expert, job.adapter.key),
             job.unified.files[0].sha256,
             job.expert,
         )
@@ -274,6 +274,6 @@ class _Inputs:
             ReadAhead(StoreSource(self._store, measured.name, measured.size)) if measured else None,
         )
 
-    def _adapter(self, ref: Ref) -> LocalFile:
+    def _adapter(self, ref: Ref) -> FileSource:
         (file,) = ref.files
-        return LocalFile(self._store.download_file(file, self._folder / f"{file.sha256}.safetensors"))
+        return FileSource(self._store.download_file(file, self._folder / f"{file.sha256}.safetensors"))

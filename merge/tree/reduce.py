@@ -36,9 +36,9 @@ from merge.methods.specs import (
 )
 from merge.methods.statistics import STATISTICS_VERSION
 from merge.tree.children import Child, DeltaReader, ExpertChild, Join, NodeChild
-from workers.adapters.ranged_file import LocalFile, RangedReader
 from workers.adapters.support import SparseTensor, encode_support
-from workers.adapters.writer import ByteSource
+from workers.tensors.reader import TensorReader, damaged
+from workers.tensors.source import ByteSource, FileSource
 
 __all__ = [
     "Child",
@@ -173,7 +173,7 @@ def reduce_root(
     for candidate in sinks:
         check_served(candidate, spec)
     join = Join.open(children, spec, base_sha256, reference)
-    weights = RangedReader(base, "the base's safetensors file") if base is not None else None
+    weights = TensorReader(base, damaged("the base's safetensors file")) if base is not None else None
     if weights:
         _check_in_base(weights, join)
     tallies = {candidate: DeltaTally() for candidate in sinks}
@@ -252,7 +252,7 @@ def flat_merge(
             sinks[candidate] = own[0] if len(own) == 1 else Tee(own)
         reference = None
         if reduction.spec.reference is not None:
-            reference = AdapterDelta(LocalFile(files[reduction.spec.reference]), "the earlier round's merge")
+            reference = AdapterDelta(FileSource(files[reduction.spec.reference]), "the earlier round's merge")
         step = f"reduction {number} of {len(plan)}"
         info = reduce_root(
             children,
@@ -332,7 +332,7 @@ def _ratio(lost: float, square: float) -> float:
     return math.sqrt(lost / square) if square else 0.0
 
 
-def _check_in_base(weights: RangedReader, join: Join) -> None:
+def _check_in_base(weights: TensorReader, join: Join) -> None:
     for name in join.names:
         piece, shape = weights.pieces.get(name), join.shapes[name]
         if piece is None or piece.shape != shape or not piece.dtype.is_floating_point:

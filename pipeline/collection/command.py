@@ -20,6 +20,7 @@ from infra.errors import ConfigError, FactoryError
 from infra.registry import runs as registry
 from infra.registry.roots import RunState, pipeline_runs, referred
 from infra.store.admin import server_time
+from infra.store.layout import RUNS, run_of
 from infra.store.s3 import Store
 from pipeline.collection.retention import ABANDONED_S, DAY_S, Rule, abandoned
 
@@ -96,7 +97,7 @@ def _roots(store: Store, rule: Rule, console: Console) -> RootReader:
     asked = Registry(store, rule)
     reader = RootReader(store, asked)
     found = reader()
-    runs, present = asked.runs, {name.split("/")[1] for name in store.list("runs/")}
+    runs, present = asked.runs, {run_of(name)[0] for name in store.list(RUNS)}
     if rule.forget_unknown and present and present.isdisjoint(runs):
         raise ConfigError(
             f"the MLflow server at {registry.tracking_uri()} knows none of the {len(present)} runs in {store.uri('')}: "

@@ -16,6 +16,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from infra.errors import DataError
+from infra.store.layout import rows_name
 from pipeline.data.sources import (
     NOT_STATED,
     ReadBytes,
@@ -27,7 +28,7 @@ from pipeline.data.sources import (
 )
 from workers.scoring.classification import distinct_labels
 from workers.scoring.metrics import CLASSIFICATION_METRICS
-from workers.text.rows import Row, fingerprint, rows_object, rows_to_jsonl
+from workers.text.rows import Row, fingerprint, rows_to_jsonl
 
 SPLITS = ("train", "validation", "gate", "test")
 TRAINED_ON = ("train", "validation")
@@ -152,7 +153,7 @@ class TaskData:
 
     def object_name(self, split: str) -> str:
         """Where the split's rows are in the object store; a function of their content."""
-        return rows_object(self.fingerprints[split])
+        return rows_name(self.fingerprints[split])
 
     def to_jsonl(self, split: str) -> bytes:
         return rows_to_jsonl(self.splits[split])

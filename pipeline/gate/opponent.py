@@ -15,17 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from infra.artifacts.manifests import Manifest, manifest_name
+from infra.artifacts.manifests import Manifest
 from infra.errors import FactoryError, RegistryError, StoreError
 from infra.registry.runs import model_names
 from infra.registry.versions import Version, lineage_of
 from infra.store.errors import ObjectCorrupted, ObjectMissing
+from infra.store.layout import base_index, manifest_name, rows_name
 from infra.store.s3 import Store
 from pipeline.gate.rule import TaskScores
-from workers.base.prepare import index_object
 from workers.scoring.metrics import LabelScores
 from workers.text.prompt import PromptSpec
-from workers.text.rows import Row, load_rows, rows_object
+from workers.text.rows import Row, load_rows
 
 _THREADS = 8
 _NAMED = 5  # tasks that a reason names
@@ -96,7 +96,7 @@ def find_champion(
         raise Incomparable(f"{store.uri(manifest_name(champion.key))} now names other bytes than were registered")
     _check_files(store, manifest)
     base = str(manifest.meta["base_sha256"])
-    if store.head(index_object(base)) is None:
+    if store.head(base_index(base)) is None:
         raise Incomparable(f"its base {base} is not in the object store")
     named = {} if manifest.kind == "expert" else _named(champion, suite, tasks)
     made_of = [(task, manifest)] if manifest.kind == "expert" else _experts(store, manifest, bool(labels), named)
@@ -166,7 +166,7 @@ def _seen(store: Store, experts: Iterable[tuple[str, Manifest]], gate: Mapping[s
 
     def read(fingerprint: str) -> list[Row]:
         try:
-            return load_rows(store, rows_object(fingerprint))
+            return load_rows(store, rows_name(fingerprint))
         except ObjectMissing:
             return []
 

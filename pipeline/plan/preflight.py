@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from infra.errors import ConfigError, FactoryError
 from infra.registry import runs as registry
+from infra.store.layout import base_file
 from infra.store.s3 import Store
 from merge.methods.catalogue import METHODS
 from merge.methods.specs import Reduction, plan_reductions
@@ -32,13 +33,13 @@ from pipeline.flow.registration import CHECKPOINT, MERGED
 from pipeline.plan.cluster import slots_of
 from pipeline.plan.node_memory import largest_node
 from pipeline.records.outcome import Inputs
-from workers.adapters.tensor_file import WEIGHTS
 from workers.base.cache import cache_dir
 from workers.base.load import load_classifier_tokenizer, load_tokenizer
 from workers.base.modules import find_targets, stacked_rows
 from workers.base.prepare import PreparedBase, prepare_base, upload_base
 from workers.measuring.catalogue import MEASUREMENTS
 from workers.scoring.classification import encode_labelled
+from workers.tensors.checkpoint import WEIGHTS
 from workers.text.prompt import encode_examples, target_token_cap
 from workers.training.objectives import CHUNK_LOGITS
 
@@ -103,7 +104,7 @@ class Prepared:
             config=self.config,
             store=self.store,
             base=self.base,
-            base_weights=f"bases/{self.base.sha256}/{WEIGHTS}",
+            base_weights=base_file(self.base.sha256, WEIGHTS),
             tasks=self.tasks,
             max_new_tokens=self.max_new_tokens,
             candidates=self.candidates,

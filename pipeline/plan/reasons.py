@@ -16,13 +16,13 @@ from infra.artifacts.snapshot import Snapshot
 from infra.errors import DataError
 from infra.registry.history import expert_keys
 from infra.store.errors import ObjectMissing
+from infra.store.layout import base_index, rows_name
 from infra.store.s3 import Store
 from pipeline.flow.rehearse import Forecast
 from pipeline.plan.staleness import SEED, why_lost, why_stale
 from pipeline.records.outcome import Inputs
 from pipeline.records.results import Results
-from workers.base.prepare import index_object
-from workers.text.rows import Row, load_rows, rows_object
+from workers.text.rows import Row, load_rows
 
 NEW = "new task"
 
@@ -105,13 +105,13 @@ class _Lookup:
 def stored_rows(store: Store, fingerprint: str) -> Sequence[Row] | None:
     """Rows of an earlier run; None if they are gone or damaged. Raises StoreError."""
     with contextlib.suppress(ObjectMissing, DataError):
-        return load_rows(store, rows_object(fingerprint))
+        return load_rows(store, rows_name(fingerprint))
     return None
 
 
 def stored_base(store: Store, sha256: str) -> str:
     """Name of a base that an earlier run used. Raises StoreError."""
-    found = store.get_with_etag(index_object(sha256))
+    found = store.get_with_etag(base_index(sha256))
     with contextlib.suppress(ValueError, KeyError, TypeError):
         return str(json.loads(found[0])["name"]) if found is not None else "another"
     return "another"

@@ -20,6 +20,7 @@ from infra.errors import FactoryError
 from infra.registry import runs as registry
 from infra.registry.history import results_of_runs
 from infra.registry.versions import models_of
+from infra.store.layout import MANIFESTS
 from infra.store.s3 import Store
 from pipeline.collection.command import size_text
 from pipeline.config.model import load_config
@@ -57,7 +58,7 @@ def plan(config_path: str, as_json: bool, overrides: tuple[str, ...]) -> None:
         config = load_config(config_path, list(overrides))
         check_names(config)
         store = Store.from_env()
-        next(store.list("artifacts/"), None)  # a store that does not answer, or has no such bucket, is refused now
+        next(store.list(MANIFESTS), None)  # a store that does not answer, or has no such bucket, is refused now
         registry.check()
         found = make_plan(prepare_inputs(config, store, console))
     except FactoryError as error:

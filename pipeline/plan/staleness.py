@@ -9,7 +9,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from infra.artifacts.manifests import Manifest, Readable, Recipe, canonical_json, manifest_name, peek
+from infra.artifacts.manifests import Manifest, Readable, Recipe, canonical_json, peek
+from infra.store.layout import manifest_name
 from pipeline.config.expert_kinds import EXPERT_KINDS, derived_seed
 from pipeline.config.model import PipelineConfig
 from pipeline.data.tasks import TaskData

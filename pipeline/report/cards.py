@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from infra.artifacts.manifests import Manifest
 from infra.registry.models import VERSION_MARK
 from infra.registry.runs import model_name
+from infra.store.layout import manifest_name
 from pipeline.config.expert_kinds import EXPERT_KINDS
 from pipeline.config.model import PipelineConfig
 from pipeline.data.tasks import TaskData
@@ -197,7 +198,7 @@ def _lineage(manifest: Manifest, inputs: Inputs, run_id: str) -> str:
     used = "; made from " + ", ".join(_code(key) for key in manifest.inputs) if manifest.kind == "expert" else ""
     return (
         f"{manifest.kind} {_code(manifest.key)}, digest {_code(manifest.digest)}, manifest "
-        f"{_code(inputs.store.uri(f'artifacts/{manifest.key}.json'), 400)}, run {_code(run_id)}"
+        f"{_code(inputs.store.uri(manifest_name(manifest.key)), 400)}, run {_code(run_id)}"
         f"{used if manifest.inputs else ''}"
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from infra.registry import runs as registry
+from infra.store.layout import RESULTS, run_file
 from infra.store.s3 import Store
 from pipeline.config.model import PipelineConfig, dump_config
 from pipeline.records.results import Results
@@ -30,10 +31,10 @@ def publish_report(
 
     def keep(files: Mapping[str, bytes]) -> None:
         for name, content in files.items():
-            store.put(f"runs/{run_id}/{name}", content)
+            store.put(run_file(run_id, name), content)
 
     tables = {
-        "results.json": results.to_json().encode(),
+        RESULTS: results.to_json().encode(),
         "candidates.csv": candidates_csv(results).encode(),
         "config.yaml": dump_config(config).encode(),
     }
@@ -55,7 +56,7 @@ def publish_report(
     console.print(summary_table(results))
     for line in summary_lines(results):
         console.print(line, highlight=False, markup=False)
-    console.print(f"report: {store.uri(f'runs/{run_id}/')}" + (f" and {folder}/" if folder else ""), markup=False)
+    console.print(f"report: {store.uri(run_file(run_id))}" + (f" and {folder}/" if folder else ""), markup=False)
     console.print(f"MLflow: {registry.run_page(run_id)}", markup=False, highlight=False)
 
 

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from mlflow.entities import Run
 
-from infra.artifacts.manifests import manifest_name
 from infra.stack import services as local_stack
+from infra.store.layout import manifest_name
 from infra.store.s3 import Store
 from tests.e2e.background import Factory, start, wait_for
 

@@ -16,9 +16,10 @@ import pytest
 from infra.artifacts.manifests import Manifest
 from infra.environment import ROOT, git_commit
 from infra.store.admin import list_objects
+from infra.store.layout import rows_name
 from infra.store.s3 import Store
 from workers.scoring.metrics import text_metric
-from workers.text.rows import Row, load_rows, rows_object
+from workers.text.rows import Row, load_rows
 
 CONFIG = Callable[..., dict[str, Any]]
 MARGIN = 1 / 24
@@ -86,7 +87,7 @@ def evaluated(made: dict[str, Manifest], digest: str, task: str) -> tuple[list[R
         and (each.meta["task"], each.meta["split"]) == (task, "test")
     ]  # fmt: skip
     store = Store.from_env()
-    rows = load_rows(store, rows_object(found.config["rows"]))
+    rows = load_rows(store, rows_name(found.config["rows"]))
     lines = [json.loads(line) for line in store.get(found.files["rows"].name).decode().splitlines()]
     assert [line["id"] for line in lines] == [row.id for row in rows]
     return rows, [line["output"] for line in lines], found

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from infra.artifacts.manifests import Manifest, manifest_name
+from infra.artifacts.manifests import Manifest
+from infra.store.layout import manifest_name
 from infra.store.s3 import Store
 from infra.store.source import StoreSource
 from merge.methods.specs import Candidate, plan_reductions

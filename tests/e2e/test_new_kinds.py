@@ -34,15 +34,14 @@ from pipeline.plan.preflight import Prepared, prepare_inputs, upload_inputs
 from pipeline.records.outcome import Inputs, Outcome
 from pipeline.report.display import Display
 from pipeline.running.driver import start_run
-from workers.adapters.format import ByteSource
 from workers.adapters.reader import AdapterReader
 from workers.adapters.support import SparseTensor
-from workers.adapters.writer import FileSource
 from workers.base.load import load_model, load_tokenizer
 from workers.jobs.measurement import TrainingRows, row_losses
 from workers.measuring.catalogue import MEASUREMENTS
 from workers.measuring.file import MeasuredOn, MeasurementFile, MeasurementWriter
 from workers.measuring.measurement import Measurement, Needed, Subject
+from workers.tensors.source import ByteSource, FileSource
 from workers.training.in_place import apply_delta
 
 # -- a measurement: how hard a task is, one number for each weight ----------------------------------------------

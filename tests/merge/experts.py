@@ -9,12 +9,12 @@ from merge.files.merged import AdapterDelta
 from merge.methods.catalogue import METHODS
 from merge.methods.specs import Candidate
 from merge.tree.reduce import DeltaReader, ExpertChild
-from workers.adapters.ranged_file import LocalFile
 from workers.adapters.support import SparseTensor
-from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, save_adapter
+from workers.adapters.writer import AdapterMeta, AdapterReader, save_adapter
 from workers.measuring.file import MeasuredOn
 from workers.measuring.fisher import FisherWriter
 from workers.measuring.gram import GramWriter
+from workers.tensors.source import FileSource
 
 BASE = "b" * 64
 SHAPES = {"l0.v.weight": (6, 10), "l0.up.weight": (8, 16), "l1.v.weight": (6, 10)}
@@ -66,8 +66,8 @@ def children(paths: Mapping[str, Path], measurement: str | None = None) -> list[
     return [
         ExpertChild(
             name,
-            AdapterDelta(LocalFile(path), name),
-            LocalFile(make_measured(measurement, path)) if measurement else None,
+            AdapterDelta(FileSource(path), name),
+            FileSource(make_measured(measurement, path)) if measurement else None,
         )
         for name, path in paths.items()
     ]

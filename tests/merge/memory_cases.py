@@ -9,13 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from merge.files.checkpoint_writer import (
-    BaseCheckpoint,
-    CheckpointDelta,
-    CheckpointFiles,
-    CheckpointWriter,
-    FolderTarget,
-)
+from merge.files.checkpoint import BaseCheckpoint, CheckpointDelta
+from merge.files.checkpoint_writer import CheckpointWriter, FolderTarget
 from merge.files.merged import AdapterDelta, AdapterWriter
 from merge.methods.catalogue import lower
 from merge.methods.lowering import Root
@@ -23,10 +18,11 @@ from merge.methods.specs import Candidate, plan_reductions
 from merge.methods.statistics import TensorStatistics
 from merge.tree.reduce import ExpertChild, NodeChild, reduce_node, reduce_root
 from tests.merge.experts import only
-from workers.adapters.ranged_file import LocalFile
 from workers.adapters.support import SparseTensor
 from workers.adapters.writer import AdapterMeta, save_adapter
 from workers.base.memory import give_back, peak_bytes, reset_peak
+from workers.tensors.checkpoint import CheckpointFiles
+from workers.tensors.source import FileSource
 
 BASE = "b" * 64
 SIDE = 512
@@ -53,7 +49,7 @@ def adapters(folder: Path, layers: int) -> list[Path]:
 
 def experts(folder: Path, layers: int, n: int) -> list[ExpertChild]:
     paths = [folder / f"{layers}-{number % FILES}" for number in range(n)]
-    return [ExpertChild(f"e{at}", AdapterDelta(LocalFile(path), f"e{at}")) for at, path in enumerate(paths)]
+    return [ExpertChild(f"e{at}", AdapterDelta(FileSource(path), f"e{at}")) for at, path in enumerate(paths)]
 
 
 def root(folder: Path, children) -> None:
@@ -77,7 +73,7 @@ def node(folder: Path, layers: int) -> None:
         files.append(folder / f"node-{os.getpid()}-{number}")
         own = experts(folder, layers, 6)[3 * number : 3 * number + 3]
         reduce_node(own, reduction.spec, files[-1], BASE)
-    root(folder, [NodeChild(str(at), (LocalFile(path),)) for at, path in enumerate(files)])
+    root(folder, [NodeChild(str(at), (FileSource(path),)) for at, path in enumerate(files)])
 
 
 def checkpoint(folder: Path, seed: int, tensors: int) -> Path:

@@ -9,7 +9,8 @@ from merge.files.merged import AdapterDelta, AdapterWriter
 from merge.methods.specs import Candidate
 from merge.tree.reduce import ExpertChild, flat_merge
 from workers.adapters.support import SparseTensor
-from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, LowRank, save_adapter
+from workers.adapters.writer import AdapterMeta, AdapterReader, LowRank, save_adapter
+from workers.tensors.source import FileSource
 
 BASE = "b" * 64
 SHAPES = {"q.weight": (6, 10), "up.weight": (8, 4)}

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from infra.errors import AdapterError, FactoryError
+from infra.errors import AdapterError, BaseModelError, FactoryError, TensorFileError
 from tests.workers.tiny import tiny_model, tiny_tokenizer
 from workers.adapters.support import SparseTensor
-from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, LowRank, save_adapter
+from workers.adapters.writer import AdapterMeta, AdapterReader, LowRank, save_adapter
 from workers.base.layout import BaseLayout, read_layout
 from workers.base.prepare import prepare_base
 from workers.conversion.formats import (
@@ -29,6 +29,7 @@ from workers.conversion.formats import (
 )
 from workers.convert import main
 from workers.masks.spec import random_indices
+from workers.tensors.source import FileSource
 from workers.training.in_place import apply_delta
 
 TOKENS = torch.tensor([[1, 8, 15, 22, 29, 36], [1, 9, 3, 7, 40, 2]])
@@ -336,21 +337,21 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path, base: BaseLayout) -> None:
     tensors = {name: tensor.clone() for name, tensor in load_file(base.path / "model.safetensors").items()}
     file = tmp_path / "model.safetensors"
     name = f"{Q}.weight"
-    cases = {
-        "does not differ": tensors,
-        "lacks 1 tensors": {key: value for key, value in tensors.items() if key != name},
-        "which the base has not": {**tensors, "score.weight": torch.ones(2, 32)},
-        r"has shape \[2, 2\]": {**tensors, name: torch.ones(2, 2)},
-        "not finite": {**tensors, name: torch.full((32, 32), float("nan"))},
+    cases: dict[str, tuple[type[FactoryError], dict[str, torch.Tensor]]] = {
+        "does not differ": (AdapterError, tensors),
+        f"lacks {name}": (BaseModelError, {key: value for key, value in tensors.items() if key != name}),
+        "which the base has not": (BaseModelError, {**tensors, "score.weight": torch.ones(2, 32)}),
+        r"\[2, 2\], the base's is": (BaseModelError, {**tensors, name: torch.ones(2, 2)}),
+        "not finite": (AdapterError, {**tensors, name: torch.full((32, 32), float("nan"))}),
     }
-    for message, content in cases.items():
+    for message, (kind, content) in cases.items():
         save_file(content, file)
-        with pytest.raises(AdapterError, match=message):
+        with pytest.raises(kind, match=message):
             from_checkpoint(tmp_path, base, 0.5, tmp_path / "a")
     file.write_bytes(b"\xff" * 20)
-    with pytest.raises(FactoryError, match="safetensors"):
+    with pytest.raises(TensorFileError, match="safetensors"):
         from_checkpoint(tmp_path, base, 0.5, tmp_path / "a")
-    with pytest.raises(AdapterError, match="no such folder"):
+    with pytest.raises(TensorFileError, match="no such folder"):
         from_checkpoint(tmp_path / "none", base, 0.5, tmp_path / "a")
     with pytest.raises(AdapterError, match="density"):
         from_checkpoint(tmp_path, base, 0.0, tmp_path / "a")
@@ -433,5 +434,5 @@ def test_command_line(tmp_path: Path, home: Path, base: BaseLayout, monkeypatch:
     assert AdapterReader(FileSource(tmp_path / "e")).count(f"{Q}.weight") == 102
     failed = run("to-peft", tmp_path / "none", *source, "--out", tmp_path / "x")
     assert failed.exit_code == 1
-    assert "none: cannot read the adapter file" in failed.output
+    assert "none: cannot read the file" in failed.output
     assert "base 'nonsense'" in run("to-peft", tmp_path / "a", "--base", "nonsense", "--out", tmp_path / "x").output

@@ -1,5 +1,4 @@
-"""What an adapter file says about itself: identity, kinds, low-rank tensors, table of contents, and where bytes come
-from.
+"""What an adapter file says about itself: identity, kinds, low-rank tensors, table of contents.
 
 Shared by everything that writes adapters (`workers.adapters.writer`, `merge.files.merged`) and reads them
 (`workers.adapters.reader`).
@@ -9,11 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,40 +28,6 @@ hold: the largest published matrices (128256 x 16384) are just below it."""
 MAX_SCALE = 2.0**20
 """Largest |scale| of a low-rank tensor: far above any alpha/r in use; beyond it a file is damaged or hostile."""
 _LIFT_CHUNK = 2**22
-
-
-class ByteSource(Protocol):
-    """Random access to the bytes of one file or object."""
-
-    @property
-    def size(self) -> int: ...
-
-    def read(self, offset: int, length: int) -> bytes: ...
-
-
-class FileSource:
-    """A :class:`ByteSource` over a local file."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        try:
-            self.size = self.path.stat().st_size
-        except OSError as error:
-            raise self._unreadable(error) from error
-
-    def read(self, offset: int, length: int) -> bytes:
-        try:
-            with self.path.open("rb") as handle:
-                handle.seek(offset)
-                return handle.read(length)
-        except OSError as error:
-            raise self._unreadable(error) from error
-
-    def _unreadable(self, error: OSError) -> AdapterError:
-        return AdapterError(f"{self.path}: cannot read the adapter file: {error.strerror}")
-
-    def __str__(self) -> str:
-        return str(self.path)
 
 
 @dataclass(frozen=True)

@@ -5,32 +5,30 @@ The format is described in `workers.adapters.writer`; versions 1 and 2 are read.
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from infra.errors import AdapterError
+from infra.errors import AdapterError, TensorFileError
 from workers.adapters.format import (
     KINDS,
     READABLE_VERSIONS,
     AdapterMeta,
-    ByteSource,
     LowRank,
     lift_problem,
     scale_problem,
 )
 from workers.adapters.support import MAX_NUMEL, Block, SparseTensor, decode_blocks, decode_support
-from workers.adapters.table import ENCODINGS, ITEM_BYTES, LowRankRow, Row, Span, SparseRow, Table
+from workers.adapters.table import ENCODINGS, STORED, LowRankRow, Row, SparseRow, Table
+from workers.tensors.header import DTYPE_NAMES, Piece, json_object, read_header
+from workers.tensors.source import ByteSource
 
-MAX_HEADER = 64 * 2**20
 _MAX_GAP = 2**16
 _MAX_DIMENSIONS = 8
-_DTYPE = {"U8": torch.uint8, "I32": torch.int32, "BF16": torch.bfloat16, "F32": torch.float32}
+_VALUES = (torch.bfloat16, torch.float32)
 
 
 class AdapterReader:
@@ -44,8 +42,11 @@ class AdapterReader:
     def __init__(self, source: ByteSource) -> None:
         self._source = source
         self._label = str(source) if type(source).__str__ is not object.__str__ else "adapter"
-        spans, text = self._read_header()
-        self.meta, table, head = self._read_meta(text)
+        try:
+            spans, content = self._read_header()
+        except TensorFileError as error:
+            raise self._bad(str(error)) from None
+        self.meta, table, head = self._read_meta(content)
         self._entries = Table({name: self._entry(name, row, spans) for name, row in table.items()})
         self._head = {name: self._head_span(name, row, spans) for name, row in head.items()}
         if twice := sorted(set(table) & set(head)):
@@ -110,7 +111,7 @@ class AdapterReader:
         if name not in self._head:
             raise self._bad(f"holds no head tensor {name!r}")
         span = self._head[name]
-        tensor = self._tensor(span, self._read(span.begin, span.length), span.begin)
+        tensor = self._tensor(span, self._read(span.start, span.length), span.start)
         if not bool(torch.isfinite(tensor).all()):
             raise self._bad(f"{name}: a value is not finite")
         return tensor
@@ -143,73 +144,36 @@ class AdapterReader:
             raise self._bad(f"{len(data)} bytes at offset {offset}, expected {length}")
         return data
 
-    def _tensors(self, *spans: Span | None) -> list[Tensor | None]:
+    def _tensors(self, *spans: Piece | None) -> list[Tensor | None]:
         """The spans' tensors, in one read where they lie close together."""
         some = [span for span in spans if span is not None]
-        begin, end = min(span.begin for span in some), max(span.end for span in some)
+        begin, end = min(span.start for span in some), max(span.end for span in some)
         if end - begin <= sum(span.length for span in some) + _MAX_GAP:
             chunk = self._read(begin, end - begin)
             return [None if span is None else self._tensor(span, chunk, begin) for span in spans]
         return [
-            None if span is None else self._tensor(span, self._read(span.begin, span.length), span.begin)
+            None if span is None else self._tensor(span, self._read(span.start, span.length), span.start)
             for span in spans
         ]
 
     @staticmethod
-    def _tensor(span: Span, chunk: bytes, origin: int) -> Tensor:
+    def _tensor(span: Piece, chunk: bytes, origin: int) -> Tensor:
         if not span.length:
-            return torch.empty(span.shape, dtype=_DTYPE[span.dtype])
-        raw = bytearray(memoryview(chunk)[span.begin - origin : span.end - origin])
-        return torch.frombuffer(raw, dtype=_DTYPE[span.dtype]).view(span.shape)
+            return torch.empty(span.shape, dtype=span.dtype)
+        raw = bytearray(memoryview(chunk)[span.start - origin : span.end - origin])
+        return torch.frombuffer(raw, dtype=span.dtype).view(span.shape)
 
-    def _read_header(self) -> tuple[dict[str, Span], str]:
-        size = self._source.size
-        if size < 8:
-            raise self._bad(f"only {size} bytes")
-        (length,) = struct.unpack("<Q", self._read(0, 8))
-        if length > min(size - 8, MAX_HEADER):
-            raise self._bad(f"header of {length} bytes in a file of {size}")
-        header = self._json(self._read(8, length))
-        origin = 8 + length
-        metadata = header.pop("__metadata__", None)
-        if not isinstance(metadata, dict) or not isinstance(metadata.get("adapter"), str):
-            raise self._bad("no adapter metadata")
-        spans = {name: self._span(name, row, origin) for name, row in header.items()}
-        cursor = origin
-        for span in sorted(spans.values(), key=lambda s: (s.begin, s.length)):
-            if span.begin != cursor:
-                raise self._bad("tensors overlap or leave gaps")
-            cursor += span.length
-        if cursor != size:
-            raise self._bad(f"{size} bytes where its header describes {cursor}")
-        return spans, metadata["adapter"]
+    def _read_header(self) -> tuple[dict[str, Piece], dict[str, Any]]:
+        """The pieces, and the one metadata entry. Raises TensorFileError."""
+        header = read_header(self._source.read, self._source.size)
+        if "adapter" not in header.metadata:
+            raise TensorFileError("no adapter metadata")
+        for name, piece in header.pieces.items():
+            if piece.dtype not in STORED:
+                raise TensorFileError(f"{name}: {DTYPE_NAMES[piece.dtype]} is no type of an adapter's tensors")
+        return header.pieces, json_object(header.metadata["adapter"], "adapter metadata")
 
-    def _json(self, text: str | bytes) -> dict[str, Any]:
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            raise self._bad("header is not JSON") from None
-        if not isinstance(value, dict):
-            raise self._bad("header is not a JSON object")
-        return value
-
-    def _span(self, name: str, row: Any, origin: int) -> Span:
-        if not isinstance(row, dict) or row.get("dtype") not in list(ITEM_BYTES):
-            raise self._bad(f"{name}: dtype must be one of {', '.join(ITEM_BYTES)}")
-        shape, offsets = row.get("shape"), row.get("data_offsets")
-        if not _is_shape(shape) or not _counts(offsets) or len(offsets) != 2:
-            raise self._bad(f"{name}: wrong shape or offsets")
-        begin, end = offsets
-        if (
-            end < begin
-            or origin + end > self._source.size
-            or end - begin != math.prod(shape) * ITEM_BYTES[row["dtype"]]
-        ):
-            raise self._bad(f"{name}: offsets {begin}..{end} do not fit its shape or the file")
-        return Span(row["dtype"], tuple(shape), origin + begin)
-
-    def _read_meta(self, text: str) -> tuple[AdapterMeta, dict[str, Any], dict[str, Any]]:
-        content = self._json(text)
+    def _read_meta(self, content: Mapping[str, Any]) -> tuple[AdapterMeta, dict[str, Any], dict[str, Any]]:
         version, base, kind = content.get("format_version"), content.get("base_sha256"), content.get("kind")
         if type(version) is not int or version not in READABLE_VERSIONS:
             read = " and ".join(map(str, READABLE_VERSIONS))
@@ -222,7 +186,7 @@ class AdapterReader:
             raise self._bad("kind or tables of contents are not valid")
         return AdapterMeta(base_sha256=base, kind=kind, info=info, format_version=version), table, head
 
-    def _entry(self, name: str, row: Any, spans: Mapping[str, Span]) -> Row:
+    def _entry(self, name: str, row: Any, spans: Mapping[str, Piece]) -> Row:
         if not isinstance(row, dict) or not _is_shape(row.get("shape")) or not row["shape"]:
             raise self._bad(f"{name}: wrong shape")
         if math.prod(row["shape"]) > MAX_NUMEL:
@@ -231,14 +195,14 @@ class AdapterReader:
             return self._low_rank_entry(name, row, spans)
         return self._sparse_entry(name, row, spans)
 
-    def _sparse_entry(self, name: str, row: Mapping[str, Any], spans: Mapping[str, Span]) -> SparseRow:
+    def _sparse_entry(self, name: str, row: Mapping[str, Any], spans: Mapping[str, Piece]) -> SparseRow:
         count, encoding, raw_block = row.get("count"), row.get("encoding"), row.get("block")
         values, support = spans.get(f"{name}.values"), spans.get(f"{name}.support")
         if type(count) is not int or encoding not in ENCODINGS:
             raise self._bad(f"{name}: wrong count or encoding")
         if not 0 <= count <= math.prod(row["shape"]):
             raise self._bad(f"{name}: {count} positions in a tensor of shape {row['shape']}")
-        if values is None or values.dtype not in ("BF16", "F32") or values.shape != (count,):
+        if values is None or values.dtype not in _VALUES or values.shape != (count,):
             raise self._bad(f"{name}: its values do not match its count of {count}")
         if support is not None and len(support.shape) != 1:
             raise self._bad(f"{name}: support must have one dimension")
@@ -247,15 +211,15 @@ class AdapterReader:
             if not _is_shape(raw_block) or len(raw_block) != 2 or len(row["shape"]) != 2 or min(raw_block) < 1:
                 raise self._bad(f"{name}: wrong block size")
             block = (raw_block[0], raw_block[1])
-            if support is None or support.dtype != "I32" or support.length // 4 * block[0] * block[1] != count:
+            if support is None or support.dtype != torch.int32 or support.length // 4 * block[0] * block[1] != count:
                 raise self._bad(f"{name}: its block list does not match its count of {count}")
         elif raw_block is not None or (support is None) != (encoding == "dense"):
             raise self._bad(f"{name}: encoding {encoding} does not match its tensors")
-        elif support is not None and support.dtype != "U8":
-            raise self._bad(f"{name}: support must be U8, is {support.dtype}")
+        elif support is not None and support.dtype != torch.uint8:
+            raise self._bad(f"{name}: support must be U8, is {DTYPE_NAMES[support.dtype]}")
         return SparseRow(tuple(row["shape"]), count, encoding, block, support, values)
 
-    def _low_rank_entry(self, name: str, row: Mapping[str, Any], spans: Mapping[str, Span]) -> LowRankRow:
+    def _low_rank_entry(self, name: str, row: Mapping[str, Any], spans: Mapping[str, Piece]) -> LowRankRow:
         shape, rank, scale = row["shape"], row.get("rank"), row.get("scale")
         if len(shape) != 2 or type(rank) is not int or rank < 1 or min(shape) < 1:
             raise self._bad(f"{name}: wrong shape or rank of a low-rank tensor")
@@ -263,28 +227,24 @@ class AdapterReader:
             raise self._bad(f"{name}: {problem}")
         a, b = spans.get(f"{name}.lora_a"), spans.get(f"{name}.lora_b")
         for factor, wanted in ((a, (rank, shape[1])), (b, (shape[0], rank))):
-            if factor is None or factor.dtype not in ("BF16", "F32") or factor.shape != wanted:
+            if factor is None or factor.dtype not in _VALUES or factor.shape != wanted:
                 raise self._bad(f"{name}: its factors do not match its shape {shape} and rank {rank}")
         assert a is not None
         assert b is not None
         return LowRankRow(tuple(shape), float(scale), a, b)  # type: ignore[arg-type]
 
-    def _head_span(self, name: str, row: Any, spans: Mapping[str, Span]) -> Span:
+    def _head_span(self, name: str, row: Any, spans: Mapping[str, Piece]) -> Piece:
         shape = row.get("shape") if isinstance(row, dict) else None
         span = spans.get(f"{name}.head")
-        if not _is_shape(shape) or span is None or span.dtype != "F32" or span.shape != tuple(shape):
+        if not _is_shape(shape) or span is None or span.dtype != torch.float32 or span.shape != tuple(shape):
             raise self._bad(f"{name}: the head's tensor does not match its shape")
         return span
 
 
-def _counts(value: Any) -> TypeGuard[list[int]]:
-    """A list of non-negative integers (not booleans)."""
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
 def _is_shape(value: Any) -> TypeGuard[list[int]]:
-    """Sides of a tensor of few dimensions, each no larger than a whole tensor may be."""
-    return _counts(value) and len(value) <= _MAX_DIMENSIONS and all(side <= MAX_NUMEL for side in value)
+    """Sides (integers, no booleans) of a tensor of few dimensions, each no larger than a whole tensor may be."""
+    sides = isinstance(value, list) and len(value) <= _MAX_DIMENSIONS
+    return sides and all(type(side) is int and 0 <= side <= MAX_NUMEL for side in value)
 
 
 def check_base(reader: AdapterReader, base_sha256: str) -> None:

@@ -14,33 +14,18 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from workers.adapters.support import Block
+import torch
 
-ITEM_BYTES = {"U8": 1, "I32": 4, "BF16": 2, "F32": 4}
-"""Types of stored tensors."""
+from workers.adapters.support import Block
+from workers.tensors.header import Piece
 
 ENCODINGS = ("gap8", "bitmap", "dense", "blocks")
 """How a support is stored."""
 
-_DTYPES = tuple(ITEM_BYTES)
+STORED = (torch.uint8, torch.int32, torch.bfloat16, torch.float32)
+"""Types of stored tensors."""
+
 _NONE = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A stored tensor: its type, shape and byte range in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-
-    @property
-    def length(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
-
-    @property
-    def end(self) -> int:
-        return self.begin + self.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +36,8 @@ class SparseRow:
     count: int
     encoding: str
     block: Block | None
-    support: Span | None
-    values: Span
+    support: Piece | None
+    values: Piece
 
     @property
     def numel(self) -> int:
@@ -65,8 +50,8 @@ class LowRankRow:
 
     shape: tuple[int, ...]
     scale: float
-    a: Span
-    b: Span
+    a: Piece
+    b: Piece
 
 
 Row = SparseRow | LowRankRow
@@ -119,15 +104,15 @@ def _pack(row: Row) -> list[int]:
     """Dimensions, shape, then what the kind of row needs; a low-rank one has a negative number of dimensions."""
     if isinstance(row, LowRankRow):
         (scale,) = struct.unpack("<q", struct.pack("<d", row.scale))
-        factors = [number for span in (row.a, row.b) for number in (_DTYPES.index(span.dtype), span.begin)]
+        factors = [number for span in (row.a, row.b) for number in (STORED.index(span.dtype), span.start)]
         return [-len(row.shape), *row.shape, row.a.shape[0], scale, *factors]
     height, width = row.block or (_NONE, _NONE)
     encoding = ENCODINGS.index(row.encoding)
     numbers = [len(row.shape), *row.shape, row.count, encoding, height, width]
-    numbers += [_DTYPES.index(row.values.dtype), row.values.begin]
+    numbers += [STORED.index(row.values.dtype), row.values.start]
     if row.support is None:
         return [*numbers, _NONE]
-    return [*numbers, _DTYPES.index(row.support.dtype), row.support.begin, row.support.shape[0]]
+    return [*numbers, STORED.index(row.support.dtype), row.support.start, row.support.shape[0]]
 
 
 def _unpack(numbers: array[int], at: int) -> Row:
@@ -136,11 +121,11 @@ def _unpack(numbers: array[int], at: int) -> Row:
     if numbers[at] < 0:
         rank, bits, a, a_begin, b, b_begin = numbers[rest : rest + 6]
         (scale,) = struct.unpack("<d", struct.pack("<q", bits))
-        first = Span(_DTYPES[a], (rank, shape[1]), a_begin)
-        return LowRankRow(shape, scale, first, Span(_DTYPES[b], (shape[0], rank), b_begin))
+        first = Piece(STORED[a], (rank, shape[1]), a_begin)
+        return LowRankRow(shape, scale, first, Piece(STORED[b], (shape[0], rank), b_begin))
     count, encoding, height, width, kind, begin, held = numbers[rest : rest + 7]
     support = None
     if held != _NONE:
-        support = Span(_DTYPES[held], (numbers[rest + 8],), numbers[rest + 7])
+        support = Piece(STORED[held], (numbers[rest + 8],), numbers[rest + 7])
     block = None if height == _NONE else (height, width)
-    return SparseRow(shape, count, ENCODINGS[encoding], block, support, Span(_DTYPES[kind], (count,), begin))
+    return SparseRow(shape, count, ENCODINGS[encoding], block, support, Piece(STORED[kind], (count,), begin))

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from infra.errors import MergeError
 from workers.adapters.format import AdapterMeta, LowRank
-from workers.adapters.ranged_file import RangedReader
+from workers.adapters.reader import AdapterReader
 from workers.adapters.support import Block, SparseTensor
-from workers.adapters.writer import AdapterReader, ByteSource
+from workers.tensors.reader import TensorReader, damaged
+from workers.tensors.source import ByteSource
 
 MASK_FILE_VERSION = 1
 """Part of the key of every task mask: raise it when the same mask is stored in another way."""
@@ -49,7 +50,7 @@ class MaskReader:
     """Reads a mask file: the header once, then one range a tensor. `names` are sorted. Raises MergeError."""
 
     def __init__(self, source: ByteSource, what: str = "task mask") -> None:
-        self._file = RangedReader(source, what)
+        self._file = TensorReader(source, damaged(what))
         found = self._file.metadata
         if (found.get("format"), found.get("version")) != (MASK_FORMAT, str(MASK_FILE_VERSION)):
             raise self._file.bad(f"its format is {found.get('format')!r:.100}, version {found.get('version')!r:.100}")

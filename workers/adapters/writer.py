@@ -20,15 +20,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from infra.errors import AdapterError
 from workers.adapters.format import (
     FORMAT_VERSION,
     AdapterMeta,
-    ByteSource,
-    FileSource,
     LowRank,
     metadata_text,
     sparse_entry,
@@ -36,13 +33,12 @@ from workers.adapters.format import (
 )
 from workers.adapters.reader import AdapterReader, check_base
 from workers.adapters.support import Block, SparseTensor, find_blocks
+from workers.tensors.writer import save_tensors
 
 __all__ = [
     "FORMAT_VERSION",
     "AdapterMeta",
     "AdapterReader",
-    "ByteSource",
-    "FileSource",
     "LowRank",
     "check_base",
     "save_adapter",
@@ -85,7 +81,7 @@ def save_adapter(
     for name in sorted(head):
         data[f"{name}.head"] = _finite(name, head[name], torch.float32)
         rows[name] = {"shape": list(head[name].shape)}
-    save_file(_apart(data), os.fspath(path), metadata={"adapter": metadata_text(meta, table, rows)})
+    save_tensors(path, data, {"adapter": metadata_text(meta, table, rows)})
 
 
 def _sparse(
@@ -118,14 +114,3 @@ def _finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not bool(torch.isfinite(stored).all()):
         raise AdapterError(f"{name}: a value is not finite in {dtype}; the expert has diverged")
     return stored
-
-
-def _apart(data: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of those tensors that share memory with an earlier one, which safetensors refuses to save."""
-    seen: set[int] = set()
-    apart = {}
-    for name, tensor in data.items():
-        pointer = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if pointer in seen else tensor
-        seen.add(pointer)
-    return apart

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import AdapterError, BaseModelError
-from workers.adapters.tensor_file import WEIGHTS, list_entries
 from workers.base.load import quiet_transformers
 from workers.base.modules import stacked_rows
 from workers.base.prepare import PreparedBase
+from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,14 @@ class BaseLayout:
 
 def read_layout(base: PreparedBase) -> BaseLayout:
     """The layout of ``base``. ``BaseModelError`` if its configuration names no model of transformers."""
-    shapes = {entry.name: entry.shape for entry in list_entries(base.path / WEIGHTS) if entry.floating}
+    shapes = read_shapes(base.path)
     return BaseLayout(base.path, base.sha256, shapes, frozenset(_linear_weights(base.path)) & frozenset(shapes))
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the floating tensors of the prepared base in `path`."""
+    weights = CheckpointFiles.in_file(path / WEIGHTS)
+    return {name: weights.piece(name).shape for name in weights.floating}
 
 
 def fused_rows(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int, int]]:

@@ -17,21 +17,21 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from infra.errors import BaseModelError, ConfigError
-from workers.adapters.tensor_file import NAMES, WEIGHTS, list_entries, map_tensors, write_entries
 from workers.base.seeds import tensor_seed
+from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles, map_weights, write_weights
 
 
 def weights_file(path: Path, dtype: torch.dtype) -> Path:
     """The base's weights in `dtype`: the cached file itself, or one derived from it once per node, under a lock."""
-    entries = list_entries(path / WEIGHTS)
-    if all(entry.dtype == NAMES[dtype] for entry in entries if entry.floating):
+    weights = CheckpointFiles.in_file(path / WEIGHTS)
+    if all(weights.piece(name).dtype == dtype for name in weights.floating):
         return path / WEIGHTS
     derived = path / f"weights.{str(dtype).removeprefix('torch.')}.safetensors"
     if not derived.is_file():
         with FileLock(str(derived) + ".lock"):
             if not derived.is_file():
                 temporary = derived.with_name(f".{derived.name}.{os.getpid()}")
-                write_entries(temporary, entries, dtype)
+                write_weights(temporary, weights, dtype)
                 os.replace(temporary, derived)
     return derived
 
@@ -47,7 +47,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = Path(path)
-    tensors = map_tensors(weights_file(path, dtype))
+    tensors = map_weights(weights_file(path, dtype))
     with quiet_transformers():
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         with init_empty_weights(
@@ -100,7 +100,7 @@ def load_classifier(path: Path, labels: int, dtype: torch.dtype = torch.bfloat16
     if labels < 2:
         raise ConfigError(f"a classifier needs at least 2 labels, {labels} found")
     path = Path(path)
-    tensors = map_tensors(weights_file(path, dtype))
+    tensors = map_weights(weights_file(path, dtype))
     pad_id = load_classifier_tokenizer(path).pad_token_id
     with quiet_transformers():
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True, num_labels=labels)

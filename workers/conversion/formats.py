@@ -17,13 +17,15 @@ from torch import Tensor
 
 from infra.errors import AdapterError
 from workers.adapters.support import LazyTensors, SparseTensor
-from workers.adapters.tensor_file import DTYPES, WEIGHTS, Entry, list_entries, read_chunks, write_tensors
-from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, check_base, save_adapter
+from workers.adapters.writer import AdapterMeta, AdapterReader, check_base, save_adapter
 from workers.base.cache import cache_dir
 from workers.base.layout import BaseLayout, read_layout
 from workers.base.prepare import prepare_base
 from workers.conversion.peft import read_peft, write_peft
 from workers.masks.selection import best, budget
+from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles, small_files
+from workers.tensors.source import FileSource
+from workers.tensors.writer import raw_bytes, write_tensors
 from workers.training.in_place import rounded_sum
 
 
@@ -55,19 +57,15 @@ def from_checkpoint(
     float64 and rounded once to fp32.
 
     Raises:
-        AdapterError: other tensors or shapes than the base's, a difference that is refused, or none at all.
+        TensorFileError: no sound checkpoint.
+        BaseModelError: other tensors or shapes than the base's.
+        AdapterError: a difference that is refused, or none at all.
     """
     _check_density(density)
-    theirs = _checkpoint_entries(folder)
-    ours = {entry.name: entry for entry in list_entries(base.path / WEIGHTS) if entry.floating}
-    if missing := sorted(set(ours) - set(theirs)):
-        raise AdapterError(f"{folder}: lacks {len(missing)} tensors of the base, {missing[0]} first")
-    for name in sorted(set(theirs) - set(ours)):
-        if not any(_same_bytes(theirs[name], theirs[other]) for other in ours):  # a tied weight, written out
-            raise AdapterError(f"{folder}: holds {name}, which the base has not; is it a model of another kind?")
-    for name in ours:
-        base.check_shape(name, theirs[name].shape, str(folder))
-    changed = [name for name in ours if not torch.equal(_read(theirs[name]).double(), _read(ours[name]).double())]
+    theirs, ours = CheckpointFiles.in_folder(folder), CheckpointFiles.in_file(base.path / WEIGHTS)
+    stands_for = theirs.stand_ins(ours)
+    pairs = ((name, theirs.read(mine), ours.read(name)) for name, mine in stands_for.items())
+    changed = [name for name, new, old in pairs if not torch.equal(new.double(), old.double())]
     if (others := [name for name in changed if name not in base.linear]) and not every_tensor:
         raise AdapterError(
             f"{folder}: {len(others)} tensors differ that are no linear layer's weight: {', '.join(others[:20])}; "
@@ -77,7 +75,7 @@ def from_checkpoint(
         raise AdapterError(f"{folder}: does not differ from the base, there is no adapter to make")
 
     def difference(name: str) -> SparseTensor:
-        return keep_largest((_read(theirs[name]).double() - _read(ours[name]).double()).float(), density)
+        return keep_largest((theirs.read(stands_for[name]).double() - ours.read(name).double()).float(), density)
 
     _save_dense(out, changed, difference, base, {"source": "checkpoint", "density": density}, value_dtype)
 
@@ -92,17 +90,17 @@ def from_delta(
     _check_density(density)
     if not file.is_file():
         raise AdapterError(f"{file}: no such file")
-    entries = {entry.name: entry for entry in list_entries(file)}
-    for name, entry in entries.items():
-        base.check_shape(name, entry.shape, str(file))
-        if not entry.floating:
-            raise AdapterError(f"{file}: {name} is {entry.dtype}, a difference must be floating point")
-    changed = [name for name, entry in entries.items() if bool(_read(entry).any())]
+    given = CheckpointFiles.in_file(file)
+    for name in given.names:
+        base.check_shape(name, given.piece(name).shape, str(file))
+        if name not in given.floating:
+            raise AdapterError(f"{file}: {name} is {given.piece(name).dtype}, a difference must be floating point")
+    changed = [name for name in given.names if bool(given.read(name).any())]
     if not changed:
         raise AdapterError(f"{file}: every difference in it is zero, there is no adapter to make")
 
     def difference(name: str) -> SparseTensor:
-        return keep_largest(_read(entries[name]).float(), density)
+        return keep_largest(given.read(name).float(), density)
 
     _save_dense(out, changed, difference, base, {"source": "delta", "density": density}, value_dtype)
 
@@ -110,8 +108,8 @@ def from_delta(
 def to_delta(file: Path, out: Path) -> None:
     """Every tensor's difference as dense fp32 in a safetensors file. A head is not part of it."""
     reader = AdapterReader(FileSource(file))
-    rows = [(name, "F32", reader.shape(name)) for name in reader.names]
-    write_tensors(out, rows, lambda name: [_raw(_dense(reader.load(name)))])
+    rows = [(name, torch.float32, reader.shape(name)) for name in reader.names]
+    write_tensors(out, rows, lambda name: [raw_bytes(_dense(reader.load(name)))])
 
 
 def to_checkpoint(file: Path, base: BaseLayout, folder: Path) -> None:
@@ -127,21 +125,21 @@ def to_checkpoint(file: Path, base: BaseLayout, folder: Path) -> None:
         )
     for name in reader.names:
         base.check_shape(name, reader.shape(name), str(file))
-    entries = {entry.name: entry for entry in list_entries(base.path / WEIGHTS)}
+    weights = CheckpointFiles.in_file(base.path / WEIGHTS)
 
-    def content(name: str) -> Iterable[bytes]:
+    def content(name: str) -> Iterable[bytes | memoryview]:
         if name not in reader.names:
-            return read_chunks(entries[name])
-        weight, delta = _read(entries[name]), reader.load(name)
+            return weights.chunks(name)
+        weight, delta = weights.read(name), reader.load(name)
         flat = weight.view(-1)
         flat[delta.indices] = rounded_sum(flat[delta.indices], delta.values)
-        return [_raw(weight)]
+        return [raw_bytes(weight)]
 
     folder.mkdir(parents=True, exist_ok=True)
-    for kept in base.path.iterdir():
-        if kept.suffix in (".json", ".jinja", ".txt", ".model") and kept.name != "identity.json":
-            shutil.copyfile(kept, folder / kept.name)
-    write_tensors(folder / WEIGHTS, [(e.name, e.dtype, e.shape) for e in entries.values()], content)
+    for kept in small_files(base.path):
+        shutil.copyfile(kept, folder / kept.name)
+    pieces = {name: weights.piece(name) for name in weights.names}
+    write_tensors(folder / WEIGHTS, [(name, piece.dtype, piece.shape) for name, piece in pieces.items()], content)
 
 
 def keep_largest(delta: Tensor, density: float) -> SparseTensor:
@@ -178,37 +176,10 @@ def _check_density(density: float) -> None:
         raise AdapterError(f"density must be above 0 and at most 1, is {density}")
 
 
-def _checkpoint_entries(folder: Path) -> dict[str, Entry]:
-    """Floating tensors of a checkpoint folder, sharded or not."""
-    if not folder.is_dir():
-        raise AdapterError(f"{folder}: no such folder; give one with model.safetensors")
-    single = folder / WEIGHTS
-    files = [single] if single.is_file() else sorted(folder.glob("model-*.safetensors"))
-    if not files:
-        raise AdapterError(f"{folder}: no model.safetensors and no shards of it; pickled weights are not accepted")
-    return {entry.name: entry for file in files for entry in list_entries(file) if entry.floating}
-
-
-def _same_bytes(one: Entry, other: Entry) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return all(a == b for a, b in zip(read_chunks(one), read_chunks(other), strict=True))
-
-
-def _read(entry: Entry) -> Tensor:
-    raw = bytearray(b"".join(read_chunks(entry)))
-    dtype = DTYPES[entry.dtype]
-    return torch.frombuffer(raw, dtype=dtype).view(entry.shape) if raw else torch.empty(entry.shape, dtype=dtype)
-
-
 def _dense(tensor: SparseTensor) -> Tensor:
     """fp32, zero off the support."""
     flat = torch.zeros(tensor.numel).index_copy_(0, tensor.indices, tensor.values.float())
     return flat.view(tensor.shape)
-
-
-def _raw(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 # -- commands --

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from infra.errors import AdapterError
 from workers.adapters.support import SparseTensor
 from workers.adapters.writer import AdapterReader, LowRank
 from workers.base.layout import BaseLayout
+from workers.tensors.reader import TensorReader
+from workers.tensors.source import FileSource
+from workers.tensors.writer import PLAIN, save_tensors
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -57,22 +58,18 @@ class Imported:
 def read_peft(folder: Path, base: BaseLayout) -> Imported:
     """The adapter in ``folder``, checked against ``base``. ``AdapterError`` for anything that cannot be kept."""
     config = _read_config(folder)
-    path = folder / TENSORS
-    try:
-        with safe_open(path, "pt") as file:
-            modules, head = _sort_keys(_shapes(file), config, base, path)
-            own = _own_positions(file.metadata() or {})
-            tensors: dict[str, SparseTensor | LowRank] = {}
-            for module, keys in sorted(modules.items()):
-                name = f"{module}.weight"
-                parts = {part: file.get_tensor(key) for part, key in keys.items()}
-                if config["peft_type"] == "LORA":
-                    tensors[name] = LowRank(parts["lora_A"], parts["lora_B"], _scale(config, module, parts["lora_A"]))
-                else:
-                    tensors[name] = _read_shira(name, parts, base.shapes[name], own.get(name))
-            heads = {name: file.get_tensor(key) for name, key in head.items()}
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
+    file = _open(folder / TENSORS)
+    modules, head = _sort_keys(file, config, base, folder / TENSORS)
+    own = _own_positions(file.metadata)
+    tensors: dict[str, SparseTensor | LowRank] = {}
+    for module, keys in sorted(modules.items()):
+        name = f"{module}.weight"
+        parts = {part: file.read(key) for part, key in keys.items()}
+        if config["peft_type"] == "LORA":
+            tensors[name] = LowRank(parts["lora_A"], parts["lora_B"], _scale(config, module, parts["lora_A"]))
+        else:
+            tensors[name] = _read_shira(name, parts, base.shapes[name], own.get(name))
+    heads = {name: file.read(key) for name, key in head.items()}
     kind = "lora" if config["peft_type"] == "LORA" else "sparse"
     return Imported(tensors, heads, kind, {"source": "peft", "peft_type": config["peft_type"], "r": config["r"]})
 
@@ -83,12 +80,7 @@ def peft_shapes(folder: Path, base: BaseLayout) -> tuple[dict[str, tuple[int, ..
     Checked as by :func:`read_peft`, but for the tensors' contents, which are not read.
     """
     config = _read_config(folder)
-    path = folder / TENSORS
-    try:
-        with safe_open(path, "pt") as file:
-            modules, head = _sort_keys(_shapes(file), config, base, path)
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
+    modules, head = _sort_keys(_open(folder / TENSORS), config, base, folder / TENSORS)
     return {name: base.shapes[name] for name in sorted(f"{module}.weight" for module in modules)}, sorted(head)
 
 
@@ -111,7 +103,7 @@ def write_peft(reader: AdapterReader, base: BaseLayout, folder: Path) -> None:
     if reader.head_names:
         config |= {"task_type": "SEQ_CLS", "modules_to_save": _head_modules(reader.head_names, base)}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in data.items()}, folder / TENSORS, {"format": "pt", **metadata})
+    save_tensors(folder / TENSORS, data, {**PLAIN, **metadata})
     _peft_config(config, base).save_pretrained(str(folder))
 
 
@@ -128,12 +120,13 @@ def _peft_config(config: dict[str, Any], base: BaseLayout) -> Any:
 # -- reading --
 
 
-def _shapes(file: Any) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+def _open(path: Path) -> TensorReader:
+    def bad(reason: str) -> AdapterError:
+        return AdapterError(f"{path}: cannot be read ({reason}); pickled adapters (.bin) are not accepted")
 
-
-def _unreadable(path: Path, error: Exception) -> AdapterError:
-    return AdapterError(f"{path}: cannot be read ({error}); pickled adapters (.bin) are not accepted")
+    if not path.is_file():
+        raise bad("no such file")
+    return TensorReader(FileSource(path), bad)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -164,7 +157,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _sort_keys(
-    shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], base: BaseLayout, path: Path
+    file: TensorReader, config: Mapping[str, Any], base: BaseLayout, path: Path
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """Keys of each adapted module by part, and those of the head by parameter name, all checked against the base."""
     parts = ("lora_A", "lora_B") if config["peft_type"] == "LORA" else ("shira_weight", "shira_indices")
@@ -174,7 +167,7 @@ def _sort_keys(
         raise AdapterError(f"{path}: {CONFIG} has modules_to_save {saved!r}; a list of names is accepted")
     modules: dict[str, dict[str, str]] = {}
     head: dict[str, str] = {}
-    for key in shapes:
+    for key in file.pieces:
         name = key.removeprefix(_PREFIX)
         if match := pattern.fullmatch(key):
             modules.setdefault(match.group(1), {})[match.group(2)] = key
@@ -192,7 +185,7 @@ def _sort_keys(
         name = f"{module}.weight"
         delta = base.shapes.get(name, ())
         if config["peft_type"] == "LORA":
-            delta = (*shapes[keys["lora_B"]][:1], *shapes[keys["lora_A"]][1:])
+            delta = (*file.piece(keys["lora_B"]).shape[:1], *file.piece(keys["lora_A"]).shape[1:])
         base.check_linear(name, delta, str(path))
     if not modules:
         raise AdapterError(f"{path}: holds no adapted module (keys start with {_PREFIX}<module>.{parts[0]})")

@@ -22,12 +22,13 @@ from infra.engine.step import Made, Place
 from infra.environment import environment
 from infra.store.s3 import FileRef, Store
 from workers.adapters.task_mask import MaskedAdapter, MaskReader
-from workers.adapters.writer import AdapterReader, FileSource, check_base
+from workers.adapters.writer import AdapterReader, check_base
 from workers.base.cache import cache_dir
 from workers.base.load import load_classifier, load_classifier_tokenizer, load_model, load_tokenizer
 from workers.base.prepare import fetch_base
 from workers.scoring.classification import ClassifySpec, evaluate_labels, head_state, set_head
 from workers.scoring.likelihood import EvaluateSpec, evaluate_rows
+from workers.tensors.source import FileSource
 from workers.text.rows import load_rows
 from workers.training.devices import spread
 from workers.training.in_place import DeltaSource, apply_delta

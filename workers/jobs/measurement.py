@@ -19,7 +19,7 @@ from infra.engine.step import Made, Place
 from infra.environment import environment
 from infra.errors import AdapterError, ConfigError, ExpertError
 from infra.store.s3 import FileRef, Store
-from workers.adapters.writer import AdapterReader, FileSource, check_base
+from workers.adapters.writer import AdapterReader, check_base
 from workers.base.cache import cache_dir
 from workers.base.load import load_classifier, load_classifier_tokenizer, load_model, load_tokenizer
 from workers.base.prepare import fetch_base
@@ -28,6 +28,7 @@ from workers.measuring.catalogue import MEASUREMENTS
 from workers.measuring.file import MeasuredOn
 from workers.measuring.measurement import Subject
 from workers.scoring.classification import Classification, encode_labelled, set_head
+from workers.tensors.source import FileSource
 from workers.text.prompt import PromptSpec, encode_example
 from workers.text.rows import Row, load_rows
 from workers.training.devices import spread

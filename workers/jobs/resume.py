@@ -10,20 +10,16 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-import uuid
 from pathlib import Path
 
 from infra.errors import FactoryError
+from infra.store.layout import new_state, state_pointer
 from infra.store.s3 import FileRef, Store
 from workers.training.state import TrainState, read_state, write_state
 
 
-def _pointer(key: str) -> str:
-    return f"checkpoints/{key}.json"
-
-
 def _saved(store: Store, key: str) -> FileRef | None:
-    found = store.get_with_etag(_pointer(key))
+    found = store.get_with_etag(state_pointer(key))
     if found is None:
         return None
     try:
@@ -39,8 +35,8 @@ def save_checkpoint(store: Store, key: str, state: TrainState) -> None:
     with tempfile.TemporaryDirectory(prefix="factory-checkpoint-") as folder:
         file = Path(folder) / "state.safetensors"
         write_state(state, file)
-        ref = store.upload_file(f"checkpoints/{key}/{state.step}-{uuid.uuid4().hex}", file)
-    store.put(_pointer(key), json.dumps({"name": ref.name, "sha256": ref.sha256, "size": ref.size}).encode())
+        ref = store.upload_file(new_state(key, state.step), file)
+    store.put(state_pointer(key), json.dumps({"name": ref.name, "sha256": ref.sha256, "size": ref.size}).encode())
     if before is not None:
         with contextlib.suppress(FactoryError):
             store.delete(before.name)
@@ -65,5 +61,5 @@ def drop_checkpoint(store: Store, key: str) -> None:
     with contextlib.suppress(FactoryError):
         ref = _saved(store, key)
         if ref is not None:
-            store.delete(_pointer(key))
+            store.delete(state_pointer(key))
             store.delete(ref.name)

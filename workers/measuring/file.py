@@ -9,18 +9,19 @@ range a tensor. A file is treated as hostile: it reads as what it says, or ``Ada
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from infra.errors import AdapterError
-from workers.adapters.format import ByteSource
-from workers.adapters.ranged_file import DTYPE_NAMES, MAX_HEADER, RangedReader
+from workers.tensors.header import DTYPE_NAMES
+from workers.tensors.reader import TensorReader
+from workers.tensors.source import ByteSource
+from workers.tensors.writer import TensorWriter
 
 IMPORTANCE_FORMAT = "expert-importance"
 IMPORTANCE_FILE_VERSION = 1
@@ -49,17 +50,12 @@ class MeasurementWriter:
         `close` adds to the metadata."""
         self.path, self.kind, self._meta = Path(path), kind, meta
         self._table: dict[str, dict[str, Any]] = {}
-        self._entries: dict[str, dict[str, Any]] = {}
-        self._at = 0
         if not names:
             raise AdapterError(f"{self.path}: there is no tensor to write the {self.kind} of")
         longest = max(names, key=lambda name: len(json.dumps(name)))  # any piece may have any of the names
         text = json.dumps(self._text({name: {"piece": longest} for name in names}, dict.fromkeys(more, 0.0)))
         room = len(text) + sum(len(json.dumps(name)) + _ENTRY_BYTES for name in names)
-        self._room = -(-(8 + room) // 64) * 64 - 8
-        self._part = self.path.with_name(self.path.name + ".part")
-        self._file: BinaryIO = open(self._part, "wb")  # noqa: SIM115 - closed by close() or __exit__
-        self._file.seek(8 + self._room)
+        self._out = TensorWriter(self.path, -(-(8 + room) // 64) * 64 - 8)
 
     def _text(self, table: Mapping[str, Any], more: Mapping[str, Any]) -> str:
         content = {
@@ -80,41 +76,18 @@ class MeasurementWriter:
             if name in self._table:
                 raise AdapterError(f"{self.path}: {name!r} is written twice")
             self._table[name] = {"piece": names[0]}
-        data = tensor.contiguous().view(torch.uint8).numpy()
-        self._file.write(data.data)
-        end = self._at + data.nbytes
-        self._entries[names[0]] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self._at, end],
-        }
-        self._at = end
+        self._out.write(names[0], tensor)
 
     def close(self, **more: float) -> None:
         """Finish the file and give it its name. `more` belongs in its metadata."""
-        header = {"__metadata__": {"importance": self._text(self._table, more)}, **self._entries}
-        data = json.dumps(header, separators=(",", ":")).encode()
-        if len(data) > self._room or self._room > MAX_HEADER:
-            raise AdapterError(f"{self.path}: a header of {len(data)} bytes where {self._room} are kept for it")
-        self._file.seek(0)
-        self._file.write(struct.pack("<Q", self._room) + data.ljust(self._room))
-        self._file.close()
-        self._part.replace(self.path)
+        self._out.close({"importance": self._text(self._table, more)})
 
     def discard(self) -> None:
         """Remove what is unfinished; harmless after `close`."""
-        self._file.close()
-        self._part.unlink(missing_ok=True)
+        self._out.abort()
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
-
-
-class _File(RangedReader):
-    """Raises AdapterError, which says what to do."""
-
-    def bad(self, reason: str) -> AdapterError:
-        return AdapterError(f"{self.what}: {reason}; not a valid importance file, or damaged: delete it and run again")
 
 
 class MeasurementFile:
@@ -123,9 +96,8 @@ class MeasurementFile:
     def __init__(self, source: ByteSource, kind: str, dtype: torch.dtype) -> None:
         """`dtype`: that of all pieces. Raises AdapterError for anything else than a sound file of this kind."""
         self.kind = kind
-        label = str(source) if type(source).__str__ is not object.__str__ else f"{self.kind} file"
-        self._file = _File(source, label)
-        self.bad = self._file.bad
+        self._label = str(source) if type(source).__str__ is not object.__str__ else f"{self.kind} file"
+        self._file = TensorReader(source, self.bad)
         if "importance" not in self._file.metadata:
             raise self.bad("no importance metadata")
         content = self._file.json_object(self._file.metadata["importance"], "importance metadata")
@@ -153,6 +125,12 @@ class MeasurementFile:
             raise self.bad(f"unexpected piece {extra[0]!r:.100}")
         self.names: list[str] = sorted(self._pieces)
         self.content = content
+
+    def bad(self, reason: str) -> AdapterError:
+        """What to raise, and so what to do."""
+        return AdapterError(
+            f"{self._label}: {reason}; not a valid importance file, or damaged: delete it and run again"
+        )
 
     def __contains__(self, name: str) -> bool:
         return name in self._pieces

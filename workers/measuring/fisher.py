@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import AdapterError
-from workers.adapters.format import ByteSource
 from workers.adapters.reader import AdapterReader
 from workers.base.modules import Target
 from workers.masks.criteria import Loss, score_scan
 from workers.measuring.file import MeasuredOn, MeasurementFile, MeasurementWriter
 from workers.measuring.linear import linear_modules
 from workers.measuring.measurement import Measurement, Needed, Subject
+from workers.tensors.source import ByteSource
 
 NAME = "fisher"
 FLOOR = 1e-6

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import AdapterError
-from workers.adapters.format import ByteSource
 from workers.base.hooks import swap_forward
 from workers.measuring.file import MeasuredOn, MeasurementFile, MeasurementWriter
 from workers.measuring.linear import linear_modules
 from workers.measuring.measurement import Measurement, Needed, Subject
+from workers.tensors.source import ByteSource
 
 NAME = "gram"
 GRAM_BYTES = 2**31

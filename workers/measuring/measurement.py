@@ -14,10 +14,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from workers.adapters.format import ByteSource
 from workers.adapters.reader import AdapterReader
 from workers.masks.criteria import Loss
 from workers.measuring.file import MeasuredOn
+from workers.tensors.source import ByteSource
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from infra.errors import DataError
+from infra.store.layout import rows_name
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,6 @@ class ByteStore(Protocol):
     def get(self, name: str) -> bytes: ...
 
 
-def rows_object(fingerprint: str) -> str:
-    """Name of the object that holds the rows with this fingerprint."""
-    return f"data/{fingerprint}.jsonl"
-
-
 def fingerprint(rows: Iterable[Row]) -> str:
     """Hex SHA-256 of the rows' canonical JSON lines."""
     return hashlib.sha256(rows_to_jsonl(rows)).hexdigest()
@@ -60,7 +56,7 @@ def fingerprint(rows: Iterable[Row]) -> str:
 def load_rows(store: ByteStore, name: str) -> list[Row]:
     """Rows from the object store. DataError if they are not those that `name` was given for."""
     data = store.get(name)
-    found = rows_object(hashlib.sha256(data).hexdigest())
+    found = rows_name(hashlib.sha256(data).hexdigest())
     if found != name:
         raise DataError(
             f"stored rows {name} are corrupted: their fingerprint makes them {found}; delete the object "

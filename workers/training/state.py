@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from infra.errors import FactoryError
+from infra.errors import FactoryError, TensorFileError
+from workers.tensors.reader import TensorReader
+from workers.tensors.source import FileSource
+from workers.tensors.writer import save_tensors
 
 STATE_VERSION = 1
 _GROUPS = ("adapter", "head", "optimizer", "random", "best", "best_head")
@@ -81,30 +82,25 @@ def load_random_state(tensors: Mapping[str, Tensor]) -> None:
 
 def write_state(state: TrainState, path: str | os.PathLike[str]) -> None:
     """Save as safetensors with JSON metadata."""
-    tensors = {
-        f"{group}/{name}": tensor.cpu().contiguous()
-        for group in _GROUPS
-        for name, tensor in getattr(state, group).items()
-    }
+    tensors = {f"{group}/{name}": tensor.cpu() for group in _GROUPS for name, tensor in getattr(state, group).items()}
     plain = ("step", "reselections", "unimproved", "best_loss", "best_step", "history")
     meta = {name: getattr(state, name) for name in plain} | {"version": STATE_VERSION}
-    save_file(tensors, os.fspath(path), metadata={"state": json.dumps(meta, allow_nan=False)})
+    save_tensors(path, tensors, {"state": json.dumps(meta, allow_nan=False)})
 
 
 def read_state(path: str | os.PathLike[str]) -> TrainState:
     """The state in a file. `FactoryError` if it is not one of this version."""
     try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            meta = json.loads((file.metadata() or {})["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        file = TensorReader(FileSource(path), TensorFileError)
+        meta = json.loads(file.metadata["state"])
         if meta.pop("version") != STATE_VERSION:
             raise ValueError("another version")
         groups: dict[str, Any] = {group: {} for group in _GROUPS}
-        for key, tensor in tensors.items():
+        for key in file.pieces:
             group, _, name = key.partition("/")
-            groups[group][name] = tensor
+            groups[group][name] = file.read(key)
         return TrainState(**meta, **groups)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (FactoryError, OSError, KeyError, TypeError, ValueError) as error:
         raise FactoryError(f"{path}: not a saved training state ({error})") from error
 
 

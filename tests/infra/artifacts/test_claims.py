@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from infra.artifacts.claims import Busy, Claim, claimed, release_claims, under_claim
-from infra.artifacts.leases import Holder, Watcher, holding, lease_name, new_owner, try_acquire
+from infra.artifacts.leases import Holder, Watcher, holding, new_owner, try_acquire
 from infra.errors import StoreError
+from infra.store.layout import lease_name
 from infra.store.s3 import Store
 
 ROOT = Path(__file__).resolve().parents[3]

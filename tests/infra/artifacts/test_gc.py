@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 
 from infra.artifacts import announcements, gc
-from infra.artifacts.announcements import LEASE, SHARED_JOURNALS, Registered, RootReader, announce, await_removals
+from infra.artifacts.announcements import LEASE, Registered, RootReader, announce, await_removals
 from infra.artifacts.gc import GcOutcome, collect, execute, links_of, take_inventory
 from infra.artifacts.gc_plan import GcPlan, Links, Roots, plan_gc
-from infra.artifacts.leases import Holder, Lease, Watcher, holding, lease_name, try_acquire
-from infra.artifacts.manifests import Manifest, Recipe, find, manifest_name, publish
+from infra.artifacts.leases import Holder, Lease, Watcher, holding, try_acquire
+from infra.artifacts.manifests import Manifest, Recipe, find, publish
 from infra.errors import StoreError
 from infra.store.admin import list_uploads
+from infra.store.layout import SHARED_JOURNALS, lease_name, manifest_name
 from infra.store.s3 import Store
 
 USED, KEPT, GONE = "1" * 64, "2" * 64, "3" * 64

@@ -22,8 +22,8 @@ from infra.artifacts.gc_plan import (
     shared_hash,
     summary,
 )
-from infra.artifacts.manifests import manifest_name
 from infra.store.admin import PendingUpload, StoredObject
+from infra.store.layout import manifest_name
 
 NOW = datetime(2026, 1, 31, tzinfo=UTC)
 OLD, NEW = timedelta(seconds=MIN_AGE_S), timedelta(seconds=MIN_AGE_S - 1)

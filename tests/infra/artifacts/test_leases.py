@@ -19,9 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.artifacts import leases
-from infra.artifacts.leases import Holder, Lease, Observation, Watcher, holding, lease_name, new_owner, try_acquire
+from infra.artifacts.leases import Holder, Lease, Observation, Watcher, holding, new_owner, try_acquire
 from infra.errors import StoreError
 from infra.store.admin import list_objects
+from infra.store.layout import lease_name
 from infra.store.s3 import Store
 from tests.e2e.nodes import Gateway
 

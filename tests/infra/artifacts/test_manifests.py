@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.artifacts.manifests import Manifest, Recipe, canonical_json, find, manifest_name, new_attempt, publish
+from infra.artifacts.manifests import Manifest, Recipe, canonical_json, find, publish
 from infra.errors import StoreError
+from infra.store.layout import manifest_name, new_attempt
 from infra.store.s3 import Store
 
 RECIPE = Recipe("expert", 1, {"lr": 1e-3, "steps": 10}, ("a" * 64,))

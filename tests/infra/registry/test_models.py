@@ -295,7 +295,8 @@ def _checkpoint(adapter: RegisteredAdapter, store: Store, folder: Path, file: Pa
     """Base and adapter as a full checkpoint of several shards in the store."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from workers.adapters.writer import AdapterReader, FileSource
+    from workers.adapters.writer import AdapterReader
+    from workers.tensors.source import FileSource
     from workers.training.in_place import apply_delta
 
     model = AutoModelForCausalLM.from_pretrained(folder / "tiny", dtype=torch.float32)

@@ -27,12 +27,13 @@ from merge.tree.jobs import Ref
 from tests.e2e.conftest import write_tiny_base
 from workers.adapters.support import SparseTensor
 from workers.adapters.task_mask import MaskReader
-from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, save_adapter
+from workers.adapters.writer import AdapterMeta, AdapterReader, save_adapter
 from workers.base.cache import cache_dir
 from workers.base.prepare import PreparedBase, prepare_base
 from workers.measuring.file import MeasuredOn
 from workers.measuring.fisher import FisherWriter
 from workers.measuring.gram import GramWriter
+from workers.tensors.source import FileSource
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 V = "model.layers.1.self_attn.v_proj.weight"

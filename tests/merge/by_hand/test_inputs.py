@@ -1,6 +1,7 @@
 """Sources of a merge by hand: what each is recognised as, and what is refused from headers alone."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,27 +13,32 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from infra.artifacts.manifests import Recipe, publish
-from infra.errors import AdapterError, ConfigError, FactoryError, MergeError
+from infra.errors import AdapterError, BaseModelError, ConfigError, FactoryError, MergeError, TensorFileError
 from infra.store.s3 import Store
 from merge.by_hand.checks import Checked, check, fingerprint
-from merge.by_hand.inputs import Expert, hash_experts, locate_experts
+from merge.by_hand.inputs import Expert, hash_experts, locate_experts, open_checkpoint
 from merge.by_hand.inputs import find_experts as read_experts
 from merge.by_hand.outputs import output, prepare
 from merge.by_hand.request import MergeRequest, read_request
 from merge.by_hand.sources import locate, name_experts, split_expert
 from merge.commands import main
+from merge.files.checkpoint import BaseCheckpoint
 from tests.e2e.conftest import write_tiny_base
 from workers.adapters.support import SparseTensor
 from workers.adapters.writer import AdapterMeta, AdapterReader, save_adapter
 from workers.base.cache import cache_dir
+from workers.base.layout import read_layout
 from workers.base.prepare import PreparedBase, prepare_base
+from workers.conversion.formats import from_checkpoint
 from workers.measuring.catalogue import MEASUREMENTS
 from workers.measuring.file import MeasuredOn
 from workers.measuring.fisher import FisherWriter
 from workers.measuring.gram import GramWriter
+from workers.tensors.source import FileSource
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 V = "model.layers.1.self_attn.v_proj.weight"
+TABLE = "model.embed_tokens.weight"
 SHAPES = {Q: (64, 64), V: (32, 64)}
 
 
@@ -144,8 +150,41 @@ def test_sharded_checkpoint(tmp_path: Path, base: PreparedBase, model: Path) -> 
     assert expert.shapes == {n: tuple(w.shape) for n, w in load_file(model / "model.safetensors").items()}
     shard = sorted((tmp_path / "sharded").glob("model-*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(AdapterError, match=f"{shard.name} missing"):
+    with pytest.raises(TensorFileError, match=f"{shard.name} missing"):
         find_experts({"sharded": str(tmp_path / "sharded")}, base, tmp_path)
+
+
+@pytest.mark.parametrize("case", ["pytorch_model", "leftovers", "head written out in the base", "and in both"])
+def test_conversion_reads_the_same_checkpoint(case: str, tmp_path: Path, base: PreparedBase, model: Path) -> None:
+    """Folders that one of the two refused or read wrongly: the difference is what `from-checkpoint` makes of it."""
+    weights = load_file(model / "model.safetensors")
+    tuned = {name: tensor + 0.5 if name in (Q, TABLE) else tensor for name, tensor in weights.items()}
+    folder = shutil.copytree(model, tmp_path / "tuned")
+    (folder / "model.safetensors").unlink()
+    if case.startswith(("head", "and")):
+        written = shutil.copytree(model, tmp_path / "written")
+        save_file(weights | {"lm_head.weight": weights[TABLE].clone()}, written / "model.safetensors")
+        base = prepare_base(f"path:{written}", tmp_path / "cache")
+    if case == "and in both":
+        tuned["lm_head.weight"] = tuned[TABLE].clone()
+    prefix = "pytorch_model" if case == "pytorch_model" else "model"
+    shards = {f"{prefix}-0000{at + 1}-of-00002.safetensors": sorted(tuned)[at::2] for at in range(2)}
+    for shard, names in shards.items():
+        save_file({name: tuned[name] for name in names}, folder / shard)
+    index = {"weight_map": {name: shard for shard, names in shards.items() for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if case == "leftovers":
+        save_file({name: tensor + 9 for name, tensor in tuned.items()}, folder / "model-00001-of-00003.safetensors")
+    from_checkpoint(folder, read_layout(base), 1.0, tmp_path / "converted", every_tensor=True)
+    converted = AdapterReader(FileSource(tmp_path / "converted"))
+    (expert,) = read_experts(locate_experts({"tuned": str(folder)}), base, tmp_path)
+    merged = open_checkpoint("tuned", expert.place, BaseCheckpoint.in_folder(base.path, base.sha256))
+    heads = {"lm_head.weight"} & set(merged.names)
+    assert set(converted.names) == {Q, TABLE} | heads == {n for n in merged.names if merged.load(n).values.any()}
+    assert bool(heads) == case.startswith(("head", "and"))
+    for name in converted.names:
+        assert torch.equal(converted.load(name).values, merged.load(name).values)
+        assert torch.allclose(merged.load(name).values, torch.tensor(0.5), atol=1e-3)
 
 
 def test_sources_in_s3(tmp_path: Path, base: PreparedBase, model: Path, store: Store) -> None:
@@ -193,10 +232,10 @@ class TestRefused:
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         save_file({n: w for n, w in weights.items() if n != Q}, folder / "model.safetensors")
-        with pytest.raises(MergeError, match=rf"expert 'other'.*lacks {Q} of the base"):
+        with pytest.raises(BaseModelError, match=rf"expert 'other'.*lacks {Q} of the base"):
             checked(model, {"other": str(folder)}, tmp_path)
         save_file(weights | {Q: torch.zeros(2, 2)}, folder / "model.safetensors")
-        with pytest.raises(MergeError, match=r"expert 'other'.*\[2, 2\], the base's is \[64, 64\]"):
+        with pytest.raises(BaseModelError, match=r"expert 'other'.*\[2, 2\], the base's is \[64, 64\]"):
             checked(model, {"other": str(folder)}, tmp_path)
 
     def test_damaged_file(self, tmp_path: Path, base: PreparedBase, model: Path) -> None:

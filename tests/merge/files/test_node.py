@@ -9,14 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from infra.errors import AdapterError, MergeError
+from infra.errors import AdapterError, MergeError, TensorFileError
 from merge.files.node import NodeMeta, StatisticsReader, StatisticsWriter
-from merge.files.stream import SafetensorsWriter
 from merge.methods.lift import LiftInput, lift
 from merge.methods.specs import Candidate, LiftSpec
 from merge.methods.statistics import TensorStatistics, combine
-from workers.adapters.ranged_file import DTYPES, LocalFile, RangedReader, ReadAhead
 from workers.adapters.support import SparseTensor
+from workers.tensors.header import DTYPES
+from workers.tensors.reader import TensorReader, damaged
+from workers.tensors.source import FileSource, ReadAhead
+from workers.tensors.writer import TensorWriter
 
 SIGNED = LiftSpec(("positive_mass", "negative_mass", "positive_count", "negative_count", "zero_count"))
 ALL = LiftSpec((*SIGNED.statistics, "sum", "count", "square_sum", "positive_max", "negative_max"))
@@ -237,18 +239,18 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
 
 
 def test_the_stream_writer_guards_its_header(tmp_path):
-    with SafetensorsWriter(tmp_path / "f", 16) as writer:
+    with TensorWriter(tmp_path / "f", 16) as writer:
         writer.write("w", torch.zeros(3))
-        with pytest.raises(MergeError, match="does not fit"):
+        with pytest.raises(TensorFileError, match="does not fit"):
             writer.close({})
-        with pytest.raises(MergeError, match="written twice"):
+        with pytest.raises(TensorFileError, match="written twice"):
             writer.write("w", torch.zeros(3))
     assert list(tmp_path.iterdir()) == []
-    with SafetensorsWriter(tmp_path / "f", 800) as writer:
+    with TensorWriter(tmp_path / "f", 800) as writer:
         writer.write("w", torch.ones(2, 3, dtype=torch.bfloat16))
         writer.close({"a": "b"})
-    for source in (Memory((tmp_path / "f").read_bytes()), LocalFile(tmp_path / "f")):
-        reader = RangedReader(source, "f")
+    for source in (Memory((tmp_path / "f").read_bytes()), FileSource(tmp_path / "f")):
+        reader = TensorReader(source, damaged("f"))
         assert torch.equal(reader.read("w"), torch.ones(2, 3, dtype=torch.bfloat16))
         assert (
             b"".join(reader.chunks(*reader.data_range)) == torch.ones(6).bfloat16().view(torch.uint8).numpy().tobytes()
@@ -260,23 +262,23 @@ def test_the_stream_writer_guards_its_header(tmp_path):
 
 
 def test_pieces_that_lie_unaligned_are_read(tmp_path):
-    pieces = {f"x{n}": torch.arange(3).to(dtype) for n, (dtype, _) in enumerate(DTYPES.values())}
+    pieces = {f"x{n}": torch.arange(3).to(dtype) for n, dtype in enumerate(DTYPES.values())}
     pieces["a"] = torch.zeros(1, dtype=torch.uint8)
-    with SafetensorsWriter(tmp_path / "f", 4000) as writer:
+    with TensorWriter(tmp_path / "f", 4000) as writer:
         for name, tensor in sorted(pieces.items()):
             writer.write(name, tensor)
         writer.close({})
-    found = RangedReader(LocalFile(tmp_path / "f"), "f").read_many(list(pieces))
+    found = TensorReader(FileSource(tmp_path / "f"), damaged("f")).read_many(list(pieces))
     assert all(
         torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in pieces.items()
     )
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path):
-    with SafetensorsWriter(tmp_path / "f", 800) as writer:
+    with TensorWriter(tmp_path / "f", 800) as writer:
         writer.write("w", torch.ones(100))
         writer.close({})
-    reader = RangedReader(LocalFile(tmp_path / "f"), "f")
+    reader = TensorReader(FileSource(tmp_path / "f"), damaged("f"))
     (tmp_path / "f").write_bytes((tmp_path / "f").read_bytes()[:-10])
     with pytest.raises(MergeError, match="asked for 400 bytes, got 390"):
         reader.read("w")

@@ -15,10 +15,10 @@ from merge.methods.per_task import task_mask, task_scale
 from merge.methods.specs import Candidate
 from merge.tree.reduce import flat_merge
 from tests.merge.experts import BASE, SHAPES, children, load, make_experts
-from workers.adapters.ranged_file import LocalFile
 from workers.adapters.support import SparseTensor
 from workers.adapters.task_mask import MaskedAdapter, MaskMeta, MaskReader, apply_mask
-from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, save_adapter
+from workers.adapters.writer import AdapterMeta, AdapterReader, save_adapter
+from workers.tensors.source import FileSource
 
 SHA = "f" * 64
 
@@ -54,7 +54,7 @@ def test_a_masked_adapter_is_the_mask_of_the_merge(tmp_path, method):
     masks = {n: task_mask(method, t, expert.get(n, none), candidate.params) for n, t in unified.items()}
     scale = task_scale(method, masks.values())
     reader = AdapterReader(FileSource(tmp_path / "unified"))
-    masked = MaskedAdapter(reader, MaskReader(LocalFile(tmp_path / "mask")), SHA)
+    masked = MaskedAdapter(reader, MaskReader(FileSource(tmp_path / "mask")), SHA)
     assert masked.names == reader.names == sorted(SHAPES)
     assert (masked.meta.base_sha256, masked.meta.info["task"], masked.head_names) == (BASE, "a", [])
     for name, tensor in unified.items():
@@ -74,7 +74,7 @@ def test_a_masked_adapter_is_the_mask_of_the_merge(tmp_path, method):
 
 def test_a_mask_of_another_merge_is_refused(tmp_path):
     paths, candidate, _ = make(tmp_path, "emr")
-    mask = MaskReader(LocalFile(tmp_path / "mask"))
+    mask = MaskReader(FileSource(tmp_path / "mask"))
     with pytest.raises(MergeError, match="is over the merged adapter ffff"):
         MaskedAdapter(AdapterReader(FileSource(tmp_path / "unified")), mask, "0" * 64)
     with pytest.raises(MergeError, match="tensors differ"):

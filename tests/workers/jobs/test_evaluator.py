@@ -12,6 +12,7 @@ import torch
 from infra.artifacts.manifests import Manifest, Recipe
 from infra.digests import file_sha256
 from infra.errors import AdapterError, BaseModelError, MergeError, StoreError
+from infra.store.layout import rows_name
 from infra.store.s3 import FileRef, ObjectInfo
 from merge.files.task_mask import MaskWriter
 from tests.workers.tiny import WRAPPER, tiny_encoder, tiny_encoder_tokenizer, tiny_model, tiny_tokenizer
@@ -23,13 +24,13 @@ from workers.base.prepare import PreparedBase, prepare_base
 from workers.jobs.evaluator import EvaluationJob, Evaluator
 from workers.scoring.classification import ClassifySpec, head_state
 from workers.scoring.likelihood import EvaluateSpec
-from workers.text.rows import Row, fingerprint, rows_object, rows_to_jsonl
+from workers.text.rows import Row, fingerprint, rows_to_jsonl
 from workers.training.in_place import apply_delta
 
 UP = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(2)]
 DOWN = "model.layers.0.mlp.down_proj.weight"
 ROWS = [Row(str(at), f"w{at}w{at + 1}", (f"w{at + 2}",)) for at in range(6)]
-ROWS_OBJECT = rows_object(fingerprint(ROWS))
+ROWS_OBJECT = rows_name(fingerprint(ROWS))
 
 
 class Files:
@@ -279,7 +280,7 @@ def test_the_file_of_an_expert_is_fetched_once_for_its_change_and_its_head(
     tiny_encoder_tokenizer().save_pretrained(tmp_path / "bert")
     encoder = prepare_base(f"path:{tmp_path / 'bert'}", cache)
     labelled = [Row(row.id, row.input, (("a", "b")[at % 2],)) for at, row in enumerate(ROWS)]
-    files.data[rows_object(fingerprint(labelled))] = rows_to_jsonl(labelled)
+    files.data[rows_name(fingerprint(labelled))] = rows_to_jsonl(labelled)
     query = "bert.encoder.layer.0.attention.self.query.weight"
     change = {query: SparseTensor((32, 32), torch.arange(32), torch.ones(32))}
     refs = {}
@@ -293,7 +294,7 @@ def test_the_file_of_an_expert_is_fetched_once_for_its_change_and_its_head(
     def downloads(adapter: str, head: str) -> int:
         before = files.downloads
         recipe = Recipe("evaluation", 1, {"adapter": adapter, "head": head})
-        rows = rows_object(fingerprint(labelled))
+        rows = rows_name(fingerprint(labelled))
         score(
             evaluator,
             replace(

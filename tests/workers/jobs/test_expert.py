@@ -14,6 +14,7 @@ import torch
 from infra.artifacts.manifests import Recipe, find
 from infra.errors import RegistryError
 from infra.registry import runs as registry
+from infra.store.layout import rows_name
 from infra.store.s3 import Store
 from tests.workers.tiny import tiny_model, tiny_tokenizer
 from workers.base.prepare import prepare_base, upload_base
@@ -21,7 +22,7 @@ from workers.jobs.expert import TRAINING_LOSS, ExpertJob, make_expert
 from workers.jobs.resume import drop_checkpoint, find_checkpoint
 from workers.masks.spec import MaskSpec
 from workers.text.prompt import PromptSpec
-from workers.text.rows import Row, fingerprint, rows_object, rows_to_jsonl
+from workers.text.rows import Row, fingerprint, rows_to_jsonl
 from workers.training.kinds import FullSpec, LoraSpec
 from workers.training.loop import StepReport, TrainSpec
 
@@ -38,7 +39,7 @@ INTERRUPTED = 8
 
 def job(kind: str, base: str) -> ExpertJob:
     rows = [Row(str(i), f"w{i}w{(7 * i) % 50}", (f"w{i % 3}",)) for i in range(24)]
-    names = [rows_object(fingerprint(part)) for part in (rows[:16], rows[16:])]
+    names = [rows_name(fingerprint(part)) for part in (rows[:16], rows[16:])]
     expert = KINDS[kind]
     return ExpertJob(
         task=kind, recipe=Recipe("expert", 1, {"kind": kind}), base_sha256=base, train_rows=names[0],
@@ -57,7 +58,7 @@ def fill(store: Store, folder: Path) -> str:
     upload_base(store, base)
     rows = [Row(str(i), f"w{i}w{(7 * i) % 50}", (f"w{i % 3}",)) for i in range(24)]
     for part in (rows[:16], rows[16:]):
-        store.put_if_absent(rows_object(fingerprint(part)), rows_to_jsonl(part))
+        store.put_if_absent(rows_name(fingerprint(part)), rows_to_jsonl(part))
     return base.sha256
 
 

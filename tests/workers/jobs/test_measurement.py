@@ -10,19 +10,21 @@ from torch import Tensor, nn
 
 from infra.artifacts.manifests import Recipe
 from infra.errors import AdapterError, ConfigError
+from infra.store.layout import rows_name
 from infra.store.s3 import FileRef, Store
 from infra.store.source import StoreSource
 from tests.workers.tiny import WRAPPER, tiny_encoder, tiny_encoder_tokenizer, tiny_model, tiny_tokenizer
 from workers.adapters.support import SparseTensor
-from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, LowRank, save_adapter
+from workers.adapters.writer import AdapterMeta, AdapterReader, LowRank, save_adapter
 from workers.base.load import load_classifier, load_classifier_tokenizer, load_model, load_tokenizer
 from workers.base.prepare import PreparedBase, prepare_base, upload_base
 from workers.jobs.measurement import MeasurementJob, TrainingRows, make_measurement, spaced
 from workers.measuring.fisher import FLOOR, FisherReader, fisher_diagonal
 from workers.measuring.gram import GramReader, gram_matrices
 from workers.scoring.classification import encode_text, head_state, set_head
+from workers.tensors.source import FileSource
 from workers.text.prompt import PromptSpec, encode_example
-from workers.text.rows import Row, fingerprint, rows_object, rows_to_jsonl
+from workers.text.rows import Row, fingerprint, rows_to_jsonl
 from workers.training.in_place import apply_delta
 
 LAYER = "model.layers.{}."
@@ -135,7 +137,7 @@ class Published:
         self.base: PreparedBase = prepare_base(f"path:{checkpoint}", folder / "made")
         upload_base(store, self.base)
         self.rows = LABELLED if classifies else ROWS
-        store.put_if_absent(rows_object(fingerprint(self.rows)), rows_to_jsonl(self.rows))
+        store.put_if_absent(rows_name(fingerprint(self.rows)), rows_to_jsonl(self.rows))
         self.file = folder / "adapter"
         model, head = self.plain(), None
         if classifies:
@@ -166,7 +168,7 @@ class Published:
             task="task", recipe=Recipe(kind, 1, {"rows": rows}, ("e" * 64,)),
             base_sha256=self.base.sha256, adapter=self.adapter, expert_key="e" * 64, expert_digest="d" * 64,
             rows=TrainingRows(
-                rows_object(fingerprint(self.rows)), rows, PLAIN if self.classifies else PROMPT, 8,
+                rows_name(fingerprint(self.rows)), rows, PLAIN if self.classifies else PROMPT, 8,
                 LABELS if self.classifies else None,
             ),
             provenance={"data": {"source": "here", "license": "mit"}},

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from infra.errors import AdapterError
-from workers.adapters.writer import FileSource
 from workers.measuring.file import MeasuredOn
 from workers.measuring.fisher import FLOOR, FisherReader, FisherWriter
 from workers.measuring.gram import GramReader, GramWriter
+from workers.tensors.source import FileSource
 
 META = MeasuredOn("a" * 64, "b" * 64, 7)
 

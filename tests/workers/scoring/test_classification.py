@@ -16,7 +16,6 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from infra.errors import AdapterError, BaseModelError, ConfigError, DataError
 from tests.workers.tiny import tiny_encoder, tiny_encoder_tokenizer, tiny_model, tiny_tokenizer
 from workers.adapters.support import SupportSpec
-from workers.adapters.tensor_file import WEIGHTS
 from workers.base.load import (
     head_parameters,
     load_classifier,
@@ -38,6 +37,7 @@ from workers.scoring.classification import (
     predict_labels,
     set_head,
 )
+from workers.tensors.checkpoint import WEIGHTS
 from workers.text.prompt import PromptSpec
 from workers.text.rows import Row
 from workers.training.in_place import InPlaceAdapter

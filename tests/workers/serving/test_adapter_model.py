@@ -13,13 +13,14 @@ from infra.digests import file_sha256
 from infra.store.s3 import Store
 from tests.workers.tiny import tiny_encoder, tiny_encoder_tokenizer
 from workers.adapters.support import SparseTensor
-from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, save_adapter
+from workers.adapters.writer import AdapterMeta, AdapterReader, save_adapter
 from workers.base.load import load_classifier, load_classifier_tokenizer
 from workers.base.prepare import prepare_base, upload_base
 from workers.scoring.classification import head_state, predict_labels, set_head
 from workers.serving.adapter_model import AdapterModel
 from workers.serving.checkpoint_model import CheckpointModel
 from workers.serving.text_model import as_options, as_rows, as_tasks, as_texts
+from workers.tensors.source import FileSource
 from workers.text.prompt import PromptSpec
 from workers.text.rows import Row
 from workers.training.in_place import apply_delta

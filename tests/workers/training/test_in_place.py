@@ -10,9 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from infra.errors import AdapterError, ConfigError, FactoryError
 from workers.adapters.support import SparseTensor, SupportSpec
-from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, save_adapter
+from workers.adapters.writer import AdapterMeta, AdapterReader, save_adapter
 from workers.masks.sparse_linear import block_gradient
 from workers.masks.spec import MaskSpec, random_units, select_supports
+from workers.tensors.source import FileSource
 from workers.training.in_place import InPlaceAdapter, Snapshot, apply_delta
 
 MODULES = ".*(q_proj|o_proj|up_proj|down_proj)"

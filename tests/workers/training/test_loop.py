@@ -9,8 +9,9 @@ from transformers import LlamaForCausalLM
 
 from infra.errors import ExpertError
 from tests.workers.tiny import WRAPPER, tiny_model, tiny_tokenizer
-from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, save_adapter
+from workers.adapters.writer import AdapterMeta, AdapterReader, save_adapter
 from workers.masks.spec import MaskSpec, match_modules
+from workers.tensors.source import FileSource
 from workers.text.prompt import Example, PromptSpec, encode_example
 from workers.text.rows import Row
 from workers.training.in_place import apply_delta
