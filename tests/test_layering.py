@@ -50,7 +50,7 @@ EXCEPTIONS = {
     # in a process of its own: what a schedule runs is checked beforehand
     "infra.schedule.job": {"pipeline.config.model"},
     # `python -m infra.rayjob`, by its name in manifests that are in use
-    "infra.rayjob": {"infra.schedule.scheduler", "infra.schedule.webhook"},
+    "infra.rayjob": {"infra.schedule.rayjob"},
 }
 
 MOST = 13

@@ -5,7 +5,7 @@ would ask one request after the other. Does not cover writing, nor noticing what
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from infra.artifacts.manifests import Manifest, Readable
@@ -17,8 +17,9 @@ from infra.store.s3 import ObjectInfo
 class Snapshot:
     """Manifests, and whether their files are there. Names that were not read ahead are asked for when needed."""
 
-    def __init__(self, store: Readable, threads: int = 16) -> None:
-        self._store, self._threads = store, threads
+    def __init__(self, store: Readable, threads: int = 16, listed: Collection[str] | None = None) -> None:
+        """`listed`: names of all manifests, where somebody has them; what is not among them is not asked for."""
+        self._store, self._threads, self._listed = store, threads, listed
         self._objects: dict[str, tuple[bytes, str] | None] = {}
         self._infos: dict[str, ObjectInfo | None] = {}
 
@@ -42,7 +43,8 @@ class Snapshot:
     def get_with_etag(self, name: str) -> tuple[bytes, str] | None:
         """As `infra.store.s3.Store.get_with_etag`."""
         if name not in self._objects:
-            self._objects[name] = self._store.get_with_etag(name)
+            absent = self._listed is not None and name not in self._listed
+            self._objects[name] = None if absent else self._store.get_with_etag(name)
         return self._objects[name]
 
     def head(self, name: str) -> ObjectInfo | None:

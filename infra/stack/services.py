@@ -1,18 +1,14 @@
 """The local stack: SeaweedFS (S3), an MLflow server and a Ray head, real ones, on this machine.
 
-    python -m infra.stack up|down|status|env [--home DIR] [--num-cpus N] [--object-store-mib N]
-
 Everything a stack keeps (data, generated credentials, logs, state) is in its home, so several stacks live side by
 side and data survives down and up. Services listen on loopback, except that Ray binds its ports on every interface;
 they answer only to holders of a generated token. Does not cover clusters: there, set the same environment variables
 (see ``StackState.env``) to the services that exist.
 """
 
-import argparse
 import http.client
 import json
 import os
-import shlex
 import shutil
 import sys
 import time
@@ -21,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from infra.environment import STOP_VARIABLES
-from infra.errors import FactoryError, StoreError
+from infra.errors import StoreError
 from infra.stack import processes
 from infra.stack.home import (
     STORE_BUCKET,
@@ -30,7 +26,6 @@ from infra.stack.home import (
     locked,
     log_file,
     marker,
-    other_factory,
     private_dir,
     ray_temp,
     ray_token,
@@ -355,53 +350,3 @@ def _stop(state: StackState, names: tuple[str, ...] | list[str]) -> None:
         raise StackError(str(error)) from error
     for name in names:
         state.services.pop(name, None)
-
-
-# -- command line ------------------------------------------------------------------------------------------------
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m infra.stack", description="The local stack: S3, MLflow, Ray.")
-    parser.add_argument("command", choices=["up", "down", "status", "env"])
-    parser.add_argument("--home", type=Path, default=None, help="default: $FACTORY_HOME, else ./.factory")
-    parser.add_argument("--num-cpus", type=int, default=None, help="CPUs that Ray may use (default: all)")
-    parser.add_argument("--object-store-mib", type=int, default=512, help="Ray's object store (default: 512)")
-    options = parser.parse_args(arguments)
-    home = (options.home or default_home()).resolve()
-    try:
-        if options.command == "up":
-            began = time.monotonic()
-            print(f"starting the local stack in {home} (S3, MLflow, Ray) …", flush=True)
-            state = up(home, options.num_cpus, options.object_store_mib)
-            print(f"up after {time.monotonic() - began:.0f} s")
-            if chosen := other_factory(os.environ):
-                print(f"  {' '.join(chosen)} is this shell's and no part of the stack; a job gets it by")
-                print('  ray job submit --runtime-env-json "$(python -m infra.environment)"')
-            return _print_status(state)
-        if options.command == "down":
-            down(home)
-            print(f"the local stack in {home} is down; its data stays there")
-            return 0
-        found = load(home)
-        if found is None or (options.command == "env" and not all(found.running().values())):
-            raise StackError(f"no local stack is running in {home}; start it with: python -m infra.stack up")
-        if options.command == "env":
-            for name, value in found.env().items():
-                print(f"export {name}={shlex.quote(value)}")
-            return 0
-        return _print_status(found)
-    except FactoryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
-def _print_status(state: StackState) -> int:
-    running, urls = state.running(), state.urls()
-    rows = [("s3", "S3", urls["s3"]), ("mlflow", "MLflow", urls["mlflow"])]
-    rows += [("ray", "Ray dashboard", urls["dashboard"]), ("ray", "Ray drivers", urls["ray"])]
-    for name, label, url in rows:
-        print(f"  {label:<14} {'up  ' if running[name] else 'DOWN'}  {url}")
-    print(f"  dashboard asks for the token in {ray_token(Path(state.home))}")
-    print(f"  credentials    {Path(state.home) / 'credentials.json'}   logs {Path(state.home) / 'logs'}")
-    return 0 if all(running.values()) else 1

@@ -108,9 +108,11 @@ def bigbench_rows(path: Path, source: str, choice: bool) -> list[Row]:
         scores, target = example.get("target_scores"), example.get("target")
         options: tuple[str, ...] | None = None
         if scores and (choice or target is None):
-            options = tuple(str(option) for option in scores)
+            options = tuple(scores)  # the keys of a JSON object are texts
             best = max(scores.values())
-            targets = tuple(str(option) for option, score in scores.items() if score == best)
+            targets = tuple([option for option, score in scores.items() if score == best])
+        elif isinstance(target, str):
+            targets = (target,)
         else:
             targets = _texts(target, f"{source}, example {at}, field target")
         rows.append(Row(str(at), str(example["input"]), targets, options))

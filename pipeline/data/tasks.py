@@ -8,6 +8,7 @@ within splits, and nearly unchanged when rows are added. Where rows come from is
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,12 +183,24 @@ def _hash(*parts: str) -> str:
     return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
 
 
+def _first(keys: Iterable[str], seed: str, count: int) -> list[str]:
+    """The first ones in the order of `_hash(seed, key)`, `count` at most: of many rows few are used."""
+    begun = hashlib.sha256(seed.encode() + b"\x00")
+
+    def rank(key: str) -> bytes:
+        digest = begun.copy()
+        digest.update(key.encode())
+        return digest.digest()  # bytes have the order of their hexadecimal digits
+
+    return heapq.nsmallest(count, keys, key=rank)
+
+
 def _distinct(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Usable rows grouped by normalised input."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         key = normalised(row.input)
-        if key and any(target.strip() for target in row.targets):
+        if key and any(map(str.strip, row.targets)):
             groups.setdefault(key, []).append(row)
     return groups
 
@@ -195,7 +208,8 @@ def _distinct(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def _joined(key: str, group: Sequence[Row]) -> Row:
     """One row for all with the same input: free-text targets are joined, of closed rows the first (by content)
     stays."""
-    group = sorted(group, key=lambda row: _hash(row.input, *row.targets, "", *(row.options or ())))
+    if len(group) > 1:
+        group = sorted(group, key=lambda row: _hash(row.input, *row.targets, "", *(row.options or ())))
     first = group[0]
     targets = first.targets
     if all(row.options is None for row in group):
@@ -220,7 +234,7 @@ def make_splits(
             f"task {task}: {len(groups)} distinct rows ({len(rows)} in all); at least {least} are needed for "
             f"{sizes['test']} test, {sizes['gate']} gate, {sizes['validation']} validation and {training} training rows"
         )
-    order = sorted(groups, key=lambda key: _hash(str(seed), key))
+    order = _first(groups, str(seed), sum(sizes[name] for name in SPLITS))
     splits, start = {}, 0
     for name in ("test", "gate", "validation", "train"):
         splits[name] = tuple(_joined(key, groups[key]) for key in order[start : start + sizes[name]])

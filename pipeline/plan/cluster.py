@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from infra.environment import job_variables
 from pipeline.config.model import GIB, WorkerResources
 
@@ -20,6 +18,8 @@ def connect_to_ray() -> None:
 
     A submitted job brings its code as the job's working directory; otherwise this checkout is sent to the workers.
     """
+    import ray  # not above: a plan asks for slots, and joins nothing
+
     in_job = _JOB_CONFIG in os.environ
     environment: dict[str, Any] = {} if in_job else {
         "working_dir": str(ROOT),

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import psutil
-from ray.util.state import list_nodes
 
 from infra.artifacts.manifests import Manifest
 from pipeline.config.model import ResourcesConfig
@@ -222,6 +221,8 @@ def find_slots(resources: ResourcesConfig, results: Sequence[Results]) -> Slots:
 
 def _ray_nodes() -> list[dict[str, Any]]:
     """The cluster's nodes as `ray.nodes()` gives them, from Ray's dashboard; none if it does not answer."""
+    from ray.util.state import list_nodes  # not above: only where a cluster is named
+
     try:
         address = os.environ.get("RAY_API_SERVER_ADDRESS")
         listed = list_nodes(address=address, detail=True, timeout=_SECONDS, raise_on_missing_output=False)

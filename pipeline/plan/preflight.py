@@ -183,11 +183,13 @@ def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Pr
     for name, count in learned_elsewhere(tasks, config.held_in).items():
         text = f"{count} of its {len(tasks[name].splits['test'])} test rows are training rows of another held-in task"
         console.print(f"warning: {name}: {text}, so a merge knows them", style="yellow", highlight=False, markup=False)
-    cost = expected_cost(config, base, tasks)
+    classifies = config.objective == "classification"
+    tokenizer = load_classifier_tokenizer(base.path) if classifies else load_tokenizer(base.path)
+    cost = expected_cost(config, base, tasks, tokenizer)
     check_room(config, cost)
     caps = dict.fromkeys(tasks, 1)
-    if config.objective == "language_modelling":
-        tokenizer, limit = load_tokenizer(base.path), config.prompt.max_target_tokens
+    if not classifies:
+        limit = config.prompt.max_target_tokens
         caps = {
             name: min(limit, data.config.max_new_tokens or target_token_cap(tokenizer, data.splits["train"]))
             for name, data in tasks.items()
@@ -220,14 +222,13 @@ def upload_inputs(prepared: Prepared) -> None:
         list(pool.map(upload, [(data, split) for data in prepared.tasks.values() for split in data.splits]))
 
 
-def expected_cost(config: PipelineConfig, base: PreparedBase, tasks: dict[str, TaskData]) -> Cost:
-    """Sizes and tokens of a run. Raises ConfigError if modules, blocks or labels do not fit the base."""
+def expected_cost(config: PipelineConfig, base: PreparedBase, tasks: dict[str, TaskData], tokenizer: Any) -> Cost:
+    """Sizes and tokens of a run; `tokenizer` is the base's. ConfigError if modules, blocks or labels do not fit it."""
     classifies = config.objective == "classification"
     structure = AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
     model = _empty_model(structure, classifies)
     trainable, adapted, state_bytes = _trained(config, model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    tokenizer = load_classifier_tokenizer(base.path) if classifies else load_tokenizer(base.path)
     tokens, longest = {}, 0
     for name in config.held_in:
         data, prompt, limit = tasks[name], prompt_spec(config, tasks[name]), config.prompt.max_target_tokens

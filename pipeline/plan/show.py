@@ -6,7 +6,7 @@ Exit status: 0, or 2 for bad input and services that do not answer.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +58,10 @@ def plan(config_path: str, as_json: bool, overrides: tuple[str, ...]) -> None:
         config = load_config(config_path, list(overrides))
         check_names(config)
         store = Store.from_env()
-        next(store.list(MANIFESTS), None)  # a store that does not answer, or has no such bucket, is refused now
+        # First of all, because a store that does not answer, or lacks the bucket, is refused here.
+        listed = frozenset(store.list(MANIFESTS))
         registry.check()
-        found = make_plan(prepare_inputs(config, store, console))
+        found = make_plan(prepare_inputs(config, store, console), listed)
     except FactoryError as error:
         console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
         sys.exit(2)
@@ -70,9 +71,10 @@ def plan(config_path: str, as_json: bool, overrides: tuple[str, ...]) -> None:
         show(found, console)
 
 
-def make_plan(prepared: Prepared) -> Plan:
-    """Look everything up. Raises StoreError, RegistryError."""
-    config, snapshot = prepared.config, Snapshot(prepared.store)
+def make_plan(prepared: Prepared, listed: Collection[str] | None = None) -> Plan:
+    """Look everything up; of artifacts only those whose manifests are `listed`, if that is given. Raises StoreError,
+    RegistryError."""
+    config, snapshot = prepared.config, Snapshot(prepared.store, listed=listed)
     results = readable(results_of_runs(prepared.store, config.suite))
     models = {model.name: model for model in models_of(config.suite)}
     expected: set[str] = set()

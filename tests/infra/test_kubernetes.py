@@ -17,8 +17,8 @@ import mlflow.environment_variables
 import pytest
 import yaml
 
-from infra import rayjob
-from infra.rayjob import Cluster, scheduled, tick_of_job
+from infra.schedule import rayjob
+from infra.schedule.rayjob import Cluster, scheduled, tick_of_job
 from pipeline.config.model import load_config
 from pipeline.main import main as pipeline_main
 
@@ -399,7 +399,7 @@ def pod(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
     monkeypatch.setenv("FACTORY_JOB_UID", "u-1")
     monkeypatch.setenv("FACTORY_WEBHOOK_URL", f"{api.address}/hook")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return lambda: rayjob.main([str(MANIFESTS / "rayjob.yaml")], wait=lambda _: None)
+    return lambda: rayjob.retrain(MANIFESTS / "rayjob.yaml", wait=lambda _: None)
 
 
 def test_a_tick_creates_its_job_waits_and_tells(api: Api, pod: Callable[[], int]) -> None:
@@ -461,7 +461,7 @@ def test_a_token_that_was_just_replaced_ends_nothing(api: Api, pod: Callable[[],
 def test_outside_a_pod(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     monkeypatch.setenv("FACTORY_JOB_NAME", JOB)
-    assert rayjob.main([str(MANIFESTS / "rayjob.yaml")]) == 2
+    assert rayjob.retrain(MANIFESTS / "rayjob.yaml") == 2
     assert "not in a Kubernetes pod" in capsys.readouterr().err
 
 

@@ -48,6 +48,16 @@ def test_finding_in_a_snapshot_is_finding_in_its_store(store: Store, made: list[
     assert counted.asked == 2 * len(keys) + 1
 
 
+def test_what_a_listing_lacks_is_not_asked_for(store: Store, made: list[Manifest]) -> None:
+    counted, missing = Counted(store), Recipe("thing", 1, {"number": 9}).key
+    snapshot = Snapshot(counted, listed=frozenset(store.list("artifacts/")))
+    snapshot.read_ahead([*(manifest.key for manifest in made), missing])
+    assert counted.asked == 2 * len(made)
+    assert [find(snapshot, manifest.key, {}) for manifest in made] == made
+    assert find(snapshot, missing, {}) is None
+    assert not snapshot.holds(missing)
+
+
 def test_what_happens_later_is_not_seen(store: Store, made: list[Manifest]) -> None:
     snapshot, later = Snapshot(store), Recipe("thing", 1, {"number": 1}).key
     snapshot.read_ahead([later])

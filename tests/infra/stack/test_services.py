@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.stack import processes
+from infra.stack import command, processes
 from infra.stack import services as local_stack
 from infra.stack.home import StackError, marker, other_factory
 
@@ -50,11 +50,11 @@ def test_second_stack_beside_the_first_leaves_no_process(stack: local_stack.Stac
     state = local_stack.up(home, num_cpus=1, object_store_mib=100)
     try:
         assert not set(state.ports.values()) & set(stack.ports.values())
-        command = [sys.executable, "-m", "infra.stack"]
-        env = subprocess.run([*command, "env", "--home", str(home)], capture_output=True, text=True, check=True)
+        stack_command = [sys.executable, "-m", "infra.stack"]
+        env = subprocess.run([*stack_command, "env", "--home", str(home)], capture_output=True, text=True, check=True)
         exported = dict(shlex.split(line)[1].split("=", 1) for line in env.stdout.splitlines())
         assert exported == state.env()
-        assert subprocess.run([*command, "status", "--home", str(home)], check=False).returncode == 0
+        assert subprocess.run([*stack_command, "status", "--home", str(home)], check=False).returncode == 0
         submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--", "python", "-c"]
         names = ("FACTORY_S3_ENDPOINT", "MLFLOW_TRACKING_URI")
         script = f"import os, sys; print(sys.prefix, *map(os.environ.get, {names}))"
@@ -120,8 +120,8 @@ def test_ports_stay_clear_of_ray_and_of_each_other() -> None:
 
 
 def test_down_and_status_without_a_stack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert local_stack.main(["down", "--home", str(tmp_path / "none")]) == 0
-    assert local_stack.main(["status", "--home", str(tmp_path / "none")]) == 1
+    assert command.run("down", tmp_path / "none", None, 512) == 0
+    assert command.run("status", tmp_path / "none", None, 512) == 1
     assert "start it with" in capsys.readouterr().err
     (tmp_path / "stack.json").write_text(json.dumps({"nonsense": 1}))
     with pytest.raises(StackError, match="unreadable"):

@@ -1,5 +1,6 @@
 """Sources and splits: synthetic JSON lines and a synthetic BIG-bench archive; nothing is downloaded."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -45,6 +46,59 @@ def test_splits_are_disjoint_and_independent_of_order(inputs: list[str], random,
     again = make_splits(shuffled, SIZES, seed)
     assert {name: fingerprint(split) for name, split in splits.items()} == {
         name: fingerprint(split) for name, split in again.items()
+    }
+
+
+def plain_splits(rows: list[Row], sizes: dict[str, int], seed: int) -> dict[str, list[Row]]:
+    """The splits by definition: every group ranked by its hash, every row of a group by its own."""
+
+    def digest(*parts: str) -> str:
+        return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
+
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if normalised(row.input) and any(target.strip() for target in row.targets):
+            groups.setdefault(normalised(row.input), []).append(row)
+    order, splits = sorted(groups, key=lambda key: digest(str(seed), key)), {}
+    for name in ("test", "gate", "validation", "train"):
+        splits[name] = []
+        for key in order[: sizes[name]]:
+            group = sorted(groups[key], key=lambda row: digest(row.input, *row.targets, "", *(row.options or ())))
+            targets = group[0].targets
+            if all(row.options is None for row in group):
+                targets = tuple(dict.fromkeys(target for row in group for target in row.targets if target.strip()))
+            splits[name].append(Row(digest(key)[:16], group[0].input, targets, group[0].options))
+        order = order[sizes[name] :]
+    return splits
+
+
+words = st.sampled_from(["a", "A ", "b", " ", "c\n", "é", "ß", "SS", "d"])
+rows_with_duplicates = st.lists(
+    st.builds(
+        Row,
+        st.text(max_size=2),
+        st.lists(words, min_size=1, max_size=4).map("".join),
+        st.lists(words, min_size=1, max_size=3).map(tuple),
+        st.none() | st.lists(words, min_size=1, max_size=2).map(tuple),
+    ),
+    min_size=1,
+    max_size=60,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows_with_duplicates, st.integers(0, 3))
+def test_splits_are_those_of_their_definition(rows: list[Row], seed: int) -> None:
+    sizes = {"train": 3, "validation": 1, "gate": 1, "test": 2}
+    expected = plain_splits(rows, sizes, seed)
+    if sum(map(len, expected.values())) < sum(sizes.values()):
+        with pytest.raises(DataError, match="distinct rows"):
+            make_splits(rows, sizes, seed)
+        return
+    found = make_splits(rows, sizes, seed)
+    assert {name: list(split) for name, split in found.items()} == expected
+    assert {name: fingerprint(split) for name, split in found.items()} == {
+        name: fingerprint(split) for name, split in expected.items()
     }
 
 

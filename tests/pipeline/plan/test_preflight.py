@@ -25,7 +25,6 @@ from pipeline.plan.preflight import (
     Prepared,
     check_room,
     check_services,
-    expected_cost,
     measured_flops,
     prepare_inputs,
     upload_inputs,
@@ -69,6 +68,10 @@ def tasks() -> dict[str, TaskData]:
         return TaskData(name, TaskConfig(**TASK), splits, {split: fingerprint(rows) for split in splits})
 
     return {"one": data("one", 3), "two": data("two", 9)}
+
+
+def cost_of(chosen: PipelineConfig, base: PreparedBase, tasks: dict[str, TaskData]) -> Cost:
+    return preflight.expected_cost(chosen, base, tasks, load_tokenizer(base.path))
 
 
 # -- names --
@@ -120,7 +123,7 @@ def test_trained_values_are_counted_as_they_will_be_selected(
     base: PreparedBase, tasks: dict[str, TaskData], mask: dict[str, Any], weights: int | None
 ) -> None:
     chosen = config(mask=mask)
-    cost = expected_cost(chosen, base, tasks)
+    cost = cost_of(chosen, base, tasks)
     supports = select_supports(load_model(base.path, torch.float32), expert_spec(chosen, tasks["one"]))
     assert cost.trainable == sum(support.count for support in supports.values())
     assert cost.adapted == sum(support.shape[0] * support.shape[1] for support in supports.values())
@@ -128,25 +131,25 @@ def test_trained_values_are_counted_as_they_will_be_selected(
 
 
 def test_a_tied_embedding_is_counted_once(base: PreparedBase, tasks: dict[str, TaskData]) -> None:
-    assert expected_cost(config(), base, tasks).parameters == PARAMETERS
+    assert cost_of(config(), base, tasks).parameters == PARAMETERS
 
 
 def test_tokens_are_those_of_the_encoded_rows(base: PreparedBase, tasks: dict[str, TaskData]) -> None:
     chosen = config()
-    cost = expected_cost(chosen, base, tasks)
+    cost = cost_of(chosen, base, tasks)
     tokenizer, spec = load_tokenizer(base.path), PromptSpec("{input}?", WRAPPER, chosen.prompt.max_input_tokens)
     for name, data in tasks.items():
         lengths = [len(encode_example(tokenizer, spec, row).input_ids) for row in data.splits["train"]]
         assert cost.expert_tokens[name] == round(3 * 4 * sum(lengths) / len(lengths))
     assert cost.expert_tokens["two"] > cost.expert_tokens["one"]
-    assert expected_cost(config(prompt={"wrapper": WRAPPER, "max_input_tokens": 2}), base, tasks).expert_tokens[
+    assert cost_of(config(prompt={"wrapper": WRAPPER, "max_input_tokens": 2}), base, tasks).expert_tokens[
         "two"
     ] == pytest.approx(3 * 4 * 7)  # <s>, two words, "?", </s>, the target and the token that ends it
 
 
 def test_more_work_costs_more(base: PreparedBase, tasks: dict[str, TaskData]) -> None:
     def cost(**sections: Any) -> Cost:
-        return expected_cost(config(**sections), base, tasks)
+        return cost_of(config(**sections), base, tasks)
 
     plain = cost()
     assert plain.worker_bytes > preflight.PROCESS_GIB * GIB + 4 * PARAMETERS
@@ -187,7 +190,7 @@ def test_a_mask_that_does_not_fit_the_base_is_refused(
     base: PreparedBase, tasks: dict[str, TaskData], mask: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(ConfigError, match=expected):
-        expected_cost(config(mask=mask), base, tasks)
+        cost_of(config(mask=mask), base, tasks)
 
 
 def test_a_tied_weight_is_refused_before_training(base: PreparedBase, tasks: dict[str, TaskData]) -> None:
@@ -195,7 +198,7 @@ def test_a_tied_weight_is_refused_before_training(base: PreparedBase, tasks: dic
     with pytest.raises(ConfigError, match="tied"):
         select_supports(load_model(base.path, torch.float32), expert_spec(chosen, tasks["one"]))
     with pytest.raises(ConfigError, match="tied"):
-        expected_cost(chosen, base, tasks)
+        cost_of(chosen, base, tasks)
 
 
 # -- merge nodes --
@@ -230,10 +233,10 @@ def test_a_node_that_needs_more_than_it_reserves_is_refused_before_training(
     candidates = {"candidates": [{"method": "mean"}, {"method": "regmean"}]}
     room = {"node": {"memory_gib": preflight.PROCESS_GIB}}
     with pytest.raises(ConfigError) as caught:
-        expected_cost(config(merge=candidates, resources=room, mask={"modules": "mlp"}), base, tasks)
+        cost_of(config(merge=candidates, resources=room, mask={"modules": "mlp"}), base, tasks)
     for part in ("memory_gib is 0.9, but merging model.layers.0.mlp.down_proj.weight [32, 48] by regmean", "1 GiB"):
         assert part in str(caught.value)
-    expected_cost(config(merge=candidates, resources={"node": {"memory_gib": 1}}), base, tasks)
+    cost_of(config(merge=candidates, resources={"node": {"memory_gib": 1}}), base, tasks)
 
 
 # -- room --
