@@ -8,11 +8,8 @@ loaded is `workers.serving.adapter_model` and `workers.serving.checkpoint_model`
 """
 
 import hashlib
-import importlib.metadata
 import json
-import shutil
 import tempfile
-import threading
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +23,7 @@ from mlflow.exceptions import MlflowException
 
 from infra.errors import RegistryError
 from infra.registry.lineage import LINEAGE_FILE, TAG_LENGTH, Lineage
+from infra.registry.packaging import save_model
 from infra.registry.runs import client, failed, tracking_uri
 from infra.store.layout import split_stored
 from infra.store.s3 import FileRef, split_uri
@@ -45,13 +43,6 @@ _ALIASES = """\
 - `challenger`: the newest version that is no champion
 
 Each version's own page says what it was made of, how it scores, and why it is champion or not."""
-_ROOT = Path(__file__).resolve().parents[2]
-_PACKAGES = ("infra", "workers")
-_REQUIREMENTS = (
-    "mlflow", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "boto3", "filelock",
-    "psutil", "requests", "rouge-score", "tenacity",
-)  # fmt: skip
-_SAVE_LOCK = threading.Lock()  # MLflow's loader of models from code keeps global state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,33 +363,11 @@ def _object_name(uri: str) -> str:
 
 def _log_model(mlflow: MlflowClient, model: Registration) -> str:
     """Store the pyfunc model (code and configuration, a few KB) with the run; returns its URI."""
-    import mlflow.pyfunc as pyfunc
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema
-
-    folder = tempfile.mkdtemp(prefix="factory-model-")
     target = f"models/{model.digest[:16]}-{uuid.uuid4().hex[:8]}"  # never the place of another version of this run
-    try:
-        path = Path(folder) / "model"
-        with _SAVE_LOCK:
-            pyfunc.save_model(
-                path,
-                python_model=str(_ROOT / "workers" / "serving" / model.code),
-                code_paths=[str(_ROOT / package) for package in _PACKAGES],
-                model_config=model_config(model),
-                # Inputs are texts, or a table that may have more columns: no schema of MLflow says that.
-                signature=ModelSignature(outputs=Schema([ColSpec("string")])),
-                pip_requirements=requirements(),
-                metadata={"key": model.key, "digest": model.digest, "task": model.task},
-            )
+    with tempfile.TemporaryDirectory(prefix="factory-model-") as folder:
+        about = {"key": model.key, "digest": model.digest, "task": model.task}
+        path = save_model(Path(folder), f"workers/serving/{model.code}", model_config(model), about)
         if model.lineage:
             (path / LINEAGE_FILE).write_text(model.lineage.to_json())
         mlflow.log_artifacts(model.run_id, str(path), target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return f"{mlflow.get_run(model.run_id).info.artifact_uri}/{target}"
-
-
-def requirements() -> list[str]:
-    """Pinned requirements of a registered model, as installed here, without local version labels (``+cpu``)."""
-    return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _REQUIREMENTS]
