@@ -168,7 +168,7 @@ def _read_record(place: Output, name: str) -> tuple[dict[str, Any], dict[str, li
 
 def _strange(place: Output) -> str:
     """What is wrong with a place that holds something else than a merge, "" for nothing."""
-    strange = sorted(names_in(place) - set(_own_files(place)))
+    strange = sorted(names_in(place.path, place.store, place.name) - set(_own_files(place)))
     return f"holds {strange[0]!r}, which is no part of a merge" if strange else ""
 
 

@@ -140,7 +140,8 @@ def checkpoint_files(place: Place) -> dict[str, ByteSource]:
         file = source(name)
         return file.read(0, file.size)
 
-    return {name: source(name) for name in weight_files(place.given, names_in(place), read)}
+    present = names_in(place.path, place.store, place.name)
+    return {name: source(name) for name in weight_files(place.given, present, read)}
 
 
 def adapter_source(place: Place) -> ByteSource:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from infra.artifacts.manifests import Manifest
 from infra.errors import ConfigError, RegistryError
@@ -142,23 +142,12 @@ def locate_object(uri: str, lineage: str | None = None) -> Place:
     raise ConfigError(f"{uri}: no such object at {store.endpoint or 'AWS'}, and no checkpoint below it; {ACCEPTED}")
 
 
-class Folder(Protocol):
-    """Files below one name: on disk, or in a store."""
-
-    @property
-    def path(self) -> Path | None: ...
-    @property
-    def store(self) -> Store | None: ...
-    @property
-    def name(self) -> str: ...
-
-
-def names_in(folder: Folder) -> set[str]:
-    """What lies there, none where it does not exist."""
-    if folder.store is not None:
-        return {name.removeprefix(f"{folder.name}/") for name in folder.store.list(f"{folder.name}/")}
-    assert folder.path is not None
-    return {entry.name for entry in folder.path.iterdir()} if folder.path.is_dir() else set()
+def names_in(path: Path | None, store: Store | None, name: str) -> set[str]:
+    """What lies in a folder, or in a store below a name; nothing where it does not exist."""
+    if store is not None:
+        return {found.removeprefix(f"{name}/") for found in store.list(f"{name}/")}
+    assert path is not None
+    return {entry.name for entry in path.iterdir()} if path.is_dir() else set()
 
 
 def _manifest(store: Store, name: str) -> Manifest | None:
