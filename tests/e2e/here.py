@@ -11,7 +11,7 @@ import json
 import pickle
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,7 +106,7 @@ def sent(what: T) -> T:
 
 
 @contextlib.contextmanager
-def errors_sent() -> Any:
+def errors_sent() -> Iterator[None]:
     """An error arrives without what caused it."""
     try:
         yield

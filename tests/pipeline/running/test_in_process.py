@@ -3,10 +3,9 @@
 import asyncio
 import io
 import signal
-import sys
 import threading
 import time
-import traceback
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -135,22 +134,24 @@ def test_a_refused_run_where_a_loop_runs_already() -> None:
 
 
 def test_ctrl_c_stops_the_run_and_torch_keeps_its_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    before, main = torch.get_num_threads(), threading.get_ident()
+    before, main, waits, result = torch.get_num_threads(), threading.get_ident(), threading.Event(), Future.result
+
+    def waiting(future: Future[int]) -> int:
+        waits.set()
+        return result(future)
 
     def drive(
         config: str, report: Path | None, overrides: tuple[str, ...], site: Any, stop: threading.Event, console: Console
     ) -> int:
         assert (config, report, overrides) == ("c.yaml", tmp_path, ("a=1", "b=2"))
         torch.set_num_threads(before + 1)
-        waits = lambda: "result" in {frame.name for frame in traceback.extract_stack(sys._current_frames()[main])}  # noqa: E731
-        give_up = time.monotonic() + 30
-        while not waits() and time.monotonic() < give_up:
-            time.sleep(0.01)
+        assert waits.wait(30)
         signal.pthread_kill(main, signal.SIGINT)
         assert stop.wait(30)
         return 130
 
     monkeypatch.setattr(in_process, "drive", drive)
+    monkeypatch.setattr(Future, "result", waiting)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert run_here("c.yaml", "a=1", "b=2", report=tmp_path) == 130
