@@ -3,12 +3,16 @@
 import os
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 from infra.stack import services as local_stack
+from infra.store import s3
+from infra.store.client import make_client
 from infra.store.s3 import Store
+from tests.memory_s3 import BUCKET, MemoryS3
 
 settings.register_profile("shared machine", deadline=None)  # an example may be interrupted for seconds
 settings.load_profile("shared machine")
@@ -34,6 +38,29 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local_stack.Stac
 
 
 @pytest.fixture
-def store(stack: local_stack.StackState) -> Store:
+def real_store(stack: local_stack.StackState) -> Store:
     """A fresh prefix in the stack's object store."""
     return Store(os.environ["FACTORY_S3_BUCKET"], os.environ["FACTORY_S3_ENDPOINT"], f"tests/{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def store(real_store: Store) -> Store:
+    """The store of a test. Where no server is needed, a folder's or file's own `store` is `store_in_memory`."""
+    return real_store
+
+
+MEMORY = "http://memory.invalid"
+"""The endpoint of `store_in_memory`."""
+
+
+@pytest.fixture
+def store_in_memory(monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store of this process alone, for tests that are about something else; its copies, pickled too, see the same
+    objects."""
+    client = MemoryS3()
+
+    def connected(endpoint: str | None, *arguments: Any, **named: Any) -> Any:
+        return client if endpoint == MEMORY else make_client(endpoint, *arguments, **named)
+
+    monkeypatch.setattr(s3, "make_client", connected)
+    return Store(BUCKET, MEMORY, f"tests/{uuid.uuid4().hex}")

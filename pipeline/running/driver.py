@@ -12,8 +12,8 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
-import ray
 from rich.console import Console
 
 from infra.environment import code_version
@@ -21,43 +21,72 @@ from infra.errors import ConfigError, FactoryError, RegistryError
 from infra.registry import runs as registry
 from infra.store.s3 import Store
 from pipeline.config.model import dump_config, load_config
-from pipeline.plan.cluster import connect_to_ray, submission_id
+from pipeline.plan.cluster import submission_id
 from pipeline.plan.preflight import Prepared, check_services, prepare_inputs, upload_inputs
-from pipeline.records.outcome import Outcome
+from pipeline.records.outcome import Inputs, Outcome
 from pipeline.report import mlflow_page as run_page
 from pipeline.report.display import Display
 from pipeline.report.publishing import publish_report
 from pipeline.report.replicates import combine
 from pipeline.report.results import build_results
 from pipeline.running.announcing import Announcements
-from pipeline.running.execute import Stopped, execute
+from pipeline.running.execute import Crew, Hear, Stopped, execute
+from pipeline.running.ray_workers import RayCluster
+
+DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 130
+"""Exit statuses."""
+
+
+class Site(Protocol):
+    """Where a run's work is done."""
+
+    def join(self, prepared: Prepared, console: Console) -> int:
+        """Get ready; returns how many experts run at a time. Raises ConfigError if some work fits nowhere."""
+        ...
+
+    def hire(self, inputs: Inputs, hear: Hear) -> Crew:
+        """Who works for one seed; called in the run's event loop."""
+        ...
 
 
 def main(config_path: str, report: Path | None, overrides: tuple[str, ...]) -> None:
-    """Train an expert per held-in task, merge them, score everything, register the results."""
+    """Train an expert per held-in task, merge them, score everything, register the results: on a Ray cluster."""
     wide = None if sys.stdout.isatty() else 120
-    console = Console(soft_wrap=True, width=wide)
+    stop = threading.Event()  # a flag, because an exception raised inside Ray's C++ calls would not reach us as it is
+    site = RayCluster(partial(_listen, stop))
+    sys.exit(drive(config_path, report, overrides, site, stop, Console(soft_wrap=True, width=wide)))
+
+
+def _listen(stop: threading.Event) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which installs its own; SIGTERM is `ray job stop`
+        signal.signal(number, lambda *_: stop.set())
+
+
+def drive(
+    config_path: str, report: Path | None, overrides: tuple[str, ...], site: Site, stop: threading.Event,
+    console: Console,
+) -> int:  # fmt: skip
+    """Check, run and report. Returns the exit status."""
     try:
         config = load_config(config_path, list(overrides))
         check_report_folder(report)
         store = Store.from_env()
         check_services(config, store)
         prepared = prepare_inputs(config, store, console)
-        connect_to_ray()
-        slots = prepared.check_cluster(ray.nodes(), console)
+        slots = site.join(prepared, console)
         run_id = start_run(prepared)
     except FactoryError as error:
         _print_error(console, error)
-        sys.exit(2)
-    sys.exit(run(prepared, run_id, slots, report, console))
+        return REFUSED
+    return run(prepared, run_id, slots, site, stop, report, console)
 
 
-def run(prepared: Prepared, run_id: str, slots: int, report: Path | None, console: Console) -> int:
+def run(
+    prepared: Prepared, run_id: str, slots: int, site: Site, stop: threading.Event, report: Path | None,
+    console: Console,
+) -> int:  # fmt: skip
     """Run and report. Returns the exit status."""
     config = prepared.config
-    stop = threading.Event()  # a flag, because an exception raised inside Ray's C++ calls would not reach us as it is
-    for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which installs its own; SIGTERM is `ray job stop`
-        signal.signal(number, lambda *_: stop.set())
     console.print(f"run {run_id} in MLflow experiment {config.suite!r}", highlight=False)
     status = "FAILED"
     try:
@@ -71,20 +100,20 @@ def run(prepared: Prepared, run_id: str, slots: int, report: Path | None, consol
                 console.print(f"seed {seeds[at]}, {at + 1} of {len(seeds)}", highlight=False)
             outcome = Outcome(slots=slots)
             with announced.following(outcome):
-                execute(inputs, outcome, Display(list(config.held_in), console), stop, announced.add)
+                execute(inputs, outcome, Display(list(config.held_in), console), stop, announced.add, site.hire)
             found.append(build_results(inputs, outcome))
         publish_report(prepared.store, config, run_id, combine(seeds, found), report, console)
         status = "FINISHED"
-        return 0
+        return DONE
     except FactoryError as error:
         _print_error(console, error)
         with contextlib.suppress(FactoryError):  # the services themselves may be what failed
             registry.describe_run(run_id, run_page.failure(str(error)))
-        return 1
+        return FAILED
     except Stopped:
         status = "KILLED"
         console.print("stopped; finished experts, nodes and scores are kept and the next run continues from there")
-        return 130
+        return STOPPED
     finally:
         for tidy in (
             partial(registry.finish_run, run_id, status),

@@ -1,12 +1,12 @@
-"""A run on a Ray cluster, from its inputs to its outcome: the engine, what a person sees, and how a run is stopped."""
+"""A run from its inputs to its outcome: the engine, what a person sees, and how a run is stopped."""
 
 import asyncio
 import threading
 import time
 from collections.abc import Callable, Collection, Coroutine
-from typing import Any
+from typing import Any, Protocol
 
-from infra.engine.keyed import QUERIES, KeyedEngine
+from infra.engine.keyed import QUERIES, KeyedEngine, Workers
 from infra.engine.once import Failed
 from infra.errors import ExpertError, FactoryError
 from merge.tree.reduction import MASKS, MERGES, NODES, Merges
@@ -17,7 +17,6 @@ from pipeline.flow.run import run
 from pipeline.flow.steps import EVALUATIONS, EXPERTS
 from pipeline.records.outcome import Counters, Inputs, Outcome, span
 from pipeline.report.display import Display
-from pipeline.running.ray_workers import RayWorkers
 from workers.training.loop import StepReport
 
 _LOOK_S = 0.25
@@ -27,12 +26,30 @@ class Stopped(Exception):
     """The run was asked to stop."""
 
 
+class Crew(Workers, Protocol):
+    """Who does the work of one run."""
+
+    async def serve(self) -> None:
+        """What has to go on beside the work, for ever."""
+        ...
+
+    def close(self) -> None:
+        """The run is over."""
+        ...
+
+
+Hear = Callable[[str, Any], None]
+"""Told of progress in the run's event loop: of what, and what the work reports."""
+Hire = Callable[[Inputs, Hear], Crew]
+
+
 def execute(
     inputs: Inputs,
     outcome: Outcome,
     display: Display,
     stop: threading.Event,
     announce: Callable[[Collection[str]], None],
+    hire: Hire,
 ) -> None:
     """Make what is missing and fill the outcome.
 
@@ -41,7 +58,7 @@ def execute(
     """
     start = time.time()
     with display:
-        asyncio.run(_execute(inputs, outcome, display, stop, announce))
+        asyncio.run(_execute(inputs, outcome, display, stop, announce, hire))
     outcome.seconds["total"] = time.time() - start
 
 
@@ -51,17 +68,16 @@ async def _execute(
     display: Display,
     stop: threading.Event,
     announce: Callable[[Collection[str]], None],
+    hire: Hire,
 ) -> None:
-    resources = inputs.config.resources
-
     def hear(task: str, report: StepReport) -> None:
         _show(inputs, display, task, report)
 
-    workers = RayWorkers(inputs.store, resources, hear)
-    engine = KeyedEngine(inputs.store, workers, resources.lease_seconds, display.line)
+    crew = hire(inputs, hear)
+    engine = KeyedEngine(inputs.store, crew, inputs.config.resources.lease_seconds, display.line)
     flow = Flow(inputs, engine, outcome, display, announce)
     merges = merges_of(flow)
-    beside = [asyncio.ensure_future(each) for each in (workers.serve(), _tick(flow, engine, merges))]
+    beside = [asyncio.ensure_future(each) for each in (crew.serve(), _tick(flow, engine, merges))]
     try:
         await engine.run(_unless(stop, run(flow, merges)))
     except Failed:
@@ -69,7 +85,7 @@ async def _execute(
     finally:
         for task in beside:
             task.cancel()
-        workers.close()
+        crew.close()
         engine.close()
         _fill(outcome, engine)
 

@@ -8,19 +8,23 @@ manifests and scores, never tensors.
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, TaskCancelledError
+from rich.console import Console
 
 from infra.artifacts.claims import Busy, Claim
 from infra.engine.step import Answer, Query, Step
 from infra.errors import FactoryError
 from infra.store.s3 import Store
 from pipeline.config.model import ResourcesConfig
-from pipeline.plan.cluster import ray_options, slots_of
+from pipeline.plan.cluster import connect_to_ray, ray_options, slots_of
+from pipeline.plan.preflight import Prepared
+from pipeline.records.outcome import Inputs
 from pipeline.running import remote
 from pipeline.running.actor_pool import ActorPool
 
@@ -32,6 +36,24 @@ _DIED = (RayActorError, OutOfMemoryError, NodeDiedError)
 
 class WorkerError(FactoryError):
     """What Ray says of work that it could not do."""
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """`pipeline.running.driver.Site`: the cluster of `RAY_ADDRESS` or of the submitted job, or one on this machine."""
+
+    joined: Callable[[], None]
+    """Called when the cluster is joined."""
+
+    def join(self, prepared: Prepared, console: Console) -> int:
+        """Join, and see that every kind of worker fits."""
+        connect_to_ray()
+        self.joined()
+        return prepared.check_cluster(ray.nodes(), console)
+
+    def hire(self, inputs: Inputs, hear: Callable[[str, Any], None]) -> "RayWorkers":
+        """Workers of the cluster."""
+        return RayWorkers(inputs.store, inputs.config.resources, hear)
 
 
 class RayWorkers:

@@ -27,12 +27,15 @@ from pipeline.records.outcome import Inputs
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(config: dict[str, Any], folder: Path, env: dict[str, str]) -> subprocess.Popen[str]:
-    """The main job as a background process that logs to `folder`/log and reports to `folder`/report."""
+def start(config: dict[str, Any], folder: Path, env: dict[str, str], ray: bool = True) -> subprocess.Popen[str]:
+    """The main job as a background process that logs to `folder`/log and reports to `folder`/report; without Ray, it
+    does all of the work itself."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config, sort_keys=False))
     command = [sys.executable, "pipeline/main.py", "--config", str(file), "--report", str(folder / "report")]
+    if not ray:
+        command = [sys.executable, "-m", "tests.e2e.here", str(file), str(folder / "report")]
     log = (folder / "log").open("w")
     return subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, **env}, stdout=log, stderr=subprocess.STDOUT, text=True

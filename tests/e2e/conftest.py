@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.e2e import here
 from tests.e2e.browser import NoBrowser, Pages, chromium, window
-from tests.e2e.driver import Driver, Finished
+from tests.e2e.here import Finished, Pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["red", "blue", "green", "cat", "dog", "tree", "runs", "sleeps", "jumps", "the", "a", "small", "big", "old"]
@@ -98,52 +98,28 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Ca
     return make
 
 
-@pytest.fixture(scope="session")
-def driver(stack: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
-    """The commands of `python -m pipeline` against the session's stack."""
-    made = Driver({**os.environ, **stack.env()}, tmp_path_factory.mktemp("driver") / "log")
-    yield made
-    made.close()
+def pipeline_in(
+    folder: Path, config: dict[str, Any], *overrides: str,
+    own_process: bool = False, submit: bool = False, timeout: float = 420,
+) -> Finished:  # fmt: skip
+    """A run; its status, output and results. The folder given first holds configuration and report.
 
-
-def elsewhere(driver: Driver) -> set[str]:
-    """Variables that say where a run works, and that are others now than those that the driver has."""
-    names = {*driver.env, "FACTORY_S3_PREFIX", "FACTORY_CACHE"}
-    said = {name for name in names if name.startswith(("FACTORY_", "MLFLOW_", "AWS_"))}
-    return {name for name in said if os.environ.get(name) != driver.env.get(name)}
-
-
-@pytest.fixture(scope="session")
-def pipeline_in(driver: Driver) -> Callable[..., Finished]:
-    """Run the main job; returns status, output and results. The folder given first holds configuration and report.
-
-    In the session's driver, or in a process of its own, which has the variables of the moment: started or submitted.
+    In this process, or by one of its own, started or submitted, on the stack's Ray and within so many seconds.
     """
-
-    def run(
-        folder: Path, config: dict[str, Any], *overrides: str,
-        own_process: bool = False, submit: bool = False, timeout: float = 420,
-    ) -> Finished:  # fmt: skip
-        file, report = folder / "config.yaml", folder / "report"
-        file.write_text(yaml.safe_dump(config, sort_keys=False))
-        written = report / "results.json"
-        written.unlink(missing_ok=True)
-        arguments = ["--config", str(file), "--report", str(report), *overrides]
-        if not (own_process or submit):
-            assert not elsewhere(driver), "a run with these variables needs own_process"
-            done = driver.call("run", *arguments, seconds=timeout)
-        else:
-            ray = str(Path(sys.executable).with_name("ray"))
-            main = ["pipeline/main.py", *arguments]
-            ended = subprocess.run(
-                [ray, "job", "submit", "--working-dir", str(ROOT), "--", "python", *main] if submit
-                else [sys.executable, *main],
-                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False,
-            )  # fmt: skip
-            done = Finished(ended.returncode, ended.stdout, None)
-        return replace(done, results=json.loads(written.read_text()) if written.is_file() else None)
-
-    return run
+    file, report = folder / "config.yaml", folder / "report"
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    if not (own_process or submit):
+        return here.run(file, report, *overrides)
+    written = report / "results.json"
+    written.unlink(missing_ok=True)
+    ray = str(Path(sys.executable).with_name("ray"))
+    main = ["pipeline/main.py", "--config", str(file), "--report", str(report), *overrides]
+    ended = subprocess.run(
+        [ray, "job", "submit", "--working-dir", str(ROOT), "--", "python", *main] if submit
+        else [sys.executable, *main],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+    return Finished(ended.returncode, ended.stdout, json.loads(written.read_text()) if written.is_file() else None)
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +136,6 @@ def pages() -> Iterator[Pages]:
 
 
 @pytest.fixture
-def pipeline(pipeline_in: Callable[..., Finished], tmp_path: Path) -> Callable[..., Finished]:
-    """The same in the test's own folder."""
+def pipeline(stack: Any, tmp_path: Path) -> Pipeline:
+    """Run the main job in the test's own folder: `pipeline_in`."""
     return partial(pipeline_in, tmp_path)

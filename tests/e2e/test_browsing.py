@@ -10,6 +10,7 @@ from mlflow.entities import Run
 
 from infra.stack.services import StackState
 from tests.e2e.browser import Pages, newcomer
+from tests.e2e.conftest import pipeline_in
 from tests.e2e.screenshots import LARGEST, Stop, find_run, stops, take, visit
 
 SUITE = "browsing"
@@ -17,7 +18,7 @@ SUITE = "browsing"
 
 @pytest.fixture(scope="module")
 def outputs(
-    pipeline_in: Callable[..., Any],
+    stack: StackState,
     tiny_config: Callable[..., dict[str, Any]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> list[str]:
@@ -33,7 +34,7 @@ def outputs(
             SUITE, held_in=2, merge={"fan_in": 2, "candidates": candidates}, gate=gate,
             evaluate={"few_shot": 0, "batch_size": 8, "serving_dtype": None},
         )  # fmt: skip
-        finished = pipeline_in(folder, config, timeout=1200)
+        finished = pipeline_in(folder, config)
         assert finished.code == 0, finished.output[-4000:]
         found.append(finished.output)
     return found

@@ -114,7 +114,7 @@ def test_a_restart_of_the_object_store_costs_nothing(stack: Any, tiny_config: CO
 def test_one_failing_expert_does_not_discard_the_others(pipeline: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
     config = tiny_config("failing", held_in=3)
     unreasonable = config | {"train": config["train"] | {"learning_rate": 1e38, "clip_norm": 1e30}}
-    finished = pipeline(unreasonable)
+    finished = pipeline(unreasonable, own_process=True)
     assert finished.code == 1, finished.output[-3000:]
     assert "experts failed" in finished.output
     assert "learning_rate" in finished.output
@@ -163,10 +163,10 @@ def test_a_corrupted_adapter_is_refused(pipeline: Any, tiny_config: CONFIG) -> N
     ],
 )
 def test_services_that_cannot_be_used(
-    stack: Any, tiny_config: CONFIG, tmp_path: Path, variable: str, value: str, expected: str
+    pipeline: Any, tiny_config: CONFIG, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, expected: str
 ) -> None:
-    process = start(tiny_config("services", held_in=1), tmp_path, {**stack.env(), variable: value})
-    assert process.wait(timeout=120) == 2
-    output = (tmp_path / "log").read_text()
-    assert expected in output
-    assert "Traceback" not in output
+    monkeypatch.setenv(variable, value)
+    refused = pipeline(tiny_config("services", held_in=1))
+    assert refused.code == 2
+    assert expected in refused.output
+    assert "Traceback" not in refused.output

@@ -1,4 +1,4 @@
-"""Garbage collection after real runs: `python -m pipeline gc` as a process, against the whole stack."""
+"""Garbage collection after whole runs: `python -m pipeline gc`, against the stack's own store and MLflow."""
 
 import contextlib
 import json
@@ -22,7 +22,8 @@ from infra.registry import runs as registry
 from infra.registry.roots import referred
 from infra.store.admin import list_uploads
 from infra.store.s3 import Store
-from tests.e2e.driver import Driver
+from tests.e2e.conftest import pipeline_in
+from tests.e2e.here import Finished, command
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Callable[..., dict[str, Any]]
@@ -58,18 +59,23 @@ class Scene:
         return {place[2] for place in places if place}
 
 
-def collect(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline", "gc", *options]
-    return subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False
-    )
+def collect(*options: str) -> Finished:
+    return command("gc", *options)
 
 
-def collected(*options: str) -> str:
+def collect_in_its_own_process(*options: str) -> Finished:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "gc", *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, timeout=300, check=False,
+    )  # fmt: skip
+    return Finished(done.returncode, done.stdout, None)
+
+
+def collected(by: Callable[..., Finished] = collect) -> str:
     """The output of a collection that removes what is as old as a second."""
-    done = collect("--remove", "--min-age-hours", "0", *options)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    done = by("--remove", "--min-age-hours", "0")
+    assert done.code == 0, done.output
+    return done.output
 
 
 def rows(output: str) -> list[tuple[str, str, int, str]]:
@@ -94,26 +100,21 @@ def scene(environment: pytest.MonkeyPatch, tiny_config: CONFIG, tmp_path_factory
         merge={"fan_in": 2, "candidates": [{"method": "mean"}, {"method": "ties"}], "export": {}},
     )  # fmt: skip
     config["train"] |= {"steps": 4, "validate_every": 2}
-    driver = Driver(dict(os.environ), tmp_path_factory.mktemp("driver") / "log")
     finished = []
-    try:
-        for number, dropped in enumerate(("in3", "in2")):
-            own = config | {"held_in": {task: of for task, of in config["held_in"].items() if task != dropped}}
-            finished.append(run(driver, own, tmp_path_factory.mktemp(f"run{number}")))
-    finally:
-        driver.close()
+    for number, dropped in enumerate(("in3", "in2")):
+        own = config | {"held_in": {task: of for task, of in config["held_in"].items() if task != dropped}}
+        finished.append(run(own, tmp_path_factory.mktemp(f"run{number}")))
     first, second = finished
     store = Store.from_env()
     said, other = (set(json.loads(store.get(f"runs/{results['run_id']}/keys.json"))) for results in finished)
     return Scene(store, own, first, second, (said, other))
 
 
-def run(driver: Driver, config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    file = folder / "config.yaml"
-    file.write_text(json.dumps(config))  # JSON is YAML
-    done = driver.call("run", "--config", str(file), "--report", str(folder))
+def run(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    done = pipeline_in(folder, config)
     assert done.code == 0, done.output[-4000:]
-    return json.loads((folder / "results.json").read_text())
+    assert done.results is not None
+    return done.results
 
 
 def test_nothing_goes_while_both_runs_are_kept(scene: Scene) -> None:
@@ -138,21 +139,21 @@ def test_a_deleted_run_goes_but_for_what_registered_versions_were_made_of(scene:
     assert nodes
 
     young = collect()
-    assert young.returncode == 0, young.stdout
-    assert "goes" not in {row[0] for row in rows(young.stdout)}  # nothing is a day old
-    assert ("stays", "artifact: node", nodes, "younger than the minimal age") in rows(young.stdout)
-    assert collect("--remove").returncode == 0
+    assert young.code == 0, young.output
+    assert "goes" not in {row[0] for row in rows(young.output)}  # nothing is a day old
+    assert ("stays", "artifact: node", nodes, "younger than the minimal age") in rows(young.output)
+    assert collect("--remove").code == 0
     assert scene.names() == before
 
     looked = collect("--min-age-hours", "0", "--list")
-    assert looked.returncode == 0, looked.stdout
+    assert looked.code == 0, looked.output
     assert scene.names() == before
-    found = rows(looked.stdout)
+    found = rows(looked.output)
     assert ("goes", "artifact: node", nodes, "nothing kept needs it") in found
     assert not {"artifact: expert", "artifact: checkpoint", "base"} & {what for _, what, _, _ in found}
-    assert "nothing was removed; --remove does it" in looked.stdout
-    assert "1 of 2 runs (1 deleted in MLflow)" in looked.stdout
-    assert f"run {scene.first['run_id']}" in looked.stdout
+    assert "nothing was removed; --remove does it" in looked.output
+    assert "1 of 2 runs (1 deleted in MLflow)" in looked.output
+    assert f"run {scene.first['run_id']}" in looked.output
 
 
 def test_exactly_what_only_the_first_run_reached_goes(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -183,7 +184,7 @@ def test_exactly_what_only_the_first_run_reached_goes(scene: Scene, tmp_path_fac
     registry.finish_run(running, "FINISHED")
     client.delete_run(running)
 
-    output = collected()
+    output = collected(collect_in_its_own_process)
     assert scene.hashes() == before & kept
     assert before - scene.hashes() == before & only_first
     assert not {merged, in2, node} & scene.hashes()
@@ -195,11 +196,7 @@ def test_exactly_what_only_the_first_run_reached_goes(scene: Scene, tmp_path_fac
     assert "freed" in output
     assert "removed nothing" in collected()
 
-    driver = Driver(dict(os.environ), tmp_path_factory.mktemp("driver") / "log")
-    try:
-        again = run(driver, scene.config, tmp_path_factory.mktemp("again"))
-    finally:
-        driver.close()
+    again = run(scene.config, tmp_path_factory.mktemp("again"))
     assert set(again["made"].values()) == {0}, again["made"]
     assert again["reused"]["experts"] == len(scene.second["held_in"])
     assert again["summary"] == scene.second["summary"]
@@ -217,16 +214,16 @@ def test_registered_versions_load_and_predict_afterwards(scene: Scene) -> None:
 
 def test_bad_input_is_refused(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     before = scene.names()
-    assert collect("--keep-days", "-1").returncode == 2
+    assert collect("--keep-days", "-1").code == 2
     with contextlib.suppress(KeyError):
         monkeypatch.delenv("FACTORY_S3_BUCKET")
     monkeypatch.setenv("FACTORY_S3_BUCKET", "no-such-bucket")
     refused = collect("--remove")
-    assert (refused.returncode, "no-such-bucket" in refused.stdout) == (2, True)
+    assert (refused.code, "no-such-bucket" in refused.output) == (2, True)
     monkeypatch.setenv("FACTORY_S3_BUCKET", scene.store.bucket)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    refused = collect("--remove")
-    assert (refused.returncode, "MLflow" in refused.stdout) == (2, True)
-    assert "Traceback" not in refused.stdout
+    refused = collect_in_its_own_process("--remove")
+    assert (refused.code, "MLflow" in refused.output) == (2, True)
+    assert "Traceback" not in refused.output
     assert scene.names() == before
     assert os.environ["FACTORY_S3_PREFIX"] in scene.store.uri("")

@@ -135,7 +135,7 @@ def test_language_models_answer_elsewhere_as_they_were_scored(
     config["evaluate"] = {"few_shot": 0, "batch_size": 5, "serving_dtype": None}
     config["prompt"]["max_input_tokens"] = 24  # some inputs are longer
     before = set(manifests())
-    finished = pipeline(config, timeout=900)
+    finished = pipeline(config, own_process=True, timeout=900)
     assert finished.code == 0, finished.output[-4000:]
     results = finished.results
     assert results is not None

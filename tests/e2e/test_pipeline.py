@@ -1,4 +1,4 @@
-"""The whole pipeline on a tiny random Llama with real Ray, MLflow and S3."""
+"""The whole pipeline on a tiny random Llama: once submitted to real Ray, then continued without it."""
 
 import json
 from collections.abc import Callable
@@ -108,7 +108,8 @@ def test_bad_input_is_refused_before_training(pipeline: Any, tiny_config: CONFIG
         (["merge.candidates.0.method=men"], "mean"),
     ]
     for overrides, expected in cases:
-        finished = pipeline(config, *overrides, timeout=120)
+        asks_the_cluster = expected == "4096"
+        finished = pipeline(config, *overrides, own_process=asks_the_cluster, timeout=120)
         assert finished.code == 2, (overrides, finished.output[-2000:])
         assert expected in finished.output, (overrides, finished.output[-2000:])
         assert "Traceback" not in finished.output, finished.output[-2000:]

@@ -22,9 +22,7 @@ from pipeline.config.model import load_config
 from pipeline.flow import recipes
 from pipeline.plan.preflight import Prepared, prepare_inputs
 from pipeline.plan.show import make_plan, plan_json
-from tests.e2e.conftest import ROOT, write_tiny_base
-from tests.e2e.driver import Driver
-from workers.training.loop import TRAIN_VERSION
+from tests.e2e.conftest import ROOT, pipeline_in, write_tiny_base
 
 CONFIG = Callable[..., dict[str, Any]]
 TASKS = ["in0", "in1", "in2"]
@@ -35,11 +33,10 @@ SCORES_OF_A_MERGE = 3 + 3 + 1 + 3
 
 @dataclass
 class Factory:
-    """The suite of this file: planned here, run by the session's driver."""
+    """The suite of this file."""
 
     folder: Path
     config: dict[str, Any]
-    driver: Driver
     keys: dict[str, str] = field(default_factory=dict)
     """Of experts, by task, as the last run used them."""
 
@@ -55,14 +52,10 @@ class Factory:
         return found
 
     def run(self) -> dict[str, Any]:
-        self.prepare()
-        report = self.folder / "report"
-        done = self.driver.call(
-            "run", "--config", str(self.folder / "config.yaml"), "--report", str(report),
-            train_version=recipes.TRAIN_VERSION - TRAIN_VERSION,
-        )  # fmt: skip
+        done = pipeline_in(self.folder, self.config)
         assert done.code == 0, done.output[-4000:]
-        return json.loads((report / "results.json").read_text())
+        assert done.results is not None
+        return done.results
 
     def plan_and_run(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Both, checked against each other."""
@@ -110,11 +103,11 @@ def makes(plan: dict[str, Any]) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def factory(driver: Driver, tiny_config: CONFIG, tmp_path_factory: pytest.TempPathFactory) -> Factory:
+def factory(stack: Any, tiny_config: CONFIG, tmp_path_factory: pytest.TempPathFactory) -> Factory:
     config = tiny_config("planned", held_in=3, merge=MERGE)
     config["evaluate"] |= {"few_shot": 0, "serving_dtype": None}
     config["resources"]["lease_seconds"] = 6
-    return Factory(tmp_path_factory.mktemp("planned"), config, driver)
+    return Factory(tmp_path_factory.mktemp("planned"), config)
 
 
 def test_the_first_plan_is_of_everything(factory: Factory) -> None:

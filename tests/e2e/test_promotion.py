@@ -1,4 +1,4 @@
-"""Champions over several runs on real Ray, MLflow and S3: each test goes on where the one before it stopped.
+"""Champions over several runs on real MLflow and S3: each test goes on where the one before it stopped.
 
 Two tasks are answered by one word each, which an expert learns at once and the merge keeps; the answers to a third are
 drawn by chance, so that its expert cannot become better than the base.
@@ -15,7 +15,7 @@ import pytest
 
 from infra.store.s3 import Store
 from tests.e2e.conftest import WORDS, write_tiny_base
-from tests.e2e.driver import Driver, Finished
+from tests.e2e.here import Finished, command
 from tests.e2e.test_kinds import write_labelled
 
 CONFIG = Callable[..., dict[str, Any]]
@@ -144,20 +144,20 @@ def test_a_worse_retrained_merge_stays_challenger_and_the_report_says_why(
     assert row["reason"] in run.output
 
 
-def test_a_person_may_promote_it_all_the_same(driver: Driver) -> None:
-    done = driver.call("promote", SUITE, "--version", "2", "--reason", "to see what happens")
+def test_a_person_may_promote_it_all_the_same(stack: Any) -> None:
+    done = command("promote", SUITE, "--version", "2", "--reason", "to see what happens")
     assert done.code == 0, done.output
     assert f"{SUITE}.merged: version 2 is champion, after version 1" in done.output
     assert f"{SUITE}.merged-checkpoint: version 2 is champion" in done.output
     assert aliases("merged") == {"champion": 2}
     assert aliases("merged-checkpoint") == {"champion": 2}
-    listed = driver.call("models", SUITE, "--task", "merged")
+    listed = command("models", SUITE, "--task", "merged")
     assert listed.code == 0, listed.output
     assert "to see what happens" in listed.output
-    refused = driver.call("promote", SUITE, "--version", "7")
+    refused = command("promote", SUITE, "--version", "7")
     assert refused.code == 2
     assert f"there is no version 7 of '{SUITE}.merged'" in refused.output
-    assert "there are no registered models of a suite 'nobody'" in driver.call("models", "nobody").output
+    assert "there are no registered models of a suite 'nobody'" in command("models", "nobody").output
 
 
 def test_a_better_one_is_promoted(pipeline: Any, config: CONFIG, seen: dict[str, Any]) -> None:
@@ -171,14 +171,14 @@ def test_a_better_one_is_promoted(pipeline: Any, config: CONFIG, seen: dict[str,
     assert aliases("in0") == {"champion": 1, "challenger": 3}
 
 
-def test_a_rollback_lasts(pipeline: Any, config: CONFIG, driver: Driver) -> None:
-    done = driver.call("rollback", SUITE, "--reason", "it is rude")
+def test_a_rollback_lasts(pipeline: Any, config: CONFIG) -> None:
+    done = command("rollback", SUITE, "--reason", "it is rude")
     assert done.code == 0, done.output
     assert f"{SUITE}.merged: version 2 is champion again; version 3 is rolled back" in done.output
     assert aliases("merged")["champion"] == aliases("merged-checkpoint")["champion"] == 2
-    again = driver.call("rollback", SUITE, "--version", "3")
+    again = command("rollback", SUITE, "--version", "3")
     assert again.code == 0, again.output
-    wrong = driver.call("rollback", SUITE, "--version", "1")
+    wrong = command("rollback", SUITE, "--version", "1")
     assert wrong.code == 2
     assert "version 1 of 'promotion.merged' is not its champion; version 2 is" in wrong.output
     assert aliases("merged")["champion"] == aliases("merged-checkpoint")["champion"] == 2
@@ -189,8 +189,8 @@ def test_a_rollback_lasts(pipeline: Any, config: CONFIG, driver: Driver) -> None
     assert row["reason"].endswith(": it is rude)")
     assert aliases("merged") == {"champion": 2, "challenger": 3}
     assert aliases("merged-checkpoint")["champion"] == 2
-    assert driver.call("rollback", SUITE).code == 0
-    again = driver.call("rollback", SUITE)
+    assert command("rollback", SUITE).code == 0
+    again = command("rollback", SUITE)
     assert again.code == 2
     assert "is its first champion" in again.output
     assert aliases("merged")["champion"] == aliases("merged-checkpoint")["champion"] == 1
@@ -212,7 +212,7 @@ def test_a_champion_of_another_base_is_scored_on_its_own(
         assert f"; {left_out} gate rows left out: the champion was trained on them" in models[task]["reason"]
 
 
-def test_a_champion_that_is_gone_is_left_to_a_person(pipeline: Any, config: CONFIG, driver: Driver) -> None:
+def test_a_champion_that_is_gone_is_left_to_a_person(pipeline: Any, config: CONFIG) -> None:
     store, client = Store.from_env(), mlflow.MlflowClient()
     champion = aliases("merged")["champion"]
     uri = client.get_model_version(f"{SUITE}.merged", str(champion)).tags["factory.adapter_uri"]
@@ -225,16 +225,16 @@ def test_a_champion_that_is_gone_is_left_to_a_person(pipeline: Any, config: CONF
     wanted = f"python -m pipeline promote {SUITE} --version {row['version']}"
     assert row["reason"].startswith(f"not compared: champion (version {champion}) cannot be scored (")
     assert row["reason"].endswith(wanted)
-    done = driver.call(*wanted.split()[3:])
+    done = command(*wanted.split()[3:])
     assert done.code == 0, done.output
     assert aliases("merged") == {"champion": row["version"]}
-    gone = driver.call("promote", SUITE, "--version", str(champion))
+    gone = command("promote", SUITE, "--version", str(champion))
     assert gone.code == 2
     assert "is gone, so it cannot serve" in gone.output
 
 
 def test_a_classifying_champion_keeps_the_heads_of_its_own_experts(
-    pipeline: Any, tiny_config: CONFIG, driver: Driver, tmp_path: Path
+    pipeline: Any, tiny_config: CONFIG, tmp_path: Path
 ) -> None:
     suite = "promotion-labels"
     found = tiny_config(suite, 0, objective="classification", held_out={})
@@ -250,7 +250,7 @@ def test_a_classifying_champion_keeps_the_heads_of_its_own_experts(
     found["merge"]["candidates"] = [{"method": "mean"}]
     first = finished(pipeline(found))["gate"]["models"]
     assert first["two"]["promoted"]
-    done = driver.call("promote", suite, "--version", "1")  # whether the merge beat untrained heads is not the point
+    done = command("promote", suite, "--version", "1")  # whether the merge beat untrained heads is not the point
     assert done.code == 0, done.output
     found["train"] |= {"steps": 1, "validate_every": 1, "learning_rate": 1e-6}
     worse = finished(pipeline(found))["gate"]["models"]

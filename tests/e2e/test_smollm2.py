@@ -77,7 +77,7 @@ def expert(prepared: Prepared, task: str) -> Manifest:
 
 
 def test_a_few_steps_on_real_tasks(pipeline: Any, shared: dict[str, Any]) -> None:
-    finished = pipeline(configuration(), timeout=900)
+    finished = pipeline(configuration())
     assert finished.code == 0, finished.output[-4000:]
     results = finished.results
     assert results is not None
@@ -155,7 +155,7 @@ def test_a_sparse_classifier_learns_a_real_task(stack: Any, pipeline: Any) -> No
         "evaluate": {"compute_dtype": "float32", "serving_dtype": None},
     }
     config["train"] |= {"steps": 30, "batch_size": 8, "patience": None}
-    finished = pipeline(config, timeout=900)
+    finished = pipeline(config)
     assert finished.code == 0, finished.output[-4000:]
     assert finished.results is not None
     row = finished.results["held_in"]["intent_recognition"]

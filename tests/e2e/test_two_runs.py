@@ -26,7 +26,7 @@ COUNTED = {
 def run_both(factory: Factory, configs: list[dict[str, Any]], folder: Path, held: str) -> list[dict[str, Any]]:
     """Results of runs that were started together, and that both met one expert's key held, which nobody makes."""
     folders = [folder / str(number) for number in range(len(configs))]
-    processes = [start(config, own, factory.env) for config, own in zip(configs, folders, strict=True)]
+    processes = [start(config, own, factory.env, ray=False) for config, own in zip(configs, folders, strict=True)]
     try:
         with holding(factory.store, held) as lease:
             assert lease is not None
@@ -61,7 +61,6 @@ def test_two_runs_of_one_configuration(stack: Any, tiny_config: CONFIG, tmp_path
     merge = {"fan_in": 2, "candidates": candidates, "importance_rows": 8, "export": {"dtype": "float32"}}
     config = tiny_config("twins", held_in=3, mask=mask, merge=merge)
     config["evaluate"] |= {"few_shot": 0}
-    config["resources"]["evaluator"] |= {"cpus": 0}  # idle evaluators of one run keep the other's experts not waiting
     held = expert_recipes(factory.inputs(config, tmp_path))["in0"].key
     results = run_both(factory, [config, config], tmp_path, held)
     check_worked_once(factory, "twins", results)
@@ -77,7 +76,7 @@ def test_two_runs_of_one_configuration(stack: Any, tiny_config: CONFIG, tmp_path
         assert len(client.search_model_versions(f"name = '{model}'")) == 1
     for key in factory.manifests():  # a third run could not work on any of them
         assert try_acquire(factory.store, key, new_owner(), expiry_s=3600.0) is not None
-    process = start(config, tmp_path / "2", factory.env)
+    process = start(config, tmp_path / "2", factory.env, ray=False)
     try:
         assert process.wait(timeout=900) == 0, (tmp_path / "2" / "log").read_text()[-4000:]
     finally:
@@ -92,7 +91,6 @@ def test_two_runs_that_overlap(stack: Any, tiny_config: CONFIG, tmp_path: Path) 
     factory = Factory.fresh(stack.env(), "overlap")
     whole = tiny_config("overlap", held_in=3, held_out={})
     whole["evaluate"] |= {"few_shot": 0}
-    whole["resources"]["evaluator"] |= {"cpus": 0}
     tasks = whole["held_in"]
     left = whole | {"held_in": {name: tasks[name] for name in ("in0", "in1")}}
     merge = {"fan_in": 2, "candidates": [{"method": "mean"}, {"method": "task_arithmetic", "params": {"lambda": 0.6}}]}

@@ -96,11 +96,11 @@ def test_check_accepts_the_stack_and_leaves_nothing(store: Store) -> None:
     assert list(store.list()) == []
 
 
-def test_refused_credentials(store: Store) -> None:
-    wrong = Store(store.bucket, store.endpoint, credentials=(os.environ["AWS_ACCESS_KEY_ID"], "wrong"))
+def test_refused_credentials(real_store: Store) -> None:
+    wrong = Store(real_store.bucket, real_store.endpoint, credentials=(os.environ["AWS_ACCESS_KEY_ID"], "wrong"))
     with pytest.raises(StoreError, match="refused the credentials") as caught:
         wrong.check()
-    assert str(store.endpoint) in str(caught.value)
+    assert str(real_store.endpoint) in str(caught.value)
     with pytest.raises(StoreError, match="refused the credentials"):
         wrong.get("x")
 
@@ -110,7 +110,7 @@ def test_missing_bucket(store: Store) -> None:
         Store("nowhere", store.endpoint).check()
 
 
-def test_unreachable_is_said_quickly(store: Store) -> None:
+def test_unreachable_is_said_quickly(real_store: Store) -> None:
     port = processes.choose_ports({"x": 21999}, frozenset())["x"]
     began = time.monotonic()
     with pytest.raises(StoreError, match=f"127.0.0.1:{port}, bucket 'factory' is unreachable"):
@@ -118,13 +118,13 @@ def test_unreachable_is_said_quickly(store: Store) -> None:
     assert time.monotonic() - began < 10
 
 
-def test_a_proxy_does_not_capture_loopback(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_does_not_capture_loopback(real_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("NO_PROXY")
     monkeypatch.delenv("no_proxy")
-    store.put("x", b"direct")
-    assert store.get("x") == b"direct"
+    real_store.put("x", b"direct")
+    assert real_store.get("x") == b"direct"
 
 
 def test_pickled_copy_works_and_carries_no_credentials(store: Store) -> None:

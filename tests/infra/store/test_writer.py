@@ -93,18 +93,18 @@ def test_a_failed_part_fails_the_file(store: Store, monkeypatch: pytest.MonkeyPa
     assert uploads(store) == []
 
 
-def test_a_killed_writer_leaves_no_object(store: Store) -> None:
+def test_a_killed_writer_leaves_no_object(real_store: Store) -> None:
     code = f"""
 import os, signal
 from infra.store.s3 import Store
 from infra.store.writer import StoreWriter
-writer = StoreWriter(Store({store.bucket!r}, {store.endpoint!r}, {store.prefix!r}), "file", {PART})
+writer = StoreWriter(Store({real_store.bucket!r}, {real_store.endpoint!r}, {real_store.prefix!r}), "file", {PART})
 writer.write(bytes({4 * PART}))
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == -9
-    assert store.head("file") is None
-    assert list(store.list()) == []
+    assert real_store.head("file") is None
+    assert list(real_store.list()) == []
 
 
 def test_a_target_keeps_what_is_finished_or_nothing(store: Store) -> None:

@@ -1,0 +1,11 @@
+"""Merges are about numbers and keys: a store in memory will do."""
+
+import pytest
+
+from infra.store.s3 import Store
+
+
+@pytest.fixture
+def store(store_in_memory: Store) -> Store:
+    """In memory."""
+    return store_in_memory
