@@ -13,7 +13,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import ray
 from rich.console import Console
 
 from infra.environment import code_version
@@ -23,6 +22,7 @@ from infra.store.s3 import Store
 from pipeline.config.model import dump_config, load_config
 from pipeline.plan.cluster import connect_to_ray, submission_id
 from pipeline.plan.preflight import Prepared, check_services, prepare_inputs, upload_inputs
+from pipeline.plan.waiting import wait_for_room
 from pipeline.records.outcome import Outcome
 from pipeline.report import mlflow_page as run_page
 from pipeline.report.display import Display
@@ -44,7 +44,8 @@ def main(config_path: str, report: Path | None, overrides: tuple[str, ...]) -> N
         check_services(config, store)
         prepared = prepare_inputs(config, store, console)
         connect_to_ray()
-        slots = prepared.check_cluster(ray.nodes(), console)
+        nodes = wait_for_room(config.resources, lambda text: console.print(text, highlight=False, markup=False))
+        slots = prepared.check_cluster(nodes, console)
         run_id = start_run(prepared)
     except FactoryError as error:
         _print_error(console, error)
