@@ -48,7 +48,7 @@ where a merge runs a model, what workers run one with."""
 
 EXCEPTIONS = {
     # in a process of its own: what a schedule runs is checked beforehand
-    "infra.schedule.job": {"pipeline.config.model"},
+    "infra.schedule.job": {"pipeline.config.candidates", "pipeline.config.model"},
     # `python -m infra.rayjob`, by its name in manifests that are in use
     "infra.rayjob": {"infra.schedule.rayjob"},
 }

@@ -1,7 +1,7 @@
 """The job that a schedule submits: its command, its configuration, and whether a cluster elsewhere can read it.
 
-A job runs in a copy of the checkout, on the cluster's head node. Other files of the scheduler's machine are not there.
-Does not cover files of the checkout that .gitignore or .rayignore keep out of the copy.
+A job runs in a copy of the checkout, on the cluster's head node. Other files of the scheduler's machine are not there,
+nor are files of the checkout that .gitignore or .rayignore keep out of the copy.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from infra.store.client import is_loopback
 _READ_CONFIG = """
 import json, sys
 from infra.errors import FactoryError
+from pipeline.config.candidates import list_candidates
 from pipeline.config.model import load_config
 try:
     config = load_config(sys.argv[1], sys.argv[2:])
+    list_candidates(config)
 except FactoryError as error:
     sys.exit(str(error))
 sources = [config.base, *(task.source for task in [*config.held_in.values(), *config.held_out.values()])]
@@ -65,20 +68,22 @@ def job_entrypoint(config: Path, overrides: list[str]) -> str:
 def check_reachable(address: str, config: Path, scheduled: Scheduled) -> tuple[str, ...]:
     """Refuse what the head node at `address` cannot have: files of this machine outside the checkout's copy.
 
-    Returns the sources with absolute paths, which may name a disk of the cluster: only the head node knows. Nothing is
-    refused where the job API is this machine's. Raises ConfigError.
+    Returns the sources with absolute paths, which may name a disk of the cluster: only the head node knows. Where the
+    job API is this machine's, only what is left out of the copy is refused. Raises ConfigError.
     """
+    files = [
+        (source, Path(place).expanduser())
+        for source, (kind, _, place) in ((source, source.partition(":")) for source in scheduled.sources)
+        if kind in ("jsonl", "path") and not place.startswith("s3://")
+    ]
+    _check_copied(config, [(source, path) for source, path in files if not path.is_absolute()])
     if is_loopback(address):
         return ()
     advice = f"put it into the checkout ({ROOT}), a copy of which every job gets, or use s3:// sources"
     if not config.resolve().is_relative_to(ROOT):
         raise ConfigError(f"--config {config} is a file of this machine, which Ray at {address} lacks; {advice}")
     doubtful = []
-    for source in scheduled.sources:
-        kind, _, place = source.partition(":")
-        if kind not in ("jsonl", "path") or place.startswith("s3://"):
-            continue
-        path = Path(place).expanduser()
+    for source, path in files:
         if path.is_absolute() and not path.is_relative_to(ROOT):
             doubtful.append(source)
         elif path.is_absolute() or not _in_checkout(path):
@@ -87,6 +92,42 @@ def check_reachable(address: str, config: Path, scheduled: Scheduled) -> tuple[s
                 f"job; {advice}, with a path relative to the checkout"
             )
     return tuple(dict.fromkeys(doubtful))
+
+
+def _check_copied(config: Path, files: Sequence[tuple[str, Path]]) -> None:
+    """Raises ConfigError if a file of the checkout is kept out of the copy. `files`: sources, relative to the
+    checkout."""
+    asked = [
+        (f"--config {config}", config.resolve()),
+        *((f"{config}: {source}", ROOT / path) for source, path in files),
+    ]
+    for what, path in asked:
+        if _in_checkout(path) and (reason := left_out(path.resolve(), ROOT.resolve())):
+            raise ConfigError(
+                f"{what} is not in the copy of the checkout that a job runs in ({reason}); remove that line there, or "
+                "use an s3:// source"
+            )
+
+
+def left_out(path: Path, root: Path) -> str | None:
+    """Why Ray leaves `path`, or a file below it, out of a job's copy of `root`; None if all of it travels."""
+    from ray._private import ray_constants
+    from ray._private.runtime_env import packaging  # what Ray itself asks: its own reading of these files
+
+    honours = os.environ.get(ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
+    always = packaging._get_excludes(root, ray_constants.get_runtime_env_default_excludes())
+    for part in [path, *(sorted(path.rglob("*")) if path.is_dir() else ())]:
+        if part.name.startswith(".") or "__pycache__" in part.parts:
+            continue  # no data
+        above = [part, *(folder for folder in part.parents if folder.is_relative_to(root))]
+        if any(always(folder) for folder in above):
+            return f"Ray leaves {part.relative_to(root)} out by itself"
+        for folder in above[1:]:
+            for name in (".gitignore", ".rayignore") if honours else (".rayignore",):
+                matches = packaging._get_ignore_file(folder, name)
+                if matches and any(matches(inner) for inner in above[: above.index(folder)]):
+                    return f"{(folder / name).relative_to(root)} names {part.relative_to(root)}"
+    return None
 
 
 def _in_checkout(relative: Path) -> bool:

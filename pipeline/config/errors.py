@@ -10,7 +10,7 @@ def explain(model: type[BaseModel], error: ValidationError) -> list[str]:
     """One line per wrong field of `model`: dotted path, what was found, what is accepted."""
     lines = []
     for item in error.errors():
-        location = ".".join(str(part) for part in item["loc"])
+        location = ".".join(str(part) or "''" for part in item["loc"] if part != "[key]")
         if item["type"] == "extra_forbidden":
             accepted = _fields_at(model, item["loc"][:-1])
             near = difflib.get_close_matches(str(item["loc"][-1]), accepted, n=1)
@@ -21,7 +21,10 @@ def explain(model: type[BaseModel], error: ValidationError) -> list[str]:
         else:
             found = repr(item["input"])
             shown = found if len(found) <= 60 else found[:57] + "..."
-            lines.append(f"{location or 'configuration'}: {item['msg']} (found {shown})")
+            hint = "; write a text in quotes" if item["type"] == "string_type" and item["input"] is not None else ""
+            lines.append(
+                f"{location or 'configuration'}: {item['msg'].removeprefix('Value error, ')} (found {shown}){hint}"
+            )
     return lines
 
 

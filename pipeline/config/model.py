@@ -1,41 +1,37 @@
 """The configuration of a run: one YAML file, any field of which can be overridden on the command line.
 
 Every section is a frozen pydantic model that refuses unknown keys, so a misspelt field fails before anything starts.
-`load_config` merges file and `dotted.key=value` overrides with OmegaConf and turns pydantic's errors into one message
-that names the file, the field, what was found and what is accepted.
+`load_config` reads a file, applies `dotted.key=value` overrides (`pipeline.config.document`) and turns pydantic's
+errors into one message that names the file, the field, what was found and what is accepted.
 Not covered: where services are (environment variables, see `infra/store/s3.py` and `infra/registry/runs.py`).
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from infra.errors import ConfigError
+from infra.errors import ConfigError, DataError
 from merge.tree.trie import DEFAULT_FAN_IN
+from pipeline.config.document import overridden, read_yaml, write_yaml
 from pipeline.config.errors import explain
+from pipeline.config.resources import GIB, ResourcesConfig, WorkerResources
+from pipeline.config.section import Section
+from pipeline.data.encoding import text_of
+from pipeline.data.fields import LONGEST_NAME, Name, Natural, Number, Positive, Whole
 from pipeline.data.tasks import LEAST_GATE, TaskConfig
 from workers.masks.spec import MaskSpec
 from workers.scoring.metrics import CLASSIFICATION_METRICS, METRICS
 from workers.text.prompt import DEFAULT_TARGET_TOKENS, DEFAULT_WRAPPER
 
+__all__ = ["GIB", "PipelineConfig", "ResourcesConfig", "WorkerResources", "dump_config", "load_config"]
+
 DType = Literal["float32", "bfloat16"]
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[Number, Field(gt=0, le=1)]
 Strict = Annotated[float, Field(strict=True)]
 """A number where YAML has one: `true` is none, nor is text."""
 Weights = dict[str, Strict] | Literal["training_rows"]
-
-GIB = 1 << 30
-
-
-class Section(BaseModel):
-    """Base of every configuration section: unknown keys are errors, values cannot change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class PromptConfig(Section):
@@ -53,6 +49,8 @@ class PromptConfig(Section):
     def _has_placeholder(cls, value: str) -> str:
         if value.count("{prompt}") != 1:
             raise ValueError("must contain {prompt} exactly once")
+        if found := [field for field in ("{input}", "{options}") if field in value]:
+            raise ValueError(f"{found[0]} belongs into a task's template, which stands where {{prompt}} is")
         return value
 
 
@@ -63,7 +61,7 @@ class SplitsConfig(Section):
     """Most training rows a task contributes."""
     validation: Positive = 24
     """Rows that choose the best values, the merge method and its parameters."""
-    gate: Annotated[int, Field(ge=LEAST_GATE)] = 24
+    gate: Annotated[Whole, Field(ge=LEAST_GATE)] = 24
     """Rows on which a new version and the champion are compared; used for nothing else."""
     test: Positive = 48
     """Rows that are only reported, never used for a choice."""
@@ -85,7 +83,7 @@ class MaskConfig(Section):
     """Single weights, aligned blocks of `block_size`, whole rows or columns, or N of every `group` weights of a row."""
     block_size: tuple[Positive, Positive] = (16, 16)
     """Rows x columns of a block; both must divide every adapted weight."""
-    group: Annotated[int, Field(ge=2)] = 16
+    group: Annotated[Whole, Field(ge=2)] = 16
     """`n_m`: length of a group; N is `density` of it, at least 1. Must divide the width of every adapted weight."""
     density: Fraction = 0.05
     """Kept share of the adapted weights (the keep ratio)."""
@@ -101,6 +99,15 @@ class MaskConfig(Section):
     shared: bool = False
     """One support for all experts, scored on the rows of all tasks together: it does not fill up in the merge, but a
     change of any task's data remakes every expert (unless the criterion is random or magnitude)."""
+
+    @field_validator("modules")
+    @classmethod
+    def _is_an_expression(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"neither a preset nor a regular expression: {error}") from None
+        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -122,7 +129,7 @@ class LoraConfig(Section):
     """Rank of the factors."""
     alpha: Positive = 32
     """The change is alpha / rank * B A."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Share of a layer's inputs that is dropped in training."""
 
 
@@ -131,7 +138,7 @@ class TrainConfig(Section):
 
     steps: Positive | None = None
     """Optimizer steps, at most."""
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[Number, Field(gt=0)] | None = None
     """Passes over the training rows, at most."""
     batch_size: Positive = 16
     """Rows per optimizer step."""
@@ -142,15 +149,15 @@ class TrainConfig(Section):
     deterministic: bool = False
     """Only algorithms that give the same bits every time, on GPUs too, where they are slower (torch's
     `use_deterministic_algorithms`). On the CPU results are the same either way."""
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    learning_rate: Annotated[Number, Field(gt=0)] | None = None
     """Peak learning rate of AdamW; null: the kind's default (`pipeline/flow/recipes.py`)."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     """Decoupled weight decay, applied to the change and not to the weight."""
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.06
+    warmup_ratio: Annotated[Number, Field(ge=0, lt=1)] = 0.06
     """Share of the steps in which the learning rate rises."""
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     """Shape of the learning rate after the warm-up (names of transformers' schedulers)."""
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    clip_norm: Annotated[Number, Field(gt=0)] = 1.0
     """Largest L2 norm of the gradient of the trained values."""
     validate_every: Positive | None = None
     """Steps between validation losses; null: only after the last step. The best values seen are kept."""
@@ -179,7 +186,7 @@ class CandidateConfig(Section):
 
     method: str
     """Name of a method in `merge/methods/catalogue.py`."""
-    params: dict[str, Strict | str | Annotated[list[Strict | str], Field(min_length=1)]] = {}
+    params: dict[str, Strict | str | Annotated[list[Strict | str], Field(min_length=1)]] = Field(default_factory=dict)
     """The method's parameters."""
     weights: Weights | Annotated[list[Weights], Field(min_length=1)] | None = None
     """A weight for every held-in task, for methods that take weights; `training_rows`: in proportion to the rows that
@@ -200,7 +207,7 @@ class ExportConfig(Section):
 
     dtype: DType = "bfloat16"
     """Type of its floating-point tensors, adapted or not."""
-    shard_gib: Annotated[float, Field(gt=0)] = 5.0
+    shard_gib: Annotated[Number, Field(gt=0)] = 5.0
     """Size of its files in GiB, at most (but for a single larger tensor)."""
 
 
@@ -228,7 +235,7 @@ class EvaluateConfig(Section):
     """The chosen merge is scored a second time with its weights rounded to this type; null skips it."""
     batch_size: Positive = 24
     """Rows per forward pass."""
-    few_shot: Annotated[int, Field(ge=0, le=32)] = 4
+    few_shot: Annotated[Whole, Field(ge=0, le=32)] = 4
     """Training examples shown to the few-shot base, which is reported beside; 0 skips it. Language modelling only."""
 
 
@@ -238,59 +245,26 @@ class GateConfig(Section):
 
     rule: Literal["superior", "not_worse"] = "superior"
     """superior: better by more than the margin; not_worse: worse by no more than the margin. Both with confidence."""
-    margin: Annotated[float, Field(ge=0, le=1)] = 0.0
+    margin: Annotated[Number, Field(ge=0, le=1)] = 0.0
     """Difference of mean scores (0-1) that matters."""
-    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
+    confidence: Annotated[Number, Field(ge=0.5, lt=1)] = 0.95
     """Of the two-sided interval of the difference, whose lower end decides."""
-    resamples: Annotated[int, Field(ge=1000, le=1_000_000)] = 10_000
+    resamples: Annotated[Whole, Field(ge=1000, le=1_000_000)] = 10_000
     """Draws of the bootstrap."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Natural = 0
     """Of the draws: the same scores always get the same decision."""
-
-
-class WorkerResources(Section):
-    """What Ray reserves for one worker."""
-
-    cpus: Annotated[float, Field(ge=0)] = 1
-    """CPUs; torch uses as many threads (at least one)."""
-    gpus: Annotated[float, Field(ge=0)] = 0
-    """GPUs, may be a fraction."""
-    memory_gib: Annotated[float, Field(gt=0)] = 3.0
-    """Memory in GiB."""
-
-
-class ResourcesConfig(Section):
-    """Resources and retries. None of this is part of a key: changing it never retrains anything."""
-
-    expert: WorkerResources = WorkerResources()
-    """One expert's training."""
-    evaluator: WorkerResources = WorkerResources()
-    """One evaluation actor."""
-    node: WorkerResources = WorkerResources(cpus=0, memory_gib=1.5)
-    """One merge node; 0 CPUs, so that merging never keeps an expert waiting."""
-    node_tasks: Positive = 1
-    """Has no effect any more, and is accepted so that earlier configurations load: a node is one task."""
-    concurrent_nodes: Positive = 2
-    """Ray tasks of merge nodes at a time."""
-    concurrent_registrations: Positive = 2
-    """Registrations in MLflow at a time."""
-    retries: Annotated[int, Field(ge=0)] = 3
-    """How often a task is started again after its worker or node was lost."""
-    lease_seconds: Annotated[float, Field(ge=3, le=3600)] = 60.0
-    """Seconds without a heartbeat after which another run takes over what a worker was making; it beats six times in
-    that time."""
 
 
 class PipelineConfig(Section):
     """A run: the base, the tasks, and everything done with them."""
 
-    suite: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    suite: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)]
     """Name of the set of tasks; prefix of registered model names and name of the MLflow experiment."""
     base: str
     """`pypi:SmolLM2-135M-Instruct`, `path:<folder>` or `hub:<repository>[@revision]`."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of splits, masks, batch order, factors and heads."""
-    seeds: Annotated[list[int], Field(min_length=1)] | None = None
+    seeds: Annotated[list[Natural], Field(min_length=1)] | None = None
     """Train, merge and score once for each of these instead of `seed`, on the same splits; results give mean and
     standard deviation. The first one's models are registered."""
     objective: Literal["language_modelling", "classification"] = "language_modelling"
@@ -301,9 +275,9 @@ class PipelineConfig(Section):
     """Prompt and length limits."""
     splits: SplitsConfig = SplitsConfig()
     """Rows per split."""
-    held_in: Annotated[dict[str, TaskConfig], Field(min_length=1)]
+    held_in: Annotated[dict[Name, TaskConfig], Field(min_length=1)]
     """Tasks that get an expert."""
-    held_out: dict[str, TaskConfig] = {}
+    held_out: dict[Name, TaskConfig] = Field(default_factory=dict)
     """Tasks that are only scored."""
     mask: MaskConfig = MaskConfig()
     """Which weights experts change."""
@@ -323,6 +297,24 @@ class PipelineConfig(Section):
     resources: ResourcesConfig = ResourcesConfig()
     """What workers may use."""
 
+    @field_validator("base")
+    @classmethod
+    def _known_base(cls, value: str) -> str:
+        kind, _, name = value.partition(":")
+        if kind not in ("pypi", "path", "hub") or not name.strip():
+            raise ValueError(f"{value!r} is no base; accepted: pypi:<name>, path:<folder>, hub:<repository>[@revision]")
+        return value
+
+    @model_validator(mode="after")
+    def _names_can_be_registered(self) -> Self:
+        for name in self.held_in:
+            if (length := len(f"{self.suite}.{name}")) > LONGEST_NAME:
+                raise ValueError(
+                    f"<suite>.<task> of the task {name[:40]}… has {length} characters; a registered model's name has "
+                    f"at most {LONGEST_NAME}"
+                )
+        return self
+
     @model_validator(mode="after")
     def _exports_what_is_registered(self) -> Self:
         if self.merge.export and not self.registers:
@@ -341,6 +333,8 @@ class PipelineConfig(Section):
         for name, task in {**self.held_in, **self.held_out}.items():
             if task.metric not in accepted:
                 raise ValueError(f"task {name} has metric {task.metric}; {self.objective} takes {', '.join(accepted)}")
+            if task.labels is not None and self.objective != "classification":
+                raise ValueError(f"task {name} has labels, which only objective=classification uses; remove them")
         if self.objective == "classification" and self.held_out:
             raise ValueError(
                 "held-out tasks have no trained head, so a classification run cannot score them; remove held_out"
@@ -362,7 +356,7 @@ class PipelineConfig(Section):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> PipelineConfig:
-    """Read a configuration file and apply overrides of the form `section.field=value`.
+    """Read a configuration file and apply overrides of the form `section.field=value`. Texts are literal.
 
     Raises:
         ConfigError: the file is missing or not YAML, an override is malformed, or a field is unknown, mistyped or out
@@ -373,26 +367,20 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Pipelin
         known = sorted(str(p) for p in (Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
         raise ConfigError(f"{path}: no such configuration file (shipped: {', '.join(known)})")
     try:
-        loaded = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
-    try:
-        for override in overrides or []:
-            key, separator, value = override.partition("=")
-            if not (key and separator):
-                raise ConfigError(f"override {override!r}: expected section.field=value, for example train.steps=10")
-            OmegaConf.update(loaded, key, yaml.safe_load(value), merge=False, force_add=True)
-        data = OmegaConf.to_container(loaded, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: overrides {' '.join(overrides or [])}: {error}") from error
-    if not isinstance(data, dict):
+        text = text_of(path.read_bytes(), str(path))
+    except (OSError, DataError) as error:
+        raise ConfigError(f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)) from error
+    data = read_yaml(text, str(path))
+    if data is not None and not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
+    for override in overrides or []:
+        data = overridden(data, override)
     try:
-        return PipelineConfig.model_validate(data)
+        return PipelineConfig.model_validate(data or {})
     except ValidationError as error:
         raise ConfigError("\n".join([f"{path}:", *(f"  {line}" for line in explain(PipelineConfig, error))])) from error
 
 
 def dump_config(config: PipelineConfig) -> str:
-    """The resolved configuration as YAML, loadable again by `load_config`."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    """The resolved configuration as YAML that `load_config` reads back as the same one."""
+    return write_yaml(config.model_dump(mode="json"))

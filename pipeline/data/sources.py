@@ -3,7 +3,8 @@
 
 `bigbench:` reads the source archive of the PyPI package (checksummed, fetched once, never installed) and keeps only
 the tasks that were asked for. `jsonl:` takes rows `input`, `target` or `targets`, optional `options`. `hub:` takes
-the same columns, or others by a mapping.
+the same columns, or others by a mapping (`pipeline.data.hub`). Texts are what the source says, letter by letter: a
+number keeps its spelling, and what no text can be is refused with its place.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import math
 import os
 import tarfile
 import tempfile
@@ -21,6 +23,8 @@ from typing import Any
 from filelock import FileLock
 
 from infra.errors import DataError
+from pipeline.data.encoding import has_lone_surrogate, text_of
+from pipeline.data.json_lines import Numeral, json_objects
 from workers.base.downloads import fetch_pypi
 from workers.text.rows import Row
 
@@ -35,6 +39,7 @@ _COLUMNS = ("input", "target", "targets", "options")
 NOT_STATED = "not stated"
 """Licence of data that says nothing of one."""
 ReadBytes = Callable[[str], bytes]
+Pick = Callable[[Mapping[str, Any], str], Any]
 
 
 def extract_bigbench(names: Iterable[str], cache: Path, archive: Path | None = None) -> dict[str, Path]:
@@ -49,7 +54,7 @@ def extract_bigbench(names: Iterable[str], cache: Path, archive: Path | None = N
     index = folder / _INDEX
     with FileLock(str(folder) + ".lock"):
         if index.is_file():
-            _check_known(wanted, json.loads(index.read_text()))
+            _check_known(wanted, json.loads(index.read_text(encoding="utf-8")))
         missing = {name for name in wanted if not paths[name].is_file()}
         if missing:
             source = archive or fetch_pypi(*BIGBENCH, Path(cache) / "downloads")
@@ -100,60 +105,71 @@ def bigbench_rows(path: Path, source: str, choice: bool) -> list[Row]:
     """Rows of a BIG-bench JSON task. With `target_scores`, the options and their best-scored ones are the answer,
     unless the task also has free-text targets and `choice` is false."""
     try:
-        examples = json.loads(path.read_text())["examples"]
+        text = path.read_text(encoding="utf-8")
+        examples = json.loads(text, parse_float=Numeral, parse_int=Numeral)["examples"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{source}: its task.json has no readable examples ({error})") from error
     rows = []
     for at, example in enumerate(examples):
         scores, target = example.get("target_scores"), example.get("target")
         options: tuple[str, ...] | None = None
+        where = f"{source}, example {at}"
         if scores and (choice or target is None):
-            options = tuple(scores)  # the keys of a JSON object are texts
-            best = max(scores.values())
-            targets = tuple([option for option, score in scores.items() if score == best])
+            options = texts_of(list(scores), f"{where}, field target_scores")
+            values = [float(score.text) if isinstance(score, Numeral) else score for score in scores.values()]
+            best = max(values)
+            targets = tuple([option for option, score in zip(options, values, strict=True) if score == best])
         elif isinstance(target, str):
-            targets = (target,)
+            targets = (_text(target, f"{where}, field target"),)
         else:
-            targets = _texts(target, f"{source}, example {at}, field target")
-        rows.append(Row(str(at), str(example["input"]), targets, options))
+            targets = texts_of(target, f"{where}, field target")
+        rows.append(Row(str(at), _text(str(example["input"]), f"{where}, field input"), targets, options))
     return rows
 
 
-def _texts(value: Any, where: str) -> tuple[str, ...]:
+def texts_of(value: Any, where: str) -> tuple[str, ...]:
+    """A text or number, or a list of them, as texts. Raises DataError, beginning with `where`, for anything else, also
+    for what is no number (NaN) and no whole character (half of a surrogate pair)."""
     values = value if isinstance(value, list | tuple) else [value]
-    if not values or any(not isinstance(item, str | int | float) or isinstance(item, bool) for item in values):
-        raise DataError(f"{where}: {value!r} found; a text or a list of texts is accepted")
-    return tuple(str(item) for item in values)
+    if not values or any(
+        not isinstance(item, str | int | float | Numeral) or isinstance(item, bool) for item in values
+    ):
+        fields = f" (its fields: {', '.join(map(str, value))})" if isinstance(value, Mapping) else ""
+        raise DataError(f"{where}: {value!r} found{fields}; a text or a list of texts is accepted")
+    return tuple(_text(item, where) for item in values)
+
+
+def _text(value: str | int | float | Numeral, where: str) -> str:
+    if isinstance(value, Numeral):
+        if not value.finite:
+            raise DataError(f"{where}: {value.text} is no answer but a missing value; give it a text or drop the row")
+        return value.text
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{where}: {value} is no answer but a missing value; give it a text or drop the row")
+    text = str(value)
+    if has_lone_surrogate(text):
+        raise DataError(f"{where}: {text[:60]!a} holds half a character (a lone surrogate); write the whole or drop it")
+    return text
 
 
 def jsonl_rows(location: str, read_bytes: ReadBytes | None = None) -> list[Row]:
     """Rows of a JSON-lines file, a local path or an s3:// URI (read through `read_bytes`, default: the object
-    store)."""
+    store); encodings and compression as in `text_of`."""
     source = f"jsonl:{location}"
     if location.startswith("s3://"):
         data = (read_bytes or _read_s3)(location)
     else:
         path = Path(location).expanduser()
         if not path.is_file():
-            raise DataError(f"source {source}: no such file (relative paths start at {Path.cwd()})")
-        data = path.read_bytes()
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"source {source}: not UTF-8 at byte {error.start}") from error
-    raw = []
-    for at, line in enumerate(text.split("\n"), 1):  # not splitlines, which also splits at characters inside strings
-        if not line.strip():
-            continue
+            raise DataError(
+                f"source {source}: no such file (relative paths start at {Path.cwd()}; a submitted job has the "
+                "checkout's copy, without what .gitignore names)"
+            )
         try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"source {source}, line {at}: not JSON ({error})") from error
-        if not isinstance(value, dict):
-            kind = type(value).__name__
-            raise DataError(f"source {source}, line {at}: {kind} found; an object with input and target is accepted")
-        raw.append(value)
-    return _from_columns(raw, source, {})
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"source {source}: cannot be read ({error.strerror})") from error
+    return rows_of(json_objects(text_of(data, f"source {source}"), f"source {source}"), f"source {source}", {})
 
 
 def _read_s3(uri: str) -> bytes:
@@ -162,27 +178,6 @@ def _read_s3(uri: str) -> bytes:
     bucket, name = split_uri(uri)
     endpoint = os.environ.get("FACTORY_S3_ENDPOINT") or os.environ.get("AWS_ENDPOINT_URL_S3")
     return Store(bucket, endpoint).get(name)
-
-
-def hub_rows(name: str, columns: Mapping[str, str], where: Mapping[str, str] | None = None) -> list[Row]:
-    """Rows of a hub dataset `<owner>/<name>[/<config>]` or `<name>`, its train split, without running its code.
-
-    Only rows whose columns equal the values of `where` are kept.
-    """
-    from datasets import load_dataset
-
-    parts = name.split("/")
-    path, config = ("/".join(parts[:2]), "/".join(parts[2:]) or None)
-    try:
-        dataset = load_dataset(path, config, split="train")
-    except Exception as error:  # network, credentials, names and formats: the library raises many kinds
-        raise DataError(f"source hub:{name}: cannot be loaded ({type(error).__name__}: {error})") from error
-    absent = [column for column in [*columns.values(), *(where or {})] if column not in dataset.column_names]
-    if absent:
-        raise DataError(f"source hub:{name}: no column {', '.join(absent)}; it has {', '.join(dataset.column_names)}")
-    for column, value in (where or {}).items():
-        dataset = dataset.filter(lambda found, value=value: str(found) == value, input_columns=column)
-    return _from_columns(dataset, f"hub:{name}", columns)
 
 
 def source_license(source: str) -> str:
@@ -211,14 +206,17 @@ def _card_license(dataset: str) -> str:
     return str(found) if found else NOT_STATED
 
 
-def _from_columns(raw: Iterable[Any], source: str, columns: Mapping[str, str]) -> list[Row]:
+def rows_of(
+    found: Iterable[tuple[str, Mapping[str, Any]]], source: str, columns: Mapping[str, str], pick: Pick = Mapping.get
+) -> list[Row]:
+    """Rows of objects, each with where it stands. `columns`: the object's name for a field, where it is another;
+    `pick` takes a field of an object by that name. Raises DataError naming the place."""
     unknown = sorted(set(columns) - set(_COLUMNS))
     if unknown:
-        raise DataError(f"source {source}: columns {', '.join(unknown)} unknown; accepted: {', '.join(_COLUMNS)}")
+        raise DataError(f"{source}: columns {', '.join(unknown)} unknown; accepted: {', '.join(_COLUMNS)}")
     rows = []
-    for at, value in enumerate(raw, 1):
-        fields = {field: value.get(columns.get(field, field)) for field in _COLUMNS}
-        where = f"source {source}, row {at}"
+    for at, (where, value) in enumerate(found):
+        fields = {field: pick(value, columns.get(field, field)) for field in _COLUMNS}
         if not isinstance(fields["input"], str) or not fields["input"].strip():
             raise DataError(
                 f"{where}: field input is {fields['input']!r}; a text is needed (columns: {', '.join(value)})"
@@ -226,11 +224,12 @@ def _from_columns(raw: Iterable[Any], source: str, columns: Mapping[str, str]) -
         target = fields["targets"] if fields["targets"] is not None else fields["target"]
         if target is None:
             raise DataError(f"{where}: neither target nor targets; columns found: {', '.join(value)}")
-        targets = _texts(target, f"{where}, target")
-        options = None if fields["options"] is None else _texts(fields["options"], f"{where}, options")
+        targets = texts_of(target, f"{where}, target")
+        options = None if fields["options"] is None else texts_of(fields["options"], f"{where}, options")
         if options is not None and (blank := [option for option in options if not option.strip()]):
             raise DataError(f"{where}: option {blank[0]!r} is empty")
         if options is not None and not set(targets) & set(options):
             raise DataError(f"{where}: target {targets[0]!r} is not among its options {list(options)}")
-        rows.append(Row(str(value.get("id", at - 1)), fields["input"], targets, options))
+        text = _text(fields["input"], f"{where}, input")
+        rows.append(Row(str(value.get("id", at)), text, targets, options))
     return rows

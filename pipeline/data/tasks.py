@@ -18,12 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from infra.errors import DataError
 from infra.store.layout import rows_name
+from pipeline.data.fields import Positive, Text, Whole, check_place, check_placeholders
+from pipeline.data.hub import hub_rows
 from pipeline.data.sources import (
     NOT_STATED,
     ReadBytes,
     bigbench_rows,
     extract_bigbench,
-    hub_rows,
     jsonl_rows,
     source_license,
 )
@@ -48,13 +49,13 @@ class TaskSizes(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    train: Annotated[int, Field(gt=0)] | None = None
+    train: Positive | None = None
     """Most training rows."""
-    validation: Annotated[int, Field(gt=0)] | None = None
+    validation: Positive | None = None
     """Validation rows."""
-    gate: Annotated[int, Field(ge=LEAST_GATE)] | None = None
+    gate: Annotated[Whole, Field(ge=LEAST_GATE)] | None = None
     """Gate rows."""
-    test: Annotated[int, Field(gt=0)] | None = None
+    test: Positive | None = None
     """Test rows."""
 
 
@@ -71,16 +72,20 @@ class TaskConfig(BaseModel):
     metric: Literal["exact_match", "rouge_l", "choice_accuracy", "accuracy", "f1", "matthews"]
     """Exact match and Rouge-L score a generated answer, choice accuracy the log-likelihood of the row's options;
     accuracy, macro F1 and Matthews' correlation score the labels of a classification run."""
-    labels: Annotated[list[str], Field(min_length=2)] | None = None
+    labels: Annotated[list[Text], Field(min_length=2)] | None = None
     """Classification: the labels, in the head's order; null: the targets that occur, sorted."""
     length_normalised: bool = False
     """Choice accuracy: divide an option's log-likelihood by its tokens."""
-    max_new_tokens: Annotated[int, Field(gt=0)] | None = None
+    max_new_tokens: Positive | None = None
     """Most tokens generated; null: the 95th percentile of the training targets."""
-    columns: dict[Literal["input", "target", "targets", "options"], str] = {}
-    """`hub:` only: the dataset's column for each field, where the names differ."""
-    where: dict[str, str] = {}
-    """`hub:` only: keep the rows whose columns have these values, for example `{task_name: sciq_Multiple_Choice}`."""
+    split: Text | None = None
+    """`hub:` only: the dataset's split that rows are taken from, or several as `train+validation`; null: `train`, or
+    the only one there is. The run makes splits of its own out of them."""
+    columns: dict[Literal["input", "target", "targets", "options"], Text] = {}
+    """`hub:` only: the dataset's column for each field, where the names differ; `choices.text` is a column's field."""
+    where: dict[Text, str] = {}
+    """`hub:` only: keep the rows whose columns have these values, for example `{task_name: sciq_Multiple_Choice}`; a
+    label by its name."""
     sizes: TaskSizes = TaskSizes()
     """Sizes of this task's splits, where they differ from the run's."""
     license: Annotated[str, Field(min_length=1)] | None = None
@@ -95,6 +100,7 @@ class TaskConfig(BaseModel):
             raise ValueError(
                 f"{value!r} is not a source; accepted: bigbench:<task>, jsonl:<path or s3 URI>, hub:<name>[/config]"
             )
+        check_place(kind, rest)
         return value
 
     @field_validator("template")
@@ -102,6 +108,7 @@ class TaskConfig(BaseModel):
     def _has_input(cls, value: str) -> str:
         if "{input}" not in value:
             raise ValueError("must contain {input}, where the row's input goes")
+        check_placeholders(value)
         return value
 
     @field_validator("labels")
@@ -113,10 +120,13 @@ class TaskConfig(BaseModel):
 
     @model_validator(mode="after")
     def _columns_fit(self) -> Self:
-        if (self.columns or self.where) and not self.source.startswith("hub:"):
+        if (self.columns or self.where or self.split) and not self.source.startswith("hub:"):
             raise ValueError(
-                "columns and where are for hub: sources; name the fields input, target(s), options in the file itself"
+                "split, columns and where are for hub: sources; name the fields input, target(s), options in the file "
+                "itself"
             )
+        if self.length_normalised and self.metric != "choice_accuracy":
+            raise ValueError("length_normalised is for metric=choice_accuracy, which compares options; remove it")
         return self
 
 
@@ -272,7 +282,8 @@ def load_tasks(
             elif kind == "jsonl":
                 rows = jsonl_rows(rest, read_bytes)
             else:
-                rows = hub_rows(rest, {str(key): column for key, column in config.columns.items()}, config.where)
+                columns = {str(key): column for key, column in config.columns.items()}
+                rows = hub_rows(rest, columns, config.where, config.split)
             _check_rows(rows, config)
         except DataError as error:
             raise DataError(f"task {name}: {error}") from error

@@ -4,7 +4,6 @@ Order: what fails fastest first. Services (S3 with conditional writes, MLflow), 
 splits, base, modules and blocks, then disk, memory and cluster.
 """
 
-import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,9 @@ from pipeline.data.tasks import TaskData, learned_elsewhere, load_tasks
 from pipeline.flow.recipes import prompt_spec, train_spec
 from pipeline.flow.registration import CHECKPOINT, MERGED
 from pipeline.plan.cluster import slots_of
+from pipeline.plan.figures import given, needed, there_is
 from pipeline.plan.node_memory import largest_node
+from pipeline.plan.waiting import missing
 from pipeline.records.outcome import Inputs
 from workers.base.cache import cache_dir
 from workers.base.load import load_classifier_tokenizer, load_tokenizer
@@ -149,19 +150,9 @@ class Prepared:
 
         Raises ConfigError if a kind of worker fits on no node: Ray would let it wait for ever.
         """
-        asked = self.config.resources
-        kinds = {"expert": asked.expert, "evaluator": asked.evaluator, "node": asked.node}
-        fitting = {kind: slots_of(nodes, resources) for kind, resources in kinds.items()}
-        for kind, resources in kinds.items():
-            if fitting[kind] < 1:
-                largest = max((node["Resources"] for node in nodes if node["Alive"]), key=lambda r: r.get("CPU", 0))
-                raise ConfigError(
-                    f"resources.{kind} asks for {resources.cpus:g} CPUs, {resources.gpus:g} GPUs and "
-                    f"{resources.memory_gib:g} GiB; no node of the Ray cluster has that (the largest: "
-                    f"{largest.get('CPU', 0):g} CPUs, {largest.get('GPU', 0):g} GPUs, "
-                    f"{largest.get('memory', 0) / GIB:.1f} GiB). Lower the request or add nodes."
-                )
-        slots = fitting["expert"]
+        if (lacking := missing(self.config.resources, nodes)) is not None:
+            raise ConfigError(f"{lacking}. Lower the request or add nodes.")
+        slots = slots_of(nodes, self.config.resources.expert)
         cost, flops = self.cost, measured_flops()
         console.print(
             f"expected if nothing can be reused: training {cost.seconds(slots, flops) / 60:.0f} min on {slots} slots "
@@ -316,12 +307,12 @@ def check_node_memory(config: PipelineConfig, reductions: Sequence[Reduction], m
     if not EXPERT_KINDS[config.expert].everywhere and mask.budget == "tensor":  # a global budget may fill a tensor
         union = mask.density if mask.shared else 1 - (1 - mask.density) ** experts
     need = largest_node(reductions, adapted_shapes(config, model), experts, union)
-    needed, reserved = need.bytes / GIB + PROCESS_GIB, config.resources.node.memory_gib
-    if needed > reserved:
+    expected, reserved = need.bytes / GIB + PROCESS_GIB, config.resources.node.memory_gib
+    if expected > reserved:
         raise ConfigError(
-            f"resources.node.memory_gib is {reserved:g}, but merging {need.tensor} {list(need.shape)} by "
-            f"{', '.join(need.methods)} is expected to need {math.ceil(needed * 10) / 10:g} GiB; raise it to that, or "
-            "leave out what needs most"
+            f"resources.node.memory_gib is {given(reserved)}, but merging {need.tensor} {list(need.shape)} by "
+            f"{', '.join(need.methods)} is expected to need {needed(expected).removesuffix('.0')} GiB; raise it "
+            "to that, or leave out what needs most"
         )
 
 
@@ -330,14 +321,15 @@ def check_room(config: PipelineConfig, cost: Cost) -> None:
     reserved = config.resources.expert.memory_gib * GIB
     if config.resources.expert.gpus == 0 and cost.worker_bytes > reserved:
         raise ConfigError(
-            f"resources.expert.memory_gib is {config.resources.expert.memory_gib:g}, but an expert is expected to need "
-            f"{cost.worker_bytes / GIB:.1f} GiB; raise it, or lower train.batch_size or prompt.max_input_tokens"
+            f"resources.expert.memory_gib is {given(config.resources.expert.memory_gib)}, but an expert is expected to "
+            f"need {needed(cost.worker_bytes / GIB)} GiB; raise it to that, or lower train.batch_size or "
+            "prompt.max_input_tokens"
         )
     free = shutil.disk_usage(cache_dir()).free
     if free < cost.cache_bytes:
         raise FactoryError(
-            f"{cache_dir()}: {free / GIB:.1f} GiB free, {cost.cache_bytes / GIB:.1f} GiB expected; free some space "
-            "or set FACTORY_CACHE to another disk"
+            f"{cache_dir()}: {there_is(free / GIB)} GiB free, {needed(cost.cache_bytes / GIB)} GiB expected; free some "
+            "space or set FACTORY_CACHE to another disk"
         )
 
 

@@ -24,6 +24,7 @@ from infra.store.s3 import Store
 from pipeline.config.model import ResourcesConfig
 from pipeline.plan.cluster import connect_to_ray, ray_options, slots_of
 from pipeline.plan.preflight import Prepared
+from pipeline.plan.waiting import wait_for_room
 from pipeline.records.outcome import Inputs
 from pipeline.running import remote
 from pipeline.running.actor_pool import ActorPool
@@ -49,7 +50,9 @@ class RayCluster:
         """Join, and see that every kind of worker fits."""
         connect_to_ray()
         self.joined()
-        return prepared.check_cluster(ray.nodes(), console)
+        resources = prepared.config.resources
+        nodes = wait_for_room(resources, lambda text: console.print(text, highlight=False, markup=False))
+        return prepared.check_cluster(nodes, console)
 
     def hire(self, inputs: Inputs, hear: Callable[[str, Any], None]) -> "RayWorkers":
         """Workers of the cluster."""

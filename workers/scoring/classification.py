@@ -18,11 +18,12 @@ from infra.errors import AdapterError, ConfigError, DataError
 from workers.base.load import head_parameters
 from workers.scoring.decoding import batches, by_length, device_of
 from workers.scoring.metrics import CLASSIFICATION_METRICS, LabelMetric, LabelScores, label_score
-from workers.text.prompt import DEFAULT_WRAPPER, PromptSpec, render, truncate_left
+from workers.text.literal import rendered_ids
+from workers.text.prompt import DEFAULT_WRAPPER, PromptSpec, pieces, truncate_left
 from workers.text.rows import Row
 
-#: Part of every classification's key: raise it when encoding or prediction change.
-CLASSIFICATION_VERSION = 1
+#: Part of every classification's key: raise it when encoding or prediction change. 2: control tokens in data are text.
+CLASSIFICATION_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def encode_text(tokenizer: Any, prompt: PromptSpec, row: Row) -> list[int]:
     DataError if that is nothing or longer than the tokenizer says the model takes.
     """
     text = truncate_left(tokenizer, row.input, prompt.max_input_tokens)
-    ids = list(tokenizer(render(prompt, text, row.options), add_special_tokens=True)["input_ids"])
+    ids = rendered_ids(tokenizer, pieces(prompt, text, row.options), add_special_tokens=True)
     if not 0 < len(ids) <= tokenizer.model_max_length:
         raise DataError(
             f"row {row.id}: {len(ids)} tokens with template and wrapper, 1 to {tokenizer.model_max_length} accepted; "

@@ -24,7 +24,8 @@ from workers.scoring.decoding import (
     share_beginning,
 )
 from workers.scoring.metrics import METRICS, choice_correct, rouge_l, text_metric
-from workers.text.prompt import DEFAULT_WRAPPER, PromptSpec, encode_prompt, few_shot_prefix, tokenize
+from workers.text.literal import literal_ids
+from workers.text.prompt import DEFAULT_WRAPPER, PromptSpec, encode_prompt, few_shot_ids, tokenize
 from workers.text.rows import Row
 
 #: Part of every evaluation's key: raise it when decoding or log-likelihoods change.
@@ -87,7 +88,7 @@ def option_logprobs_ids(
     scores: list[list[float]] = [[] for _ in prompts]
     prompts, before = share_beginning(prompts, prefix_ids)
     shared = run_prefix(model, before)
-    encoded = [[tokenize(tokenizer, option) for option in row] for row in options]
+    encoded = [[literal_ids(tokenizer, option) for option in row] for row in options]
     for row in encoded:
         if not row or not all(row):
             raise DataError("options: every row needs at least one option, and every option at least one token")
@@ -178,7 +179,7 @@ def option_logprobs(
 def answer_rows(model: Any, tokenizer: Any, rows: Sequence[Row], spec: EvaluateSpec, batch_size: int = 24) -> list[str]:
     """The outputs that `evaluate_rows` would give, targets not looked at: choice accuracy takes the likeliest option,
     other metrics a greedy answer. DataError if a row of a choice task has no options."""
-    before = tokenize(tokenizer, few_shot_prefix(tokenizer, spec.prompt, spec.few_shot))
+    before = few_shot_ids(tokenizer, spec.prompt, spec.few_shot)
     prompts = [encode_prompt(tokenizer, spec.prompt, row) for row in rows]
     if spec.metric != "choice_accuracy":
         answers = generate_ids(model, tokenizer, prompts, spec.max_new_tokens, batch_size, before)
@@ -199,7 +200,7 @@ def evaluate_rows(
     """
     if spec.metric not in METRICS:
         raise ConfigError(f"metric {spec.metric!r} is unknown; accepted: {', '.join(METRICS)}")
-    before = tokenize(tokenizer, few_shot_prefix(tokenizer, spec.prompt, spec.few_shot))
+    before = few_shot_ids(tokenizer, spec.prompt, spec.few_shot)
     prompts = [encode_prompt(tokenizer, spec.prompt, row) for row in rows]
     outputs = [""] * len(rows)
     scores = [0.0] * len(rows)

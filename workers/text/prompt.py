@@ -2,8 +2,8 @@
 
 Covers rendering (template inside a chat wrapper), tokenisation, truncation, length-bucketed batches and padding for
 training. Training and generation share `encode_prompt`, so both see the same prompt ids: prompt and target are
-tokenised apart and their ids joined. Reading data and splitting it is `pipeline.data.tasks`; scoring is
-`workers.scoring.likelihood`.
+tokenised apart and their ids joined. What looks like a control token in data is text (`workers.text.literal`). Reading
+data and splitting it is `pipeline.data.tasks`; scoring is `workers.scoring.likelihood`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import ConfigError
+from workers.text.literal import Piece, holds_control, literal_ids, literal_ids_all, rendered_ids, rendered_ids_all
 from workers.text.rows import Row
 
 #: Chat format of SmolLM2 without the default system prompt (which would add some 20 tokens to every example).
@@ -61,22 +62,23 @@ class Example:
 
 
 def render(spec: PromptSpec, text: str, options: Sequence[str] | None = None) -> str:
-    """The prompt as one string. Data is inserted in a single pass, so braces inside it are left alone."""
+    """The prompt as one string."""
+    return "".join(piece.text for piece in pieces(spec, text, options))
+
+
+def pieces(spec: PromptSpec, text: str, options: Sequence[str] | None = None) -> list[Piece]:
+    """The prompt in pieces. Data is inserted in a single pass, so braces inside it are left alone."""
     if options is None and "{options}" in spec.template:
         raise ConfigError(f"template {spec.template!r} uses {{options}}, but the row {text[:60]!r} has none")
     values = {"input": text, "options": _OPTION_SEPARATOR.join(options or ())}
     frame = spec.wrapper.replace("{prompt}", spec.template, 1)
-    return _FIELD.sub(lambda match: values[match.group(1)], frame)
+    parts = _FIELD.split(frame)  # text, field, text, …
+    return [Piece(values[part], data=True) if at % 2 else Piece(part) for at, part in enumerate(parts)]
 
 
 def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """Ids of `text` without automatic special tokens (those that the wrapper spells out are recognised)."""
+    """Ids of a text that is no data, without automatic special tokens (those that are spelt out are recognised)."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def tokenize_all(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of every text, as `tokenize` gives them: many times faster than one call after the other."""
-    return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
 
 
 def truncate_left(tokenizer: Any, text: str, max_tokens: int) -> str:
@@ -88,8 +90,17 @@ def truncate_all(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[
     """Every text as `truncate_left` gives it."""
     if not texts:
         return []
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
-    return [_end(text, offsets, max_tokens) for text, offsets in zip(texts, encoded["offset_mapping"], strict=True)]
+    offsets = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [
+        _end(text, _literal_offsets(tokenizer, text) if holds_control(tokenizer, text) else found, max_tokens)
+        for text, found in zip(texts, offsets, strict=True)
+    ]
+
+
+def _literal_offsets(tokenizer: Any, text: str) -> Sequence[tuple[int, int]]:
+    options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+    found: Sequence[tuple[int, int]] = tokenizer(text, **options)["offset_mapping"]
+    return found
 
 
 def _end(text: str, offsets: Sequence[tuple[int, int]], max_tokens: int) -> str:
@@ -103,13 +114,13 @@ def _end(text: str, offsets: Sequence[tuple[int, int]], max_tokens: int) -> str:
 def encode_prompt(tokenizer: Any, spec: PromptSpec, row: Row) -> list[int]:
     """Ids of the row's prompt, its input left-truncated to `spec.max_input_tokens`."""
     text = truncate_left(tokenizer, row.input, spec.max_input_tokens)
-    return tokenize(tokenizer, render(spec, text, row.options))
+    return rendered_ids(tokenizer, pieces(spec, text, row.options))
 
 
 def encode_target(tokenizer: Any, target: str, max_tokens: int | None = None) -> list[int]:
     """Ids of a target followed by eos; cut after `max_tokens` (then without eos: the model is not taught to stop
     there)."""
-    ids = [*tokenize(tokenizer, target), int(tokenizer.eos_token_id)]
+    ids = [*literal_ids(tokenizer, target), int(tokenizer.eos_token_id)]
     return ids if max_tokens is None else ids[:max_tokens]
 
 
@@ -127,10 +138,10 @@ def encode_examples(
 ) -> list[Example]:
     """Every row with its first target as `encode_example` gives it, tokenised together."""
     texts = truncate_all(tokenizer, [row.input for row in rows], spec.max_input_tokens)
-    prompts = tokenize_all(
-        tokenizer, [render(spec, text, row.options) for text, row in zip(texts, rows, strict=True)]
+    prompts = rendered_ids_all(
+        tokenizer, [pieces(spec, text, row.options) for text, row in zip(texts, rows, strict=True)]
     )  # fmt: skip
-    targets = tokenize_all(tokenizer, [row.targets[0] for row in rows])
+    targets = literal_ids_all(tokenizer, [row.targets[0] for row in rows])
     eos = int(tokenizer.eos_token_id)
     return [
         Example(tuple(prompt + [*target, eos][:max_target_tokens]), len(prompt))
@@ -138,18 +149,19 @@ def encode_examples(
     ]
 
 
-def few_shot_prefix(tokenizer: Any, spec: PromptSpec, shots: Sequence[Row]) -> str:
-    """Solved examples as finished turns, to stand before every prompt of a task; empty without shots."""
-    turns = []
+def few_shot_ids(tokenizer: Any, spec: PromptSpec, shots: Sequence[Row]) -> list[int]:
+    """Solved examples as finished turns, to stand before every prompt of a task; nothing without shots."""
+    turns: list[Piece] = []
     for row in shots:
         text = truncate_left(tokenizer, row.input, spec.max_input_tokens)
-        turns.append(render(spec, text, row.options) + row.targets[0] + (tokenizer.eos_token or "") + "\n")
-    return "".join(turns)
+        turns += pieces(spec, text, row.options)
+        turns += [Piece(row.targets[0], data=True), Piece((tokenizer.eos_token or "") + "\n")]
+    return rendered_ids(tokenizer, turns)
 
 
 def target_token_cap(tokenizer: Any, rows: Sequence[Row], quantile: float = 0.95) -> int:
     """Tokens (eos included) that hold the first target of `quantile` of the rows: the default `max_new_tokens`."""
-    lengths = sorted(len(ids) + 1 for ids in tokenize_all(tokenizer, [row.targets[0] for row in rows]))
+    lengths = sorted(len(ids) + 1 for ids in literal_ids_all(tokenizer, [row.targets[0] for row in rows]))
     return lengths[max(0, math.ceil(quantile * len(lengths)) - 1)] if lengths else 1
 
 

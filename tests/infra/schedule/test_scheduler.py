@@ -376,6 +376,42 @@ def test_a_cluster_elsewhere_is_given_no_files_of_this_machine(tmp_path: Path) -
         assert check_reachable(here, outside, Scheduled("s", ("jsonl:../rows.jsonl",))) == ()
 
 
+LEFT_OUT: dict[str, tuple[str, str, str, str]] = {
+    "a folder": (".gitignore", "data/\n", "data/t.jsonl", ".gitignore names data/t.jsonl"),
+    "a file": (".gitignore", "*.jsonl\n", "t.jsonl", ".gitignore names t.jsonl"),
+    "a file that Ray ignores": (".rayignore", "rows\n", "rows/t.jsonl", ".rayignore names rows/t.jsonl"),
+    "a file, by its folder's list": ("data/.gitignore", "t.*\n", "data/t.jsonl", "data/.gitignore names data/t.jsonl"),
+    "a base's weights": (".gitignore", "*.safetensors\n", "base/m.safetensors", ".gitignore names base/m.safetensors"),
+    "what Ray never takes": (".gitignore", "\n", "venv/t.jsonl", "Ray leaves venv/t.jsonl out by itself"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+@pytest.mark.parametrize("address", ["http://10.0.0.9:8265", "http://127.0.0.1:8265"])
+def test_what_a_jobs_copy_lacks_is_refused(
+    case: str, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list_file, ignored, name, reason = LEFT_OUT[case]
+    monkeypatch.setattr("infra.schedule.job.ROOT", tmp_path)
+    for file, text in {"my.yaml": "", name: "{}", list_file: ignored, "kept.jsonl.txt": "{}"}.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(text)
+    source = "path:base" if name.startswith("base/") else f"jsonl:{name}"
+    config = tmp_path / "my.yaml"
+    with pytest.raises(ConfigError) as caught:
+        check_reachable(address, config, Scheduled("s", ("pypi:x", source)))
+    assert f"{config}: {source} is not in the copy of the checkout that a job runs in ({reason})" in str(caught.value)
+    assert check_reachable(address, config, Scheduled("s", ("pypi:x", "jsonl:kept.jsonl.txt"))) == ()
+    (tmp_path / ".gitignore").write_text("my.yaml\n")
+    with pytest.raises(ConfigError, match=r"--config .*my.yaml is not in the copy .*\.gitignore names my.yaml"):
+        check_reachable(address, config, Scheduled("s", ()))
+
+
+def test_candidates_that_cannot_be_merged_are_refused_before_the_first_tick() -> None:
+    with pytest.raises(ConfigError, match="unknown merge method 'men'"):
+        read_scheduled(QUICKSTART, ["merge.candidates[0].method=men"])
+
+
 def test_a_clock_that_was_ahead_does_not_stop_the_schedule(store: Store, receiver: Receiver) -> None:
     clock, jobs = Manual(NIGHT + 100 * DAY), Listed()
     scheduler = Scheduler("s", Cron("0 2 * * *"), DAY / 2, jobs, store, clock, receiver.url)

@@ -214,7 +214,7 @@ def test_a_licence_is_the_one_given_or_the_sources_own(tmp_path: Path, monkeypat
     ("rows", "message"),
     [
         ([], "no rows"),
-        ([{"text": "a"}], "row 1: field input"),
+        ([{"text": "a"}], "line 1: field input"),
         ([{"input": "a"}], "neither target nor targets"),
         ([{"input": "a", "target": {"x": 1}}], "a text or a list"),
         ([{"input": "a", "target": "x", "options": ["y"]}], "not among its options"),

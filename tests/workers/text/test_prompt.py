@@ -15,10 +15,11 @@ from workers.text.prompt import (
     encode_example,
     encode_examples,
     encode_prompt,
-    few_shot_prefix,
+    few_shot_ids,
     length_bucketed_batches,
     render,
     target_token_cap,
+    tokenize,
 )
 from workers.text.rows import Row
 
@@ -75,8 +76,8 @@ def test_long_inputs_lose_their_beginning_only(tokenizer) -> None:
 
 
 def test_few_shot_prefix_holds_finished_turns(tokenizer) -> None:
-    assert few_shot_prefix(tokenizer, SPEC, [Row("1", "w1", ("w2",))]) == "<s>q:\nw1</s>w2</s>\n"
-    assert few_shot_prefix(tokenizer, SPEC, []) == ""
+    assert few_shot_ids(tokenizer, SPEC, [Row("1", "w1", ("w2",))]) == tokenize(tokenizer, "<s>q:\nw1</s>w2</s>\n")
+    assert few_shot_ids(tokenizer, SPEC, []) == []
 
 
 def test_target_cap_counts_eos(tokenizer) -> None:
