@@ -23,8 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from infra.environment import versions
 from workers.adapters.tensor_file import WEIGHTS, list_entries, write_entries
-from workers.base.load import load_model, quiet_transformers
+from workers.base.load import load_model
 from workers.base.memory import give_back, map_large_tensors
+from workers.base.structure import quiet_transformers
 from workers.masks.spec import MaskSpec, select_supports
 from workers.text.prompt import Example
 from workers.training.in_place import InPlaceAdapter

@@ -63,7 +63,10 @@ def list_entries(path: Path) -> list[Entry]:
             start, end = (8 + length + int(at) for at in value["data_offsets"])
             shape = tuple(int(at) for at in value["shape"])
             if value["dtype"] not in DTYPES:
-                raise ValueError(f"{name} has type {value['dtype']}; accepted: {', '.join(DTYPES)}")
+                raise BaseModelError(
+                    f"{path}: {name} has type {value['dtype']}: quantised, or of a kind that is not read here; give "
+                    "the checkpoint in bfloat16, float16 or float32"
+                )
             if not 8 + length <= start <= end <= size or end - start != prod(shape) * DTYPES[value["dtype"]].itemsize:
                 raise ValueError(f"{name}: byte range {start}-{end} does not fit")
             entries.append(Entry(name, value["dtype"], shape, path, start, end))
