@@ -20,7 +20,8 @@ from pipeline.config.errors import explain
 from pipeline.data.tasks import LEAST_GATE, TaskConfig
 from workers.masks.spec import MaskSpec
 from workers.scoring.metrics import CLASSIFICATION_METRICS, METRICS
-from workers.text.prompt import DEFAULT_TARGET_TOKENS, DEFAULT_WRAPPER
+from workers.text.prompt import ANSWER, DEFAULT_TARGET_TOKENS
+from workers.text.wrapper import AUTO
 
 DType = Literal["float32", "bfloat16"]
 Positive = Annotated[int, Field(gt=0)]
@@ -41,8 +42,10 @@ class Section(BaseModel):
 class PromptConfig(Section):
     """How a task's text becomes the model's input."""
 
-    wrapper: str = DEFAULT_WRAPPER
-    """Text around every prompt; `{prompt}` stands for the filled-in task template. No system prompt is added."""
+    wrapper: str = AUTO
+    """Text around every prompt; `{prompt}` stands for the filled-in task template. No system prompt is added. An answer
+    ends with eos, or with what follows `{answer}` at the end of this text. `auto`: the base's own chat template, with
+    its end of an answer; without one, the text and a newline; for classification, the text alone."""
     max_input_tokens: Positive = 96
     """Longer inputs lose tokens on the left (the end of a question matters more than its beginning)."""
     max_target_tokens: Positive = DEFAULT_TARGET_TOKENS
@@ -51,8 +54,11 @@ class PromptConfig(Section):
     @field_validator("wrapper")
     @classmethod
     def _has_placeholder(cls, value: str) -> str:
-        if value.count("{prompt}") != 1:
-            raise ValueError("must contain {prompt} exactly once")
+        before, _, end = value.partition(ANSWER)
+        if value != AUTO and (before.count("{prompt}") != 1 or "{prompt}" in end or ANSWER in end):
+            raise ValueError(
+                "must contain {prompt} exactly once, perhaps {answer} and the end of an answer behind it, or be auto"
+            )
         return value
 
 

@@ -21,8 +21,10 @@ from torch import Tensor
 from infra.errors import ConfigError
 from workers.text.rows import Row
 
-#: Chat format of SmolLM2 without the default system prompt (which would add some 20 tokens to every example).
 DEFAULT_TARGET_TOKENS = 64
+ANSWER = "{answer}"
+"""In a wrapper: where the answer goes, if it is to end otherwise than with eos; the text behind it is its end."""
+#: Chat format of SmolLM2 without the default system prompt (which would add some 20 tokens to every example).
 DEFAULT_WRAPPER = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 _FIELD = re.compile(r"\{(input|options)\}")
@@ -31,7 +33,8 @@ _OPTION_SEPARATOR = "; "
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """How a row becomes a prompt. `wrapper` holds `{prompt}`; `template` holds `{input}` and perhaps `{options}`.
+    """How a row becomes a prompt. `wrapper` holds `{prompt}`, and perhaps `{answer}` with what ends an answer behind
+    it; `template` holds `{input}` and perhaps `{options}`.
 
     Raises ConfigError when a placeholder is missing. `max_input_tokens` bounds the row's input alone: longer inputs
     lose their beginning (the question usually stands at the end).
@@ -60,12 +63,18 @@ class Example:
     target_start: int
 
 
+def answer_end(tokenizer: Any, spec: PromptSpec) -> list[int]:
+    """Ids of what an answer ends with: eos, or what the wrapper says."""
+    end = spec.wrapper.partition(ANSWER)[2]
+    return tokenize(tokenizer, end) if end else [int(tokenizer.eos_token_id)]
+
+
 def render(spec: PromptSpec, text: str, options: Sequence[str] | None = None) -> str:
     """The prompt as one string. Data is inserted in a single pass, so braces inside it are left alone."""
     if options is None and "{options}" in spec.template:
         raise ConfigError(f"template {spec.template!r} uses {{options}}, but the row {text[:60]!r} has none")
     values = {"input": text, "options": _OPTION_SEPARATOR.join(options or ())}
-    frame = spec.wrapper.replace("{prompt}", spec.template, 1)
+    frame = spec.wrapper.partition(ANSWER)[0].replace("{prompt}", spec.template, 1)
     return _FIELD.sub(lambda match: values[match.group(1)], frame)
 
 
@@ -106,10 +115,12 @@ def encode_prompt(tokenizer: Any, spec: PromptSpec, row: Row) -> list[int]:
     return tokenize(tokenizer, render(spec, text, row.options))
 
 
-def encode_target(tokenizer: Any, target: str, max_tokens: int | None = None) -> list[int]:
-    """Ids of a target followed by eos; cut after `max_tokens` (then without eos: the model is not taught to stop
-    there)."""
-    ids = [*tokenize(tokenizer, target), int(tokenizer.eos_token_id)]
+def encode_target(
+    tokenizer: Any, target: str, max_tokens: int | None = None, end: Sequence[int] | None = None
+) -> list[int]:
+    """Ids of a target followed by `end` (eos); cut after `max_tokens` (then without an end: the model is not taught to
+    stop there)."""
+    ids = [*tokenize(tokenizer, target), *([int(tokenizer.eos_token_id)] if end is None else end)]
     return ids if max_tokens is None else ids[:max_tokens]
 
 
@@ -118,7 +129,8 @@ def encode_example(
 ) -> Example:
     """Prompt and one of the row's targets (`target_index` modulo their number), tokenised apart and joined."""
     prompt = encode_prompt(tokenizer, spec, row)
-    target = encode_target(tokenizer, row.targets[target_index % len(row.targets)], max_target_tokens)
+    answer = row.targets[target_index % len(row.targets)]
+    target = encode_target(tokenizer, answer, max_target_tokens, answer_end(tokenizer, spec))
     return Example(tuple(prompt + target), len(prompt))
 
 
@@ -131,9 +143,9 @@ def encode_examples(
         tokenizer, [render(spec, text, row.options) for text, row in zip(texts, rows, strict=True)]
     )  # fmt: skip
     targets = tokenize_all(tokenizer, [row.targets[0] for row in rows])
-    eos = int(tokenizer.eos_token_id)
+    end = answer_end(tokenizer, spec)
     return [
-        Example(tuple(prompt + [*target, eos][:max_target_tokens]), len(prompt))
+        Example(tuple(prompt + [*target, *end][:max_target_tokens]), len(prompt))
         for prompt, target in zip(prompts, targets, strict=True)
     ]
 
@@ -143,7 +155,8 @@ def few_shot_prefix(tokenizer: Any, spec: PromptSpec, shots: Sequence[Row]) -> s
     turns = []
     for row in shots:
         text = truncate_left(tokenizer, row.input, spec.max_input_tokens)
-        turns.append(render(spec, text, row.options) + row.targets[0] + (tokenizer.eos_token or "") + "\n")
+        end = spec.wrapper.partition(ANSWER)[2] or tokenizer.eos_token or ""
+        turns.append(render(spec, text, row.options) + row.targets[0] + end + "\n")
     return "".join(turns)
 
 
