@@ -13,9 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from infra.errors import ConfigError, FactoryError
 from infra.registry import runs as registry
@@ -28,12 +26,12 @@ from pipeline.config.model import GIB, PipelineConfig
 from pipeline.data.tasks import TaskData, learned_elsewhere, load_tasks
 from pipeline.flow.recipes import expert_spec, prompt_spec, shares_scored_support, train_spec
 from pipeline.flow.registration import CHECKPOINT, MERGED
+from pipeline.plan.check_base import base_tokenizer, check_adapted, check_rows, empty_base, settle_prompt
 from pipeline.plan.cluster import slots_of
 from pipeline.plan.node_memory import largest_node
 from pipeline.records.outcome import Inputs
 from workers.adapters.tensor_file import WEIGHTS
 from workers.base.cache import cache_dir
-from workers.base.load import load_classifier_tokenizer, load_tokenizer
 from workers.base.modules import find_targets, stacked_rows
 from workers.base.prepare import PreparedBase, prepare_base, upload_base
 from workers.jobs.importance import GRAM_BYTES
@@ -182,32 +180,34 @@ def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Pr
     cache = cache_dir()
     console.print(f"base {config.base}", highlight=False)
     base = prepare_base(config.base, cache)
+    config = settle_prompt(config, base, console)
     console.print(f"{len(config.held_in)} held-in and {len(config.held_out)} held-out tasks", highlight=False)
     tasks = load_tasks({**config.held_in, **config.held_out}, cache, config.splits.model_dump(), config.seed)
     for name, count in learned_elsewhere(tasks, config.held_in).items():
         text = f"{count} of its {len(tasks[name].splits['test'])} test rows are training rows of another held-in task"
         console.print(f"warning: {name}: {text}, so a merge knows them", style="yellow", highlight=False, markup=False)
-    cost = expected_cost(config, base, tasks)
+    model = empty_base(config, base)
+    cost = expected_cost(config, base, tasks, model)
     check_room(config, cost)
     caps = dict.fromkeys(tasks, 1)
     if config.objective == "language_modelling":
-        tokenizer, limit = load_tokenizer(base.path), config.prompt.max_target_tokens
+        tokenizer, limit = base_tokenizer(config, base), config.prompt.max_target_tokens
         caps = {
             name: min(limit, data.config.max_new_tokens or target_token_cap(tokenizer, data.splits["train"]))
             for name, data in tasks.items()
         }
+    check_rows(config, base, model, tasks, caps)
     listed = list_candidates(config, {name: len(tasks[name].splits["train"]) for name in config.held_in})
     console.print(merge_plan(config, listed), highlight=False, markup=False)
-    return Prepared(config, store, base, tasks, caps, listed, cost, _fused_rows(config, base, listed))
+    return Prepared(config, store, base, tasks, caps, listed, cost, _fused_rows(config, model, listed))
 
 
-def _fused_rows(config: PipelineConfig, base: PreparedBase, listed: Candidates) -> dict[str, tuple[int, int, int]]:
+def _fused_rows(config: PipelineConfig, model: Any, listed: Candidates) -> dict[str, tuple[int, int, int]]:
     """Where query, key and value lie in fused weights, if a candidate asks. Raises ConfigError where nobody can say."""
     if not any(candidate.splits_fused for candidate in listed.all):
         return {}
-    structure = AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
-    targets = find_targets(_empty_model(structure, config.objective == "classification"), config.mask.modules)
-    return stacked_rows(structure, {f"{name}.weight": tuple(t.module.weight.shape) for name, t in targets.items()})
+    targets = find_targets(model, config.mask.modules)
+    return stacked_rows(model.config, {f"{name}.weight": tuple(t.module.weight.shape) for name, t in targets.items()})
 
 
 def upload_inputs(prepared: Prepared) -> None:
@@ -224,14 +224,16 @@ def upload_inputs(prepared: Prepared) -> None:
         list(pool.map(upload, [(data, split) for data in prepared.tasks.values() for split in data.splits]))
 
 
-def expected_cost(config: PipelineConfig, base: PreparedBase, tasks: dict[str, TaskData]) -> Cost:
-    """Sizes and tokens of a run. Raises ConfigError if modules, blocks or labels do not fit the base."""
+def expected_cost(config: PipelineConfig, base: PreparedBase, tasks: dict[str, TaskData], empty: Any = None) -> Cost:
+    """Sizes and tokens of a run, `empty` being the base without values. Raises ConfigError if modules, blocks or labels
+    do not fit the base."""
     classifies = config.objective == "classification"
-    structure = AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
-    model = _empty_model(structure, classifies)
+    model = empty_base(config, base) if empty is None else empty
+    if not classifies:
+        check_adapted(base, find_targets(model, config.mask.modules))
     trainable, adapted, state_bytes = _trained(config, model, tasks[next(iter(config.held_in))])
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    tokenizer = load_classifier_tokenizer(base.path) if classifies else load_tokenizer(base.path)
+    tokenizer = base_tokenizer(config, base)
     tokens, longest = {}, 0
     for name in config.held_in:
         data, prompt, limit = tasks[name], prompt_spec(config, tasks[name]), config.prompt.max_target_tokens
@@ -246,8 +248,7 @@ def expected_cost(config: PipelineConfig, base: PreparedBase, tasks: dict[str, T
         tokens[name] = round(train.steps * train.batch_size * sum(lengths) / len(lengths))
         longest = max(longest, *lengths)
     width = torch.finfo(getattr(torch, config.train.compute_dtype)).bits // 8
-    hidden, inner = structure.hidden_size, getattr(structure, "intermediate_size", 4 * structure.hidden_size)
-    layers = structure.num_hidden_layers
+    hidden, inner, layers = _sizes(model)
     one_layer = 8 * hidden + 4 * inner
     saved = layers * hidden + one_layer if config.train.gradient_checkpointing else layers * one_layer
     rows = min(config.train.micro_batch_size or config.train.batch_size, config.train.batch_size)
@@ -276,17 +277,13 @@ def expected_cost(config: PipelineConfig, base: PreparedBase, tasks: dict[str, T
     return Cost(trainable, adapted, parameters, tokens, int(worker), kind_bytes, int(cache_bytes))
 
 
-def _empty_model(structure: Any, classifies: bool) -> Any:
-    """The base's modules without weights."""
-    kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    try:
-        with init_empty_weights():
-            model = kind.from_config(structure, trust_remote_code=False)
-    except ValueError as error:
-        what = "classifier" if classifies else "causal language model"
-        raise ConfigError(f"base: transformers has no {what} of its kind ({error})") from error
-    model.tie_weights()  # out here: inside, tied parameters would become two
-    return model
+def _sizes(model: Any) -> tuple[int, int, int]:
+    """Width, inner width of an MLP and number of layers, as the configuration says; else guessed from the embedding."""
+    config = model.config
+    hidden = getattr(config, "hidden_size", None) or model.get_input_embeddings().weight.shape[1]
+    inner = getattr(config, "intermediate_size", None)
+    layers = getattr(config, "num_hidden_layers", None) or 1
+    return hidden, inner if isinstance(inner, int) else 4 * hidden, layers
 
 
 def _trained(config: PipelineConfig, model: Any, data: TaskData) -> tuple[int, int, int]:
