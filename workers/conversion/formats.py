@@ -7,7 +7,6 @@ and shape has been checked. Training and merging are elsewhere.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import AdapterError
+from workers.adapters.older_readers import for_older_readers
 from workers.adapters.support import LazyTensors, SparseTensor
 from workers.adapters.tensor_file import DTYPES, WEIGHTS, Entry, list_entries, read_chunks, write_tensors
 from workers.adapters.writer import AdapterMeta, AdapterReader, FileSource, check_base, save_adapter
@@ -140,7 +140,7 @@ def to_checkpoint(file: Path, base: BaseLayout, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for kept in base.path.iterdir():
         if kept.suffix in (".json", ".jinja", ".txt", ".model") and kept.name != "identity.json":
-            shutil.copyfile(kept, folder / kept.name)
+            (folder / kept.name).write_bytes(for_older_readers(kept.name, kept.read_bytes()))
     write_tensors(folder / WEIGHTS, [(e.name, e.dtype, e.shape) for e in entries.values()], content)
 
 
