@@ -23,8 +23,9 @@ from workers.base.load import empty_classifier, load_classifier_tokenizer, load_
 from workers.base.modules import Target
 from workers.base.prepare import PreparedBase
 from workers.base.structure import empty_model
-from workers.scoring.classification import encode_text
+from workers.scoring.classification import encode_labelled
 from workers.text.prompt import encode_examples, few_shot_prefix, tokenize, tokenize_all
+from workers.text.rows import Row
 from workers.text.wrapper import lacks_bos, settled_wrapper
 
 _POSITIONS = re.compile(r"(?:.*\.)?(?:position_embeddings?|embed_positions|position_embed|wpe)")
@@ -84,16 +85,19 @@ def check_adapted(base: PreparedBase, targets: Mapping[str, Target]) -> None:
 
 def check_rows(
     config: PipelineConfig, base: PreparedBase, model: Any, tasks: Mapping[str, TaskData], caps: Mapping[str, int]
-) -> None:
-    """ConfigError if a text is longer than the model has positions, or has a token that its embedding has no row for.
+) -> dict[str, list[int]]:
+    """Lengths of each task's training examples in tokens. Every row of every split is encoded as workers encode it.
 
-    `caps`: by task, most tokens of an answer. Every row of every split is encoded as workers encode it.
+    `caps`: by task, most tokens of an answer. ConfigError if a text is longer than the model has positions, or has a
+    token that its embedding has no row for; DataError for a row that cannot be classified.
     """
     tokenizer, positions = base_tokenizer(config, base), most_positions(model)
+    lengths = {}
     for name, data in tasks.items():
-        longest, largest = _extent(config, tokenizer, data, caps[name])
+        lengths[name], longest, largest = _extent(config, tokenizer, data, caps[name])
         if positions is not None and longest > positions:
-            shots = f", with {config.evaluate.few_shot} examples before it" if config.evaluate.few_shot else ""
+            few = config.evaluate.few_shot if config.objective == "language_modelling" else 0
+            shots = f", with {few} examples before it" if few else ""
             raise ConfigError(
                 f"task {name}: its longest text has {longest} tokens (wrapper, template, answer{shots}), the base has "
                 f"{positions} positions; lower prompt.max_input_tokens, evaluate.few_shot or prompt.max_target_tokens"
@@ -110,6 +114,7 @@ def check_rows(
             f"base {base.name}: its padding token {tokenizer.pad_token!r} is number {padding}, which its embedding has "
             "no row for; give the tokenizer that belongs to these weights"
         )
+    return lengths
 
 
 def most_positions(model: Any) -> int | None:
@@ -124,18 +129,33 @@ def most_positions(model: Any) -> int | None:
     return min(found, default=None)
 
 
-def _extent(config: PipelineConfig, tokenizer: Any, data: TaskData, cap: int) -> tuple[int, int]:
-    """Tokens of a task's longest text, and its largest token."""
-    prompt, rows = prompt_spec(config, data), [row for split in data.splits.values() for row in split]
+def training_lengths(config: PipelineConfig, tokenizer: Any, data: TaskData) -> list[int]:
+    """Tokens of each training example of a task."""
+    return [len(ids) for ids in _encoded(config, tokenizer, data, data.splits["train"])[0]]
+
+
+def _encoded(
+    config: PipelineConfig, tokenizer: Any, data: TaskData, rows: Sequence[Row]
+) -> tuple[list[Sequence[int]], list[int]]:
+    """Ids of the rows' texts with their answers, and how many of them are the prompt's."""
+    prompt = prompt_spec(config, data)
     if config.objective == "classification":
-        texts = [encode_text(tokenizer, prompt, row) for row in rows]
-        return max(map(len, texts), default=0), max((max(ids) for ids in texts), default=0)
-    limit = config.prompt.max_target_tokens
-    examples = encode_examples(tokenizer, prompt, rows, limit)
-    choices = tokenize_all(tokenizer, sorted({option for row in rows for option in row.options or ()}))
-    answer = max([cap, *map(len, choices)])
-    shots = list(data.splits["train"][: config.evaluate.few_shot])
-    before = tokenize(tokenizer, few_shot_prefix(tokenizer, prompt, shots)) if shots else []
-    longest = max((max(len(each.input_ids), len(before) + each.target_start + answer) for each in examples), default=0)
-    tokens: list[Sequence[int]] = [*(each.input_ids for each in examples), *choices, before]
-    return longest, max((max(ids) for ids in tokens if ids), default=0)
+        texts = [encode_labelled(tokenizer, prompt, row, data.labels).input_ids for row in rows]
+        return list(texts), [len(ids) for ids in texts]
+    examples = encode_examples(tokenizer, prompt, rows, config.prompt.max_target_tokens)
+    return [each.input_ids for each in examples], [each.target_start for each in examples]
+
+
+def _extent(config: PipelineConfig, tokenizer: Any, data: TaskData, cap: int) -> tuple[list[int], int, int]:
+    """Lengths of a task's training examples, tokens of its longest text, and its largest token."""
+    train = len(data.splits["train"])
+    rows = [*data.splits["train"], *(row for split in data.splits if split != "train" for row in data.splits[split])]
+    texts, prompts = _encoded(config, tokenizer, data, rows)
+    lengths, longest = [len(ids) for ids in texts], max(map(len, texts), default=0)
+    if config.objective == "language_modelling":
+        choices = tokenize_all(tokenizer, sorted({option for row in rows for option in row.options or ()}))
+        shots = list(data.splits["train"][: config.evaluate.few_shot])
+        before = tokenize(tokenizer, few_shot_prefix(tokenizer, prompt_spec(config, data), shots)) if shots else []
+        longest = max(longest, len(before) + max(prompts, default=0) + max([cap, *map(len, choices)]))
+        texts = [*texts, *choices, before]
+    return lengths[:train], longest, max((max(ids) for ids in texts if ids), default=0)

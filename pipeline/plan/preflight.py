@@ -24,9 +24,16 @@ from merge.tree.reduce import Fused
 from pipeline.config.candidates import Candidates, list_candidates, merge_plan
 from pipeline.config.model import GIB, PipelineConfig
 from pipeline.data.tasks import TaskData, learned_elsewhere, load_tasks
-from pipeline.flow.recipes import expert_spec, prompt_spec, shares_scored_support, train_spec
+from pipeline.flow.recipes import expert_spec, shares_scored_support, train_spec
 from pipeline.flow.registration import CHECKPOINT, MERGED
-from pipeline.plan.check_base import base_tokenizer, check_adapted, check_rows, empty_base, settle_prompt
+from pipeline.plan.check_base import (
+    base_tokenizer,
+    check_adapted,
+    check_rows,
+    empty_base,
+    settle_prompt,
+    training_lengths,
+)
 from pipeline.plan.cluster import slots_of
 from pipeline.plan.node_memory import largest_node
 from pipeline.records.outcome import Inputs
@@ -36,8 +43,7 @@ from workers.base.modules import find_targets, stacked_rows
 from workers.base.prepare import PreparedBase, prepare_base, upload_base
 from workers.jobs.importance import GRAM_BYTES
 from workers.masks.spec import MaskSpec, accumulator_bytes, trainable_elements, unit_of
-from workers.scoring.classification import encode_labelled
-from workers.text.prompt import encode_examples, target_token_cap
+from workers.text.prompt import target_token_cap
 from workers.training.kinds import LoraSpec, check_whole
 from workers.training.objectives import CHUNK_LOGITS
 
@@ -187,8 +193,7 @@ def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Pr
         text = f"{count} of its {len(tasks[name].splits['test'])} test rows are training rows of another held-in task"
         console.print(f"warning: {name}: {text}, so a merge knows them", style="yellow", highlight=False, markup=False)
     model = empty_base(config, base)
-    cost = expected_cost(config, base, tasks, model)
-    check_room(config, cost)
+    find_targets(model, config.mask.modules)
     caps = dict.fromkeys(tasks, 1)
     if config.objective == "language_modelling":
         tokenizer, limit = base_tokenizer(config, base), config.prompt.max_target_tokens
@@ -196,7 +201,8 @@ def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Pr
             name: min(limit, data.config.max_new_tokens or target_token_cap(tokenizer, data.splits["train"]))
             for name, data in tasks.items()
         }
-    check_rows(config, base, model, tasks, caps)
+    cost = expected_cost(config, base, tasks, model, check_rows(config, base, model, tasks, caps))
+    check_room(config, cost)
     listed = list_candidates(config, {name: len(tasks[name].splits["train"]) for name in config.held_in})
     console.print(merge_plan(config, listed), highlight=False, markup=False)
     return Prepared(config, store, base, tasks, caps, listed, cost, _fused_rows(config, model, listed))
@@ -224,29 +230,29 @@ def upload_inputs(prepared: Prepared) -> None:
         list(pool.map(upload, [(data, split) for data in prepared.tasks.values() for split in data.splits]))
 
 
-def expected_cost(config: PipelineConfig, base: PreparedBase, tasks: dict[str, TaskData], empty: Any = None) -> Cost:
-    """Sizes and tokens of a run, `empty` being the base without values. Raises ConfigError if modules, blocks or labels
-    do not fit the base."""
+def expected_cost(
+    config: PipelineConfig,
+    base: PreparedBase,
+    tasks: dict[str, TaskData],
+    empty: Any = None,
+    lengths: Mapping[str, Sequence[int]] | None = None,
+) -> Cost:
+    """Sizes and tokens of a run: of the base without values, `empty`, and of training examples of these `lengths`.
+    Raises ConfigError if modules, blocks or labels do not fit the base."""
     classifies = config.objective == "classification"
     model = empty_base(config, base) if empty is None else empty
     if not classifies:
         check_adapted(base, find_targets(model, config.mask.modules))
     trainable, adapted, state_bytes = _trained(config, model, tasks[next(iter(config.held_in))])
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    tokenizer = base_tokenizer(config, base)
+    tokenizer = None if lengths else base_tokenizer(config, base)
     tokens, longest = {}, 0
     for name in config.held_in:
-        data, prompt, limit = tasks[name], prompt_spec(config, tasks[name]), config.prompt.max_target_tokens
-        if classifies:
-            lengths = [
-                len(encode_labelled(tokenizer, prompt, row, data.labels).input_ids) for row in data.splits["train"]
-            ]
-        else:
-            examples = encode_examples(tokenizer, prompt, data.splits["train"], limit)
-            lengths = [len(example.input_ids) for example in examples]
+        data = tasks[name]
+        sizes = lengths[name] if lengths else training_lengths(config, tokenizer, data)
         train = train_spec(config, data)
-        tokens[name] = round(train.steps * train.batch_size * sum(lengths) / len(lengths))
-        longest = max(longest, *lengths)
+        tokens[name] = round(train.steps * train.batch_size * sum(sizes) / len(sizes))
+        longest = max(longest, *sizes)
     width = torch.finfo(getattr(torch, config.train.compute_dtype)).bits // 8
     hidden, inner, layers = _sizes(model)
     one_layer = 8 * hidden + 4 * inner

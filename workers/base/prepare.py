@@ -27,7 +27,7 @@ from infra.digests import file_sha256
 from infra.errors import BaseModelError, FactoryError
 from workers.adapters.tensor_file import WEIGHTS, list_entries, write_entries
 from workers.base.downloads import fetch_pypi
-from workers.base.identity import CONFIG, KEPT_FILES, base_identity, is_identified
+from workers.base.identity import CONFIG, KEPT_FILES, base_identity, is_identified, read_settings
 from workers.base.settle import settle
 from workers.base.structure import quiet_transformers
 
@@ -209,7 +209,7 @@ def _from_path(name: str, made: Path, cache_dir: Path) -> tuple[str, str]:
     if (folder / WEIGHTS).is_file():
         shards = [folder / WEIGHTS]
     elif index.is_file():
-        shards = [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        shards = [folder / shard for shard in _shards(index, f"path:{name}")]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if not shards or missing:
         what = (
@@ -228,6 +228,14 @@ def _from_path(name: str, made: Path, cache_dir: Path) -> tuple[str, str]:
     _check_complete(made, f"path:{name}")
     write_entries(made / WEIGHTS, settle(made, entries, f"path:{name}"))
     return folder.resolve().name, _license_of(folder)
+
+
+def _shards(index: Path, source: str) -> list[str]:
+    """Names of the files that an index lists."""
+    listed = read_settings(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
+        raise BaseModelError(f"base {source}: {index.name} has no weight_map of file names; fetch it again")
+    return sorted(set(listed.values()))
 
 
 def _license_of(folder: Path) -> str:

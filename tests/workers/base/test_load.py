@@ -155,6 +155,14 @@ def _damage(name: str, text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(text)  # type: ignore[return-value]
 
 
+def _index(text: str) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        (folder / WEIGHTS).rename(folder / "model-00001-of-00001.safetensors")
+        (folder / f"{WEIGHTS}.index.json").write_text(text)
+
+    return change
+
+
 def _composite(folder: Path) -> None:
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
     images = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "num_attention_heads": 2}
@@ -183,6 +191,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a broken config.json": (_damage("config.json", "{not json"), r"config\.json: not readable as JSON"),
     "a config.json that is a list": (_damage("config.json", "[1]"), r"config\.json: a JSON object is needed"),
     "a broken generation_config.json": (_damage("generation_config.json", "{"), r"generation_config\.json: not read"),
+    "a broken index": (_index("{"), r"model\.safetensors\.index\.json: not readable as JSON"),
+    "an index of nothing": (_index('{"metadata": {}}'), r"index\.json has no weight_map of file names"),
     "text and images": (_composite, r"gemma3 holds more than a language model .*gemma3_text"),
     "an encoder": (_config(model_type="bert", architectures=["BertModel"]), r"bert is an encoder, .*classification"),
     "an encoder with a decoder": (_config(model_type="t5"), r"no causal language model of its kind \(t5\)"),
