@@ -22,8 +22,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from infra.environment import versions
-from workers.base.load import load_model, quiet_transformers
+from workers.base.load import load_model
 from workers.base.memory import give_back, map_large_tensors
+from workers.base.structure import quiet_transformers
 from workers.masks.spec import MaskSpec, select_supports
 from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles, write_weights
 from workers.text.prompt import Example

@@ -22,6 +22,7 @@ from infra.errors import MergeError
 from merge.files.checkpoint import BaseCheckpoint
 from merge.files.delta import DeltaReader
 from merge.files.sink import Outline, squared_norm
+from workers.adapters.older_readers import for_older_readers
 from workers.adapters.support import SparseTensor
 from workers.tensors.checkpoint import INDEX, WEIGHTS
 from workers.tensors.header import Row, header_bytes
@@ -186,7 +187,8 @@ class CheckpointWriter:
             self._put(INDEX, json.dumps(index, indent=2, sort_keys=True).encode() + b"\n")
         for name, source in self._base.small.items():
             data = source.read(0, source.size)
-            self._put(name, self._with_dtype(data) if name == "config.json" else data)
+            data = self._with_dtype(data) if name == "config.json" else data
+            self._put(name, for_older_readers(name, data))
 
     def publish(self) -> None:
         """Make all of it appear."""

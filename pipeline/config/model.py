@@ -23,7 +23,8 @@ from pipeline.data.fields import LONGEST_NAME, Name, Natural, Number, Positive, 
 from pipeline.data.tasks import LEAST_GATE, TaskConfig
 from workers.masks.spec import MaskSpec
 from workers.scoring.metrics import CLASSIFICATION_METRICS, METRICS
-from workers.text.prompt import DEFAULT_TARGET_TOKENS, DEFAULT_WRAPPER
+from workers.text.prompt import ANSWER, DEFAULT_TARGET_TOKENS
+from workers.text.wrapper import AUTO
 
 __all__ = ["GIB", "PipelineConfig", "ResourcesConfig", "WorkerResources", "dump_config", "load_config"]
 
@@ -37,8 +38,10 @@ Weights = dict[str, Strict] | Literal["training_rows"]
 class PromptConfig(Section):
     """How a task's text becomes the model's input."""
 
-    wrapper: str = DEFAULT_WRAPPER
-    """Text around every prompt; `{prompt}` stands for the filled-in task template. No system prompt is added."""
+    wrapper: str = AUTO
+    """Text around every prompt; `{prompt}` stands for the filled-in task template. No system prompt is added. An answer
+    ends with eos, or with what follows `{answer}` at the end of this text. `auto`: the base's own chat template, with
+    its end of an answer; without one, the text and a newline; for classification, the text alone."""
     max_input_tokens: Positive = 96
     """Longer inputs lose tokens on the left (the end of a question matters more than its beginning)."""
     max_target_tokens: Positive = DEFAULT_TARGET_TOKENS
@@ -47,8 +50,11 @@ class PromptConfig(Section):
     @field_validator("wrapper")
     @classmethod
     def _has_placeholder(cls, value: str) -> str:
-        if value.count("{prompt}") != 1:
-            raise ValueError("must contain {prompt} exactly once")
+        before, _, end = value.partition(ANSWER)
+        if value != AUTO and (before.count("{prompt}") != 1 or "{prompt}" in end or ANSWER in end):
+            raise ValueError(
+                "must contain {prompt} exactly once, perhaps {answer} and the end of an answer behind it, or be auto"
+            )
         if found := [field for field in ("{input}", "{options}") if field in value]:
             raise ValueError(f"{found[0]} belongs into a task's template, which stands where {{prompt}} is")
         return value

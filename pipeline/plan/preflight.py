@@ -12,9 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from infra.errors import ConfigError, FactoryError
 from infra.registry import runs as registry
@@ -27,21 +25,27 @@ from pipeline.config.candidates import Candidates, list_candidates, merge_plan
 from pipeline.config.expert_kinds import EXPERT_KINDS
 from pipeline.config.model import GIB, PipelineConfig
 from pipeline.data.tasks import TaskData, learned_elsewhere, load_tasks
-from pipeline.flow.recipes import prompt_spec, train_spec
+from pipeline.flow.recipes import train_spec
 from pipeline.flow.registration import CHECKPOINT, MERGED
+from pipeline.plan.check_base import (
+    base_tokenizer,
+    check_adapted,
+    check_rows,
+    empty_base,
+    settle_prompt,
+    training_lengths,
+)
 from pipeline.plan.cluster import slots_of
 from pipeline.plan.figures import given, needed, there_is
 from pipeline.plan.node_memory import largest_node
 from pipeline.plan.waiting import missing
 from pipeline.records.outcome import Inputs
 from workers.base.cache import cache_dir
-from workers.base.load import load_classifier_tokenizer, load_tokenizer
 from workers.base.modules import find_targets, stacked_rows
 from workers.base.prepare import PreparedBase, prepare_base, upload_base
 from workers.measuring.catalogue import MEASUREMENTS
-from workers.scoring.classification import encode_labelled
 from workers.tensors.checkpoint import WEIGHTS
-from workers.text.prompt import encode_examples, target_token_cap
+from workers.text.prompt import target_token_cap
 from workers.training.objectives import CHUNK_LOGITS
 
 PROCESS_GIB = 0.9
@@ -169,34 +173,34 @@ def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Pr
     cache = cache_dir()
     console.print(f"base {config.base}", highlight=False)
     base = prepare_base(config.base, cache)
+    config = settle_prompt(config, base, console)
     console.print(f"{len(config.held_in)} held-in and {len(config.held_out)} held-out tasks", highlight=False)
     tasks = load_tasks({**config.held_in, **config.held_out}, cache, config.splits.model_dump(), config.seed)
     for name, count in learned_elsewhere(tasks, config.held_in).items():
         text = f"{count} of its {len(tasks[name].splits['test'])} test rows are training rows of another held-in task"
         console.print(f"warning: {name}: {text}, so a merge knows them", style="yellow", highlight=False, markup=False)
-    classifies = config.objective == "classification"
-    tokenizer = load_classifier_tokenizer(base.path) if classifies else load_tokenizer(base.path)
-    cost = expected_cost(config, base, tasks, tokenizer)
-    check_room(config, cost)
+    model = empty_base(config, base)
+    find_targets(model, config.mask.modules)
     caps = dict.fromkeys(tasks, 1)
-    if not classifies:
-        limit = config.prompt.max_target_tokens
+    if config.objective == "language_modelling":
+        tokenizer, limit = base_tokenizer(config, base), config.prompt.max_target_tokens
         caps = {
             name: min(limit, data.config.max_new_tokens or target_token_cap(tokenizer, data.splits["train"]))
             for name, data in tasks.items()
         }
+    cost = expected_cost(config, base, tasks, model, check_rows(config, base, model, tasks, caps))
+    check_room(config, cost)
     listed = list_candidates(config, {name: len(tasks[name].splits["train"]) for name in config.held_in})
     console.print(merge_plan(config, listed), highlight=False, markup=False)
-    return Prepared(config, store, base, tasks, caps, listed, cost, _fused_rows(config, base, listed))
+    return Prepared(config, store, base, tasks, caps, listed, cost, _fused_rows(config, model, listed))
 
 
-def _fused_rows(config: PipelineConfig, base: PreparedBase, listed: Candidates) -> dict[str, tuple[int, int, int]]:
+def _fused_rows(config: PipelineConfig, model: Any, listed: Candidates) -> dict[str, tuple[int, int, int]]:
     """Where query, key and value lie in fused weights, if a candidate asks. Raises ConfigError where nobody can say."""
     if not any(candidate.splits_fused for candidate in listed.all):
         return {}
-    structure = AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
-    targets = find_targets(_empty_model(structure, config.objective == "classification"), config.mask.modules)
-    return stacked_rows(structure, {f"{name}.weight": tuple(t.module.weight.shape) for name, t in targets.items()})
+    targets = find_targets(model, config.mask.modules)
+    return stacked_rows(model.config, {f"{name}.weight": tuple(t.module.weight.shape) for name, t in targets.items()})
 
 
 def upload_inputs(prepared: Prepared) -> None:
@@ -213,29 +217,31 @@ def upload_inputs(prepared: Prepared) -> None:
         list(pool.map(upload, [(data, split) for data in prepared.tasks.values() for split in data.splits]))
 
 
-def expected_cost(config: PipelineConfig, base: PreparedBase, tasks: dict[str, TaskData], tokenizer: Any) -> Cost:
-    """Sizes and tokens of a run; `tokenizer` is the base's. ConfigError if modules, blocks or labels do not fit it."""
+def expected_cost(
+    config: PipelineConfig,
+    base: PreparedBase,
+    tasks: dict[str, TaskData],
+    empty: Any = None,
+    lengths: Mapping[str, Sequence[int]] | None = None,
+) -> Cost:
+    """Sizes and tokens of a run: of the base without values, `empty`, and of training examples of these `lengths`.
+    Raises ConfigError if modules, blocks or labels do not fit the base."""
     classifies = config.objective == "classification"
-    structure = AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
-    model = _empty_model(structure, classifies)
+    model = empty_base(config, base) if empty is None else empty
+    if not classifies:
+        check_adapted(base, find_targets(model, config.mask.modules))
     trainable, adapted, state_bytes = _trained(config, model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    tokenizer = None if lengths else base_tokenizer(config, base)
     tokens, longest = {}, 0
     for name in config.held_in:
-        data, prompt, limit = tasks[name], prompt_spec(config, tasks[name]), config.prompt.max_target_tokens
-        if classifies:
-            lengths = [
-                len(encode_labelled(tokenizer, prompt, row, data.labels).input_ids) for row in data.splits["train"]
-            ]
-        else:
-            examples = encode_examples(tokenizer, prompt, data.splits["train"], limit)
-            lengths = [len(example.input_ids) for example in examples]
+        data = tasks[name]
+        sizes = lengths[name] if lengths else training_lengths(config, tokenizer, data)
         train = train_spec(config, data)
-        tokens[name] = round(train.steps * train.batch_size * sum(lengths) / len(lengths))
-        longest = max(longest, *lengths)
+        tokens[name] = round(train.steps * train.batch_size * sum(sizes) / len(sizes))
+        longest = max(longest, *sizes)
     width = torch.finfo(getattr(torch, config.train.compute_dtype)).bits // 8
-    hidden, inner = structure.hidden_size, getattr(structure, "intermediate_size", 4 * structure.hidden_size)
-    layers = structure.num_hidden_layers
+    hidden, inner, layers = _sizes(model)
     one_layer = 8 * hidden + 4 * inner
     saved = layers * hidden + one_layer if config.train.gradient_checkpointing else layers * one_layer
     rows = min(config.train.micro_batch_size or config.train.batch_size, config.train.batch_size)
@@ -264,17 +270,13 @@ def expected_cost(config: PipelineConfig, base: PreparedBase, tasks: dict[str, T
     return Cost(trainable, adapted, parameters, tokens, int(worker), kind_bytes, int(cache_bytes))
 
 
-def _empty_model(structure: Any, classifies: bool) -> Any:
-    """The base's modules without weights."""
-    kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    try:
-        with init_empty_weights():
-            model = kind.from_config(structure, trust_remote_code=False)
-    except ValueError as error:
-        what = "classifier" if classifies else "causal language model"
-        raise ConfigError(f"base: transformers has no {what} of its kind ({error})") from error
-    model.tie_weights()  # out here: inside, tied parameters would become two
-    return model
+def _sizes(model: Any) -> tuple[int, int, int]:
+    """Width, inner width of an MLP and number of layers, as the configuration says; else guessed from the embedding."""
+    config = model.config
+    hidden = getattr(config, "hidden_size", None) or model.get_input_embeddings().weight.shape[1]
+    inner = getattr(config, "intermediate_size", None)
+    layers = getattr(config, "num_hidden_layers", None) or 1
+    return hidden, inner if isinstance(inner, int) else 4 * hidden, layers
 
 
 def _trained(config: PipelineConfig, model: Any) -> tuple[int, int, int]:

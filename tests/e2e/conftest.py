@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tests.e2e import here
 from tests.e2e.browser import NoBrowser, Pages, chromium, window
 from tests.e2e.here import Finished, Pipeline
+from workers.text.prompt import DEFAULT_WRAPPER
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["red", "blue", "green", "cat", "dog", "tree", "runs", "sleeps", "jumps", "the", "a", "small", "big", "old"]
@@ -80,7 +81,7 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Ca
         return {
             "suite": suite,
             "base": f"path:{tiny_base}",
-            "prompt": {"max_input_tokens": 64, "max_target_tokens": 16},
+            "prompt": {"wrapper": DEFAULT_WRAPPER, "max_input_tokens": 64, "max_target_tokens": 16},
             "splits": {"train": 64, "validation": 8, "gate": 8, "test": 8},
             "held_in": {f"in{number}": task(f"in{number}") for number in range(held_in)},
             "held_out": {"out0": task("out0")},

@@ -9,6 +9,7 @@ from pipeline.config.model import PipelineConfig
 from pipeline.data.tasks import SPLITS, TaskConfig, TaskData
 from pipeline.records.outcome import Inputs
 from workers.base.prepare import PreparedBase
+from workers.text.prompt import DEFAULT_WRAPPER
 from workers.text.rows import Row, fingerprint
 
 TASK = {"source": "jsonl:rows.jsonl", "metric": "exact_match"}
@@ -29,6 +30,7 @@ def inputs(store: Store, tasks: int = 6, registers: bool = True, **sections: Any
     given = {
         "suite": "mine",
         "base": "path:/nowhere",
+        "prompt": {"wrapper": DEFAULT_WRAPPER},
         "held_in": {f"task{number}": TASK for number in range(tasks)},
         "held_out": {"other": TASK},
         "train": {"steps": 3},

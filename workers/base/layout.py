@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import AdapterError, BaseModelError
-from workers.base.load import quiet_transformers
 from workers.base.modules import stacked_rows
 from workers.base.prepare import PreparedBase
+from workers.base.structure import first_line, quiet_transformers, read_config
 from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles
 
 
@@ -62,11 +62,7 @@ def fused_rows(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, t
 
     ``ConfigError`` for a fused weight that interleaves them, or whose layout is unknown.
     """
-    import transformers
-
-    with quiet_transformers():
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    return stacked_rows(config, shapes)
+    return stacked_rows(read_config(path), shapes)
 
 
 def _linear_weights(path: Path) -> set[str]:
@@ -75,11 +71,13 @@ def _linear_weights(path: Path) -> set[str]:
     from accelerate import init_empty_weights
     from torch import nn
 
-    with quiet_transformers():
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        kind: Any = getattr(transformers, (config.architectures or ["none"])[0], None)
-        if not hasattr(kind, "_from_config"):
-            raise BaseModelError(f"base {path}: its configuration names no known model class: {config.architectures}")
-        with init_empty_weights():
+    config = read_config(path)
+    kind: Any = getattr(transformers, (config.architectures or ["none"])[0], None)
+    if not hasattr(kind, "_from_config"):
+        raise BaseModelError(f"base {path}: its configuration names no known model class: {config.architectures}")
+    try:
+        with quiet_transformers(), init_empty_weights():
             model: nn.Module = kind._from_config(config)
+    except Exception as error:  # a field of the configuration that its class stumbles over
+        raise BaseModelError(f"base {path}: transformers builds no model of it ({first_line(error)})") from error
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}

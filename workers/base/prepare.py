@@ -1,9 +1,9 @@
 """The base model on a node: found, identified, cached, shared through the object store, and mapped into a process.
 
 A prepared base is a folder `<cache>/bases/<identity>/` with one `model.safetensors` in the checkpoint's own types, the
-configuration, the tokenizer and `identity.json`. Its identity is a SHA-256 over tensors (name, type, shape, bytes)
-and tokenizer files; container headers, sharding and the model configuration file's bookkeeping are not part of it.
-Code shipped with a checkpoint is never run. Adapters and training are elsewhere.
+configuration, the tokenizer and `identity.json`. What its identity covers is told in `workers.base.identity`; what is
+refused or put right on the way into the cache, in `workers.base.settle`. Code shipped with a checkpoint is never run.
+Adapters and training are elsewhere.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from infra.digests import file_sha256
 from infra.errors import BaseModelError, FactoryError
 from infra.store.layout import base_file, base_index
 from workers.base.downloads import fetch_pypi
-from workers.base.load import quiet_transformers
-from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles, hash_weights, write_weights
+from workers.base.identity import CONFIG, KEPT_FILES, base_identity, is_identified
+from workers.base.settle import settle
+from workers.base.structure import quiet_transformers
+from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles, write_weights
 
 IDENTITY = "identity.json"
-_TOKENIZER_FILES = (
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "special_tokens_map.json",
-    "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
-)  # fmt: skip
-_KEPT_FILES = ("config.json", "generation_config.json", *_TOKENIZER_FILES)
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_LAYOUT = 2
+"""Of a prepared folder: raised when preparing the same source gives another folder, so that it is prepared anew."""
 
 
 @dataclass(frozen=True)
@@ -90,22 +90,12 @@ def _bases(cache: Path) -> Path:
     return folder
 
 
-# -- identity --
-
-
-def base_identity(path: Path) -> str:
-    """Hex SHA-256 of tensors and tokenizer files (chat template included) of a prepared folder. Reads every byte."""
-    digest = hashlib.sha256(b"expert-factory base 1\n")
-    hash_weights(digest, CheckpointFiles.in_file(path / WEIGHTS))
-    for name in _TOKENIZER_FILES:
-        if (path / name).is_file():
-            digest.update(f"{name} {file_sha256(path / name)}\n".encode())
-    return digest.hexdigest()
+# -- a folder --
 
 
 def _stamp(path: Path) -> dict[str, dict[str, Any]]:
     files = {}
-    for name in sorted((WEIGHTS, *_KEPT_FILES)):
+    for name in sorted((WEIGHTS, *KEPT_FILES)):
         if (path / name).is_file():
             stat = (path / name).stat()
             files[name] = {"sha256": file_sha256(path / name), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -135,7 +125,7 @@ def verify_base(path: Path) -> PreparedBase:
     for name, file in json.loads((path / IDENTITY).read_text())["files"].items():
         if file_sha256(path / name) != file["sha256"]:
             raise BaseModelError(f"base {path}: {name} fails its checksum; remove the folder and run again")
-    if base_identity(path) != prepared.sha256:
+    if not is_identified(path, prepared.sha256):
         raise BaseModelError(f"base {path}: its contents are not {prepared.sha256}; remove the folder and run again")
     return prepared
 
@@ -173,7 +163,6 @@ def prepare_base(source: str, cache_dir: Path) -> PreparedBase:
             made = Path(temporary) / "base"
             made.mkdir()
             label, licence = makers[kind](name, made, Path(cache_dir))
-            _check_complete(made, source)
             prepared = _install(made, folder, base_identity(made), label, licence)
         note.write_text(json.dumps({"source": source, "sha256": prepared.sha256}))
     return prepared
@@ -181,15 +170,17 @@ def prepare_base(source: str, cache_dir: Path) -> PreparedBase:
 
 def _source_stamp(kind: str, name: str, source: str) -> str:
     """What a source's cached answer depends on: a folder's files by size and time, anything else by its name."""
-    if kind != "path":
+    if kind == "pypi":  # pinned by its checksum, and written by ourselves
         return source
+    if kind != "path":
+        return json.dumps([_LAYOUT, source])
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise BaseModelError(f"base {source!r}: no such folder; give a folder with config.json and *.safetensors")
     files = [
         (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir()) if file.is_file()
     ]
-    return json.dumps([str(folder.resolve()), files])
+    return json.dumps([_LAYOUT, str(folder.resolve()), files])
 
 
 def _install(made: Path, folder: Path, sha256: str, name: str, licence: str) -> PreparedBase:
@@ -206,20 +197,20 @@ def _install(made: Path, folder: Path, sha256: str, name: str, licence: str) -> 
 
 
 def _check_complete(path: Path, source: str) -> None:
-    if not (path / "config.json").is_file() or not (path / WEIGHTS).is_file():
-        raise BaseModelError(
-            f"base {source!r}: config.json or safetensors weights are missing; other formats are not accepted"
-        )
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        raise BaseModelError(f"base {source!r}: no tokenizer beside the weights (tokenizer.json)")
+    if not (path / CONFIG).is_file():
+        raise BaseModelError(f"base {source}: config.json is missing; give the folder of a whole checkpoint")
+    if not any((path / name).is_file() for name in _TOKENIZERS):
+        raise BaseModelError(f"base {source}: no tokenizer beside the weights (tokenizer.json)")
 
 
 def _from_path(name: str, made: Path, cache_dir: Path) -> tuple[str, str]:
     folder = Path(name).expanduser()
-    write_weights(made / WEIGHTS, CheckpointFiles.in_folder(folder))
-    for kept in _KEPT_FILES:
+    files = CheckpointFiles.in_folder(folder)
+    for kept in KEPT_FILES:
         if (folder / kept).is_file():
             shutil.copyfile(folder / kept, made / kept)
+    _check_complete(made, f"path:{name}")
+    write_weights(made / WEIGHTS, files, names=settle(made, files, f"path:{name}"))
     return folder.resolve().name, _license_of(folder)
 
 
@@ -239,7 +230,7 @@ def _from_hub(name: str, made: Path, cache_dir: Path) -> tuple[str, str]:
     repo, _, revision = name.partition("@")
     try:
         folder = snapshot_download(
-            repo, revision=revision or None, allow_patterns=["*.safetensors*", *_KEPT_FILES, "README.md"]
+            repo, revision=revision or None, allow_patterns=["*.safetensors*", *KEPT_FILES, "README.md"]
         )
     except Exception as error:  # the hub's client raises many kinds: network, credentials, names
         raise BaseModelError(f"base hub:{name}: cannot be fetched ({type(error).__name__}: {error})") from error
@@ -292,7 +283,7 @@ def _dequantise(gguf: Path, made: Path, pad_token: str) -> None:
         plain.save_pretrained(raw)
         tokenizer.save_pretrained(raw)
     write_weights(made / WEIGHTS, CheckpointFiles.in_file(raw / WEIGHTS))
-    for name in _KEPT_FILES:
+    for name in KEPT_FILES:
         if (raw / name).is_file():
             shutil.move(str(raw / name), made / name)
     shutil.rmtree(raw)
@@ -338,10 +329,10 @@ def fetch_base(store: BaseStore, sha256: str, cache_dir: Path) -> Path:
             made = Path(temporary) / "base"
             made.mkdir()
             for name, file in index["files"].items():
-                if name not in (WEIGHTS, *_KEPT_FILES):
+                if name not in (WEIGHTS, *KEPT_FILES):
                     raise BaseModelError(f"base {sha256}: unexpected file {name!r} in its index")
                 store.download_file(base_file(sha256, name), made / name, sha256=file["sha256"])
-            if base_identity(made) != sha256:
+            if not is_identified(made, sha256):
                 raise BaseModelError(
                     f"base {sha256}: the object store holds other contents at {base_file(sha256, '')}; upload it again"
                 )

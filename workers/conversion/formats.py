@@ -7,7 +7,6 @@ and shape has been checked. Training and merging are elsewhere.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import AdapterError
+from workers.adapters.older_readers import for_older_readers
 from workers.adapters.support import LazyTensors, SparseTensor
 from workers.adapters.writer import AdapterMeta, AdapterReader, check_base, save_adapter
 from workers.base.cache import cache_dir
@@ -137,7 +137,7 @@ def to_checkpoint(file: Path, base: BaseLayout, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     for kept in small_files(base.path):
-        shutil.copyfile(kept, folder / kept.name)
+        (folder / kept.name).write_bytes(for_older_readers(kept.name, kept.read_bytes()))
     pieces = {name: weights.piece(name) for name in weights.names}
     write_tensors(folder / WEIGHTS, [(name, piece.dtype, piece.shape) for name, piece in pieces.items()], content)
 

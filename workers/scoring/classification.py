@@ -104,6 +104,8 @@ def encode_text(tokenizer: Any, prompt: PromptSpec, row: Row) -> list[int]:
     """
     text = truncate_left(tokenizer, row.input, prompt.max_input_tokens)
     ids = rendered_ids(tokenizer, pieces(prompt, text, row.options), add_special_tokens=True)
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the wrapper's and the tokenizer's own
+        del ids[0]
     if not 0 < len(ids) <= tokenizer.model_max_length:
         raise DataError(
             f"row {row.id}: {len(ids)} tokens with template and wrapper, 1 to {tokenizer.model_max_length} accepted; "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,20 +171,26 @@ def _unsound(what: str) -> Bad:
 # -- rewritten, hashed, mapped --
 
 
-def write_weights(path: Path, files: CheckpointFiles, dtype: torch.dtype | None = None) -> None:
-    """All tensors of a checkpoint as one aligned file, streamed; floating ones converted if `dtype` is given."""
+def write_weights(
+    path: Path, files: CheckpointFiles, dtype: torch.dtype | None = None, names: Mapping[str, str] | None = None
+) -> None:
+    """Tensors of a checkpoint as one aligned file, streamed; floating ones converted if `dtype` is given.
+
+    `names`: those that are written, each with the name that it has in `files` (default: all under their own).
+    """
+    of = names if names is not None else {name: name for name in files.names}
 
     def stored(name: str) -> torch.dtype:
-        own = files.piece(name).dtype
+        own = files.piece(of[name]).dtype
         return dtype if dtype is not None and own.is_floating_point else own
 
     def content(name: str) -> Iterator[bytes | memoryview]:
-        own = files.piece(name).dtype
-        for chunk in files.chunks(name):
+        own = files.piece(of[name]).dtype
+        for chunk in files.chunks(of[name]):
             same = stored(name) == own
             yield chunk if same else raw_bytes(torch.frombuffer(bytearray(chunk), dtype=own).to(stored(name)))
 
-    write_tensors(path, [(name, stored(name), files.piece(name).shape) for name in files.names], content)
+    write_tensors(path, [(name, stored(name), files.piece(of[name]).shape) for name in sorted(of)], content)
 
 
 def hash_weights(digest: hashlib._Hash, files: CheckpointFiles) -> None:

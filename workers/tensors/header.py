@@ -119,12 +119,17 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _piece(name: str, entry: Any, data: int, size: int) -> Piece:
     try:
-        dtype = DTYPES[entry["dtype"]]
-        shape = entry["shape"]
+        kind, shape = entry["dtype"], entry["shape"]
         start, end = entry["data_offsets"]
         numbers = [*shape, start, end]
     except (KeyError, TypeError, ValueError):
-        raise TensorFileError(f"entry {name[:100]!r} is malformed or of an unsupported dtype") from None
+        raise TensorFileError(f"entry {name[:100]!r} is malformed") from None
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise TensorFileError(
+            f"entry {name[:100]!r} has type {str(kind)[:20]}: quantised, or of a kind that is not read here; accepted: "
+            "bfloat16, float16, float32 and the like"
+        )
+    dtype = DTYPES[kind]
     if not all(type(n) is int and 0 <= n < _MAX_SIDE for n in numbers):
         raise TensorFileError(f"entry {name[:100]!r} has sizes that are no integers from 0 to 2⁶³ − 1")
     if end - start != _bytes_up_to(size, shape, dtype) or data + end > size:

@@ -22,8 +22,10 @@ from infra.errors import ConfigError
 from workers.text.literal import Piece, holds_control, literal_ids, literal_ids_all, rendered_ids, rendered_ids_all
 from workers.text.rows import Row
 
-#: Chat format of SmolLM2 without the default system prompt (which would add some 20 tokens to every example).
 DEFAULT_TARGET_TOKENS = 64
+ANSWER = "{answer}"
+"""In a wrapper: where the answer goes, if it is to end otherwise than with eos; the text behind it is its end."""
+#: Chat format of SmolLM2 without the default system prompt (which would add some 20 tokens to every example).
 DEFAULT_WRAPPER = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 _FIELD = re.compile(r"\{(input|options)\}")
@@ -32,7 +34,8 @@ _OPTION_SEPARATOR = "; "
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """How a row becomes a prompt. `wrapper` holds `{prompt}`; `template` holds `{input}` and perhaps `{options}`.
+    """How a row becomes a prompt. `wrapper` holds `{prompt}`, and perhaps `{answer}` with what ends an answer behind
+    it; `template` holds `{input}` and perhaps `{options}`.
 
     Raises ConfigError when a placeholder is missing. `max_input_tokens` bounds the row's input alone: longer inputs
     lose their beginning (the question usually stands at the end).
@@ -61,6 +64,12 @@ class Example:
     target_start: int
 
 
+def answer_end(tokenizer: Any, spec: PromptSpec) -> list[int]:
+    """Ids of what an answer ends with: eos, or what the wrapper says."""
+    end = spec.wrapper.partition(ANSWER)[2]
+    return tokenize(tokenizer, end) if end else [int(tokenizer.eos_token_id)]
+
+
 def render(spec: PromptSpec, text: str, options: Sequence[str] | None = None) -> str:
     """The prompt as one string."""
     return "".join(piece.text for piece in pieces(spec, text, options))
@@ -71,7 +80,7 @@ def pieces(spec: PromptSpec, text: str, options: Sequence[str] | None = None) ->
     if options is None and "{options}" in spec.template:
         raise ConfigError(f"template {spec.template!r} uses {{options}}, but the row {text[:60]!r} has none")
     values = {"input": text, "options": _OPTION_SEPARATOR.join(options or ())}
-    frame = spec.wrapper.replace("{prompt}", spec.template, 1)
+    frame = spec.wrapper.partition(ANSWER)[0].replace("{prompt}", spec.template, 1)
     parts = _FIELD.split(frame)  # text, field, text, …
     return [Piece(values[part], data=True) if at % 2 else Piece(part) for at, part in enumerate(parts)]
 
@@ -117,10 +126,12 @@ def encode_prompt(tokenizer: Any, spec: PromptSpec, row: Row) -> list[int]:
     return rendered_ids(tokenizer, pieces(spec, text, row.options))
 
 
-def encode_target(tokenizer: Any, target: str, max_tokens: int | None = None) -> list[int]:
-    """Ids of a target followed by eos; cut after `max_tokens` (then without eos: the model is not taught to stop
-    there)."""
-    ids = [*literal_ids(tokenizer, target), int(tokenizer.eos_token_id)]
+def encode_target(
+    tokenizer: Any, target: str, max_tokens: int | None = None, end: Sequence[int] | None = None
+) -> list[int]:
+    """Ids of a target followed by `end` (eos); cut after `max_tokens` (then without an end: the model is not taught to
+    stop there)."""
+    ids = [*literal_ids(tokenizer, target), *([int(tokenizer.eos_token_id)] if end is None else end)]
     return ids if max_tokens is None else ids[:max_tokens]
 
 
@@ -129,7 +140,8 @@ def encode_example(
 ) -> Example:
     """Prompt and one of the row's targets (`target_index` modulo their number), tokenised apart and joined."""
     prompt = encode_prompt(tokenizer, spec, row)
-    target = encode_target(tokenizer, row.targets[target_index % len(row.targets)], max_target_tokens)
+    answer = row.targets[target_index % len(row.targets)]
+    target = encode_target(tokenizer, answer, max_target_tokens, answer_end(tokenizer, spec))
     return Example(tuple(prompt + target), len(prompt))
 
 
@@ -142,9 +154,9 @@ def encode_examples(
         tokenizer, [pieces(spec, text, row.options) for text, row in zip(texts, rows, strict=True)]
     )  # fmt: skip
     targets = literal_ids_all(tokenizer, [row.targets[0] for row in rows])
-    eos = int(tokenizer.eos_token_id)
+    end = answer_end(tokenizer, spec)
     return [
-        Example(tuple(prompt + [*target, eos][:max_target_tokens]), len(prompt))
+        Example(tuple(prompt + [*target, *end][:max_target_tokens]), len(prompt))
         for prompt, target in zip(prompts, targets, strict=True)
     ]
 
@@ -154,8 +166,9 @@ def few_shot_ids(tokenizer: Any, spec: PromptSpec, shots: Sequence[Row]) -> list
     turns: list[Piece] = []
     for row in shots:
         text = truncate_left(tokenizer, row.input, spec.max_input_tokens)
+        end = spec.wrapper.partition(ANSWER)[2] or tokenizer.eos_token or ""
         turns += pieces(spec, text, row.options)
-        turns += [Piece(row.targets[0], data=True), Piece((tokenizer.eos_token or "") + "\n")]
+        turns += [Piece(row.targets[0], data=True), Piece(end + "\n")]
     return rendered_ids(tokenizer, turns)
 
 

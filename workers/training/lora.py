@@ -15,8 +15,8 @@ from torch import nn
 
 from infra.errors import FactoryError
 from workers.adapters.writer import LowRank
-from workers.base.load import quiet_transformers
 from workers.base.modules import find_targets
+from workers.base.structure import quiet_transformers
 from workers.training.kinds import LoraSpec, check_whole
 
 _NAME = "default"

@@ -18,6 +18,7 @@ from pipeline.config.model import PipelineConfig, WorkerResources
 from pipeline.data.tasks import TaskConfig, TaskData, fingerprint
 from pipeline.flow.recipes import expert_spec
 from pipeline.plan import preflight
+from pipeline.plan.check_base import empty_base
 from pipeline.plan.cluster import GIB, ray_options, slots_of
 from pipeline.plan.node_memory import NodeNeed, largest_node
 from pipeline.plan.preflight import (
@@ -81,7 +82,7 @@ def test_parts_of_fused_weights_are_looked_up_where_a_candidate_asks(base: Prepa
     """This base has none; one that interleaves them is refused before training."""
     asking = {"candidates": [{"method": "iso_c", "params": {"parts": "qkv"}}]}
     listed = Candidates((Candidate("iso_c", {"parts": "qkv"}),))
-    assert preflight._fused_rows(config(merge=asking), base, listed) == {}
+    assert preflight._fused_rows(config(merge=asking), empty_base(config(), base), listed) == {}
 
 
 def test_an_experiment_registers_nothing_and_exports_nothing() -> None:

@@ -148,7 +148,7 @@ def test_seeds_and_steps_that_follow_from_rows_are_not_repeated() -> None:
 
 
 def supports(then: dict[str, TaskData], now: dict[str, TaskData]) -> list[str]:
-    shared = config(mask=SCORED)
+    shared = config(mask=SCORED, prompt={"wrapper": "{prompt}"})
     old, new = (support_recipe(shared, BASE, tasks) for tasks in (then, now))
     before = made(expert_recipe(shared, BASE, then["one"], old.key), {old.key: "digest"})
     recipe = expert_recipe(shared, BASE, now["one"], new.key)
