@@ -10,7 +10,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from workers.adapters.tensor_file import WEIGHTS
 
 from infra.errors import BaseModelError
 from tests.workers import tiny
@@ -18,6 +17,7 @@ from tests.workers.families import FAMILIES, save_family
 from workers.base.load import empty_classifier, load_classifier, load_model, load_tokenizer, stop_ids
 from workers.base.prepare import prepare_base
 from workers.base.structure import empty_model
+from workers.tensors.checkpoint import WEIGHTS
 
 IDS = torch.tensor([[5, 10, 20, 30, 40, 17, 33]])
 
