@@ -23,6 +23,7 @@ from typing import Any
 import requests
 import yaml
 
+from infra.ending import start
 from infra.errors import ConfigError, FactoryError
 from infra.schedule import webhook
 from infra.schedule.scheduler import mlflow_run
@@ -158,9 +159,13 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main(arguments: list[str] | None = None, wait: Callable[[float], None] = time.sleep) -> int:
+def main(
+    arguments: list[str] | None = None,
+    wait: Callable[[float], None] = time.sleep,
+    prog_name: str = "python -m infra.rayjob",
+) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m infra.rayjob", description="Run a RayJob to its end.")
+    parser = argparse.ArgumentParser(prog=prog_name, description="Run a RayJob to its end.")
     parser.add_argument("manifest", type=Path)
     options = parser.parse_args(arguments)
     url, suite = None, ""
@@ -188,4 +193,4 @@ def main(arguments: list[str] | None = None, wait: Callable[[float], None] = tim
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main, "python -m infra.rayjob")

@@ -1,8 +1,7 @@
 """`python -m infra.stack`: the local stack."""
 
-import sys
-
-from infra.stack.services import main
+from infra.deferred import deferred
+from infra.ending import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(deferred("infra.stack.services:main"), "python -m infra.stack")

@@ -360,9 +360,9 @@ def _stop(state: StackState, names: tuple[str, ...] | list[str]) -> None:
 # -- command line ------------------------------------------------------------------------------------------------
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog_name: str = "python -m infra.stack") -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m infra.stack", description="The local stack: S3, MLflow, Ray.")
+    parser = argparse.ArgumentParser(prog=prog_name, description="The local stack: S3, MLflow, Ray.")
     parser.add_argument("command", choices=["up", "down", "status", "env"])
     parser.add_argument("--home", type=Path, default=None, help="default: $FACTORY_HOME, else ./.factory")
     parser.add_argument("--num-cpus", type=int, default=None, help="CPUs that Ray may use (default: all)")
