@@ -5,23 +5,29 @@ Exit status: 0 done; 1 something failed, finished work is kept; 2 bad input; 130
 
 import contextlib
 import getpass
+import os
 import signal
 import sys
-import tempfile
 import threading
 import time
+import traceback
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import ray
 from rich.console import Console
 
+from infra.ending import message
 from infra.environment import code_version
-from infra.errors import ConfigError, FactoryError, RegistryError
+from infra.errors import FactoryError, RegistryError
+from infra.outputs import check_output
 from infra.registry import runs as registry
 from infra.store.s3 import Store
 from pipeline.config.model import dump_config, load_config
-from pipeline.plan.cluster import connect_to_ray, submission_id
+from pipeline.plan.cluster import check_answers, connect_to_ray, submission_id
 from pipeline.plan.preflight import Prepared, check_services, prepare_inputs, upload_inputs
 from pipeline.records.outcome import Outcome
 from pipeline.report import mlflow_page as run_page
@@ -39,28 +45,30 @@ def main(config_path: str, report: Path | None, overrides: tuple[str, ...]) -> N
     console = Console(soft_wrap=True, width=wide)
     try:
         config = load_config(config_path, list(overrides))
-        check_report_folder(report)
+        if report is not None:
+            check_output(report, "--report", folder=True)
         store = Store.from_env()
         check_services(config, store)
+        check_answers(os.environ.get("RAY_ADDRESS", ""))
         prepared = prepare_inputs(config, store, console)
-        connect_to_ray()
+        connect_to_ray(config.resources.retries)
         slots = prepared.check_cluster(ray.nodes(), console)
-        run_id = start_run(prepared)
-    except FactoryError as error:
-        _print_error(console, error)
+        with on_signals(signal.default_int_handler):  # SIGTERM, for which ray.init has a handler, is `ray job stop`
+            run_id = start_run(prepared)
+    except Exception as error:
+        _print_error(console, message(error))
         sys.exit(2)
-    sys.exit(run(prepared, run_id, slots, report, console))
+    with on_signals(signal.default_int_handler):
+        status = run(prepared, run_id, slots, report, console)
+    sys.exit(status)
 
 
 def run(prepared: Prepared, run_id: str, slots: int, report: Path | None, console: Console) -> int:
     """Run and report. Returns the exit status."""
-    config = prepared.config
+    config, status = prepared.config, "FAILED"
     stop = threading.Event()  # a flag, because an exception raised inside Ray's C++ calls would not reach us as it is
-    for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which installs its own; SIGTERM is `ray job stop`
-        signal.signal(number, lambda *_: stop.set())
-    console.print(f"run {run_id} in MLflow experiment {config.suite!r}", highlight=False)
-    status = "FAILED"
     try:
+        console.print(f"run {run_id} in MLflow experiment {config.suite!r}", highlight=False)
         console.print(registry.run_page(run_id), highlight=False, markup=False)
         seeds, found = config.seeds or [config.seed], []
         replicates, announced = prepared.replicates(run_id), Announcements(prepared.store, run_id)
@@ -70,30 +78,48 @@ def run(prepared: Prepared, run_id: str, slots: int, report: Path | None, consol
             if len(seeds) > 1:
                 console.print(f"seed {seeds[at]}, {at + 1} of {len(seeds)}", highlight=False)
             outcome = Outcome(slots=slots)
-            with announced.following(outcome):
+            with announced.following(outcome), on_signals(lambda *_: stop.set()):
                 execute(inputs, outcome, Display(list(config.held_in), console), stop, announced.add)
+            if stop.is_set():
+                raise Stopped
             found.append(build_results(inputs, outcome))
         publish_report(prepared.store, config, run_id, combine(seeds, found), report, console)
         status = "FINISHED"
         return 0
-    except FactoryError as error:
-        _print_error(console, error)
+    except Exception as error:
+        said = message(error)
+        _print_error(console, said)
         with contextlib.suppress(FactoryError):  # the services themselves may be what failed
-            registry.describe_run(run_id, run_page.failure(str(error)))
+            registry.describe_run(run_id, run_page.failure(said))
+            if not isinstance(error, FactoryError):  # a job's driver may have been on a machine that goes away
+                registry.log_text(run_id, "".join(traceback.format_exception(error)), "report/traceback.txt")
         return 1
-    except Stopped:
+    except (Stopped, KeyboardInterrupt):
         status = "KILLED"
         console.print("stopped; finished experts, nodes and scores are kept and the next run continues from there")
         return 130
     finally:
-        for tidy in (
-            partial(registry.finish_run, run_id, status),
-            partial(registry.kill_running_children, run_id),  # of workers that were lost
-        ):
-            try:
-                tidy()
-            except RegistryError as error:  # what the run came to stands
-                console.print(f"MLflow does not know the end of the run: {error}", style="yellow", markup=False)
+        with on_signals(signal.SIG_IGN):  # a second one does not keep the run from being marked
+            for tidy in (
+                partial(registry.finish_run, run_id, status),
+                partial(registry.kill_running_children, run_id),  # of workers that were lost
+            ):
+                try:
+                    tidy()
+                except RegistryError as error:  # what the run came to stands
+                    console.print(f"MLflow does not know the end of the run: {error}", style="yellow", markup=False)
+
+
+@contextlib.contextmanager
+def on_signals(handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> Iterator[None]:
+    """Inside the block SIGINT and SIGTERM are handled so."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, each in zip(numbers, before, strict=True):
+            signal.signal(number, each)
 
 
 def start_run(prepared: Prepared) -> str:
@@ -108,10 +134,10 @@ def start_run(prepared: Prepared) -> str:
     run_id = registry.start_run(suite, time.strftime("%Y%m%d-%H%M%S"), tags, prepared.parameters())
     try:  # now, and not after hours of training, it is seen whether the server can store files
         registry.log_text(run_id, dump_config(prepared.config), "report/config.yaml")
-    except FactoryError:
-        registry.finish_run(run_id, "FAILED")
+        registry.describe_experiment(suite, run_page.experiment(suite))
+    except BaseException as error:
+        registry.finish_run(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
-    registry.describe_experiment(suite, run_page.experiment(suite))
     return run_id
 
 
@@ -122,18 +148,5 @@ def _user() -> str:
         return ""
 
 
-def check_report_folder(folder: Path | None) -> None:
-    """Raises ConfigError now if the report could not be written at the end."""
-    if folder is not None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise ConfigError(
-                f"--report {folder}: cannot be written ({error.strerror}); name another folder"
-            ) from error
-
-
-def _print_error(console: Console, error: FactoryError) -> None:
-    console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+def _print_error(console: Console, said: str) -> None:
+    console.print(f"error: {said}", style="bold red", markup=False, highlight=False)
