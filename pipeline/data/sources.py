@@ -100,7 +100,7 @@ def bigbench_rows(path: Path, source: str, choice: bool) -> list[Row]:
     """Rows of a BIG-bench JSON task. With `target_scores`, the options and their best-scored ones are the answer,
     unless the task also has free-text targets and `choice` is false."""
     try:
-        examples = json.loads(path.read_text())["examples"]
+        examples = json.loads(path.read_text(encoding="utf-8"))["examples"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{source}: its task.json has no readable examples ({error})") from error
     rows = []
