@@ -99,23 +99,30 @@ def _exit(text: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-@contextlib.contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """Set once Ctrl-C was pressed inside the block. Where interrupts are ignored or handled already they stay so."""
-    asked = threading.Event()
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
-        yield asked
-        return
+class _Interrupt:
+    """A handler of SIGINT that raises KeyboardInterrupt and remembers it."""
 
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        asked.set()
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+
+    def __call__(self, number: int, frame: FrameType | None) -> NoReturn:
+        self.asked.set()
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, interrupt)
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Set once Ctrl-C was pressed inside the block, or one around it. Where interrupts are ignored or handled already
+    they stay so."""
+    before, ours = signal.getsignal(signal.SIGINT), _Interrupt()
+    if isinstance(before, _Interrupt):
+        yield before.asked
+        return
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+        yield ours.asked
+        return
+    signal.signal(signal.SIGINT, ours)
     try:
-        yield asked
+        yield ours.asked
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
