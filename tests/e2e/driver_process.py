@@ -34,7 +34,7 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else writes there, libraries in C too, goes to the log
     cluster.connect_to_ray()
-    driver.connect_to_ray = lambda: None  # type: ignore[assignment]
+    driver.connect_to_ray = lambda retries: None  # type: ignore[assignment]
     version = recipes.TRAIN_VERSION
     for line in sys.stdin:
         asked = json.loads(line)
