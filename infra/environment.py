@@ -121,7 +121,7 @@ def _ray_node() -> str:
 def _processor() -> str:
     """Model name of the first CPU on Linux, else what Python knows."""
     try:
-        with open("/proc/cpuinfo") as lines:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
             for line in lines:
                 if line.startswith("model name"):
                     return line.split(":", 1)[1].strip()

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from infra.deferred import deferred
+from infra.ending import start
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,4 +22,4 @@ def main(manifest: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m infra.rayjob")
+    start(main, "python -m infra.rayjob")

@@ -6,6 +6,7 @@ Listing and explaining the commands costs nothing, and `schedule` runs for month
 
 import click
 
+from infra.ending import start
 from pipeline.commands.gc import gc
 from pipeline.commands.models import models, promote, rollback
 from pipeline.commands.plan import plan
@@ -24,4 +25,4 @@ for _command in (plan, run, models, promote, rollback, gc, schedule, results_sch
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m pipeline")
+    start(main, "python -m pipeline")

@@ -12,7 +12,8 @@ from pathlib import Path
 if str(Path(__file__).resolve().parent.parent) not in sys.path:  # `python pipeline/main.py` puts only pipeline/ there
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from infra.ending import start
 from pipeline.commands.run import run as main
 
 if __name__ == "__main__":
-    main()
+    start(main, "python pipeline/main.py")

@@ -10,7 +10,9 @@ from typing import Any
 import click
 
 from infra.deferred import deferred
-from infra.errors import FactoryError
+from infra.ending import start
+from infra.errors import ConfigError
+from infra.outputs import check_output
 
 _base = click.option("--base", "source", required=True, help="pypi:NAME, path:FOLDER or hub:REPO[@REVISION]")
 _out = click.option("--out", type=click.Path(path_type=Path), required=True, help="what is written")
@@ -25,14 +27,13 @@ def _input(name: str) -> Callable[..., Any]:
     return click.argument(name, type=click.Path(path_type=Path))
 
 
-def _call(function: str, **options: Any) -> None:
-    """Errors for the user are printed without a traceback."""
+def _call(function: str, /, into_folder: bool = False, **options: Any) -> None:
+    """Do it, once it is seen that a file, or a folder, can be written to `out`."""
     try:
-        deferred(f"workers.conversion.formats:{function}")(**options)
-    except FactoryError as error:
+        check_output(options["out"], "--out", into_folder)
+    except ConfigError as error:
         raise click.ClickException(str(error)) from error
-    except OSError as error:
-        raise click.ClickException(f"{error.filename}: {error.strerror}") from error
+    deferred(f"workers.conversion.formats:{function}")(**options)
 
 
 @click.group()
@@ -56,7 +57,7 @@ def from_peft(**options: Any) -> None:
 @_out
 def to_peft(**options: Any) -> None:
     """An adapter FILE as a PEFT folder (low-rank: LoRA, sparse: SHiRA)."""
-    _call("convert_to_peft", **options)
+    _call("convert_to_peft", into_folder=True, **options)
 
 
 @main.command("from-checkpoint")
@@ -77,7 +78,7 @@ def from_checkpoint(**options: Any) -> None:
 @_out
 def to_checkpoint(**options: Any) -> None:
     """Base and adapter FILE joined into a full checkpoint folder."""
-    _call("convert_to_checkpoint", **options)
+    _call("convert_to_checkpoint", into_folder=True, **options)
 
 
 @main.command("from-delta")
@@ -100,4 +101,4 @@ def to_delta(**options: Any) -> None:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m workers.convert")
+    start(main, "python -m workers.convert")

@@ -7,9 +7,8 @@ Reads only; an experiment or a model that does not exist has no history. Runs an
 from collections.abc import Iterator
 
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 
-from infra.registry.runs import client, failed, model_name
+from infra.registry.runs import asking, client, model_name
 from infra.registry.versions import versions_where
 from infra.store.layout import RESULTS, run_file
 from infra.store.s3 import Store
@@ -18,14 +17,12 @@ from infra.store.s3 import Store
 def results_of_runs(store: Store, suite: str, limit: int = 10) -> Iterator[bytes]:
     """results.json of the suite's finished runs as stored, the latest first. Raises RegistryError, StoreError."""
     mlflow = client()
-    try:
+    with asking(f"list the runs of {suite!r}"):
         experiment = mlflow.get_experiment_by_name(suite)
         runs = [] if experiment is None else mlflow.search_runs(
             [experiment.experiment_id], "tags.kind = 'pipeline' and attributes.status = 'FINISHED'",
             max_results=limit, order_by=["attributes.start_time DESC"],
         )  # fmt: skip
-    except MlflowException as error:
-        raise failed(f"list the runs of {suite!r}", error) from error
     for run in runs:
         found = store.get_with_etag(run_file(run.info.run_id, RESULTS))
         if found is not None:
@@ -36,10 +33,8 @@ def expert_keys(suite: str, task: str, limit: int = 5) -> list[str]:
     """Keys of experts that the task has had, the likeliest present one first: of its latest registered version, then of
     its latest finished runs. Raises RegistryError."""
     mlflow = client()
-    try:
+    with asking(f"look for experts of {task!r}"):
         found = [*_registered(mlflow, model_name(suite, task)), *_trained(mlflow, suite, task, limit)]
-    except MlflowException as error:
-        raise failed(f"look for experts of {task!r}", error) from error
     return list(dict.fromkeys(found))
 
 

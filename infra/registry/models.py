@@ -24,7 +24,7 @@ from mlflow.exceptions import MlflowException
 from infra.errors import RegistryError
 from infra.registry.lineage import LINEAGE_FILE, TAG_LENGTH, Lineage
 from infra.registry.packaging import save_model
-from infra.registry.runs import client, failed, tracking_uri
+from infra.registry.runs import asking, client, tracking_uri
 from infra.store.layout import split_stored
 from infra.store.s3 import FileRef, split_uri
 
@@ -144,7 +144,7 @@ def register(model: Registration) -> tuple[int, bool]:
     Raises RegistryError, naming the model.
     """
     mlflow = client()
-    try:
+    with asking(f"register the model {model.name!r}"):
         _ensure_model(mlflow, model)
         found, made = _find(mlflow, model), None
         if found is None:
@@ -165,8 +165,6 @@ def register(model: Registration) -> tuple[int, bool]:
                 mlflow.delete_model_version(model.name, made.version)
         if found.description and VERSION_MARK in found.description:  # made now, or by a call that was interrupted
             mlflow.update_model_version(model.name, found.version, numbered(found.description, found.version))
-    except MlflowException as error:
-        raise failed(f"register the model {model.name!r}", error) from error
     return int(found.version), made is not None and int(found.version) == int(made.version)
 
 
@@ -186,20 +184,15 @@ def registered_versions(wanted: Mapping[str, tuple[str, str]]) -> dict[str, str]
         key, digest = wanted[name]
         return _first(mlflow, key, {DIGEST_TAG: digest}, name)
 
-    try:
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            found = dict(zip(wanted, pool.map(find, wanted), strict=True))
-    except MlflowException as error:
-        raise failed("look for registered versions", error) from error
+    with asking("look for registered versions"), ThreadPoolExecutor(max_workers=8) as pool:
+        found = dict(zip(wanted, pool.map(find, wanted), strict=True))
     return {name: f"models:/{name}/{version.version}" for name, version in found.items() if version is not None}
 
 
 def registered_as(key: str, digest: str) -> str | None:
     """``models:/<name>/<version>`` of an artifact, whatever its name; the first of several. Raises RegistryError."""
-    try:
+    with asking("look for a registered version"):
         found = _first(client(), key, {DIGEST_TAG: digest})
-    except MlflowException as error:
-        raise failed("look for a registered version", error) from error
     return f"models:/{found.name}/{found.version}" if found else None
 
 
@@ -208,10 +201,8 @@ def reuse(model: Registration) -> int | None:
 
     As `register` would find it, but nothing is made: ``run_id`` does not matter. Raises RegistryError.
     """
-    try:
+    with asking(f"look for the model {model.name!r}"):
         found = _find(client(), model)
-    except MlflowException as error:
-        raise failed(f"look for the model {model.name!r}", error) from error
     return int(found.version) if found else None
 
 
@@ -222,7 +213,7 @@ def check_model(name: str, task: str, kind: str) -> None:
     server does not answer.
     """
     mlflow = client()
-    try:
+    with asking(f"look at the model {name!r}"):
         try:
             found = mlflow.get_registered_model(_quoted(name))
         except MlflowException as error:
@@ -235,8 +226,6 @@ def check_model(name: str, task: str, kind: str) -> None:
             raise RegistryError(
                 f"the model {name!r} is registered for versions of kind {other!r}, not {kind!r}; take another name"
             )
-    except MlflowException as error:
-        raise failed(f"look at the model {name!r}", error) from error
 
 
 def _check_task(name: str, registered: str | None, task: str) -> None:

@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 
 from infra.registry import lineage
 from infra.registry.models import ADAPTER_TAG, BASE_TAG, CHECKPOINT_TAG, HEADS_TAG, KEY_TAG, has_files
-from infra.registry.runs import client, failed, pages
+from infra.registry.runs import asking, client, pages
 from infra.store.layout import attempt_of
 from infra.store.s3 import Store
 
@@ -48,7 +48,7 @@ class Referred:
 def pipeline_runs() -> dict[str, RunState]:
     """Every run of the pipeline that the server knows, deleted ones too, by id. Raises RegistryError."""
     mlflow = client()
-    try:
+    with asking("list its runs"):
         experiments = {
             found.experiment_id: found.lifecycle_stage == "active"
             for found in pages(lambda token: mlflow.search_experiments(ViewType.ALL, _PAGE, page_token=token))
@@ -59,8 +59,6 @@ def pipeline_runs() -> dict[str, RunState]:
             for start in range(0, len(ids), _EXPERIMENTS)
             for run in _runs(mlflow, ids[start : start + _EXPERIMENTS])
         }
-    except MlflowException as error:
-        raise failed("list its runs", error) from error
 
 
 def _runs(mlflow: MlflowClient, experiments: list[str]) -> Iterator[Run]:
@@ -87,7 +85,7 @@ def referred(store: Store, known: dict[str, list[str]] | None = None) -> Referre
     names.
     """
     mlflow = client()
-    try:
+    with asking("say what its registered models refer to"):
         versions = list(pages(lambda token: mlflow.search_model_versions(max_results=_PAGE, page_token=token)))
         ours = [version for version in versions if KEY_TAG in version.tags]
         merges = [v for v in ours if lineage.KEY_TAG in v.tags and v.tags.get(HEADS_TAG) != "0"]
@@ -96,8 +94,6 @@ def referred(store: Store, known: dict[str, list[str]] | None = None) -> Referre
         with ThreadPoolExecutor(_THREADS) as pool:
             known.update(zip((version.source for version in new), pool.map(_heads, new), strict=True))
         heads = [head for version in merges for head in known[version.source]]
-    except MlflowException as error:
-        raise failed("say what its registered models refer to", error) from error
     tags = [version.tags[tag] for version in ours for tag in (ADAPTER_TAG, CHECKPOINT_TAG) if tag in version.tags]
     places = [*(_name(store, uri) for uri in tags), *heads]
     return Referred(

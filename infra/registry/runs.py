@@ -5,6 +5,7 @@ as killed. Registered models are `infra.registry.models`. Uses ``MlflowClient`` 
 and Ray tasks may call it concurrently; retries are bounded by the MLFLOW_HTTP_REQUEST_* variables.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -16,13 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import requests
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
+from mlflow.utils.rest_utils import http_request
 
 from infra.errors import ConfigError, RegistryError
+from infra.registry.answers import FAULTS, one_line, refusal, unreachable
 
 # What is read are files of a few KB; MLflow reads this variable whenever it downloads one.
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -49,36 +52,29 @@ def client() -> MlflowClient:
     return MlflowClient(tracking_uri=tracking_uri(), registry_uri=tracking_uri())
 
 
-def check(timeout: float = 5.0, attempts: int = 2) -> None:
-    """Prove that the server answers and accepts the credentials; RegistryError after ``timeout * attempts`` s."""
+def check(timeout: float = 5.0, retries: int = 1) -> None:
+    """Prove that the server answers, accepts the credentials and lists experiments; RegistryError after about
+    ``timeout * (retries + 1)`` seconds without an answer."""
     uri = tracking_uri()
-    for attempt in range(attempts):
-        try:
-            answer = requests.get(f"{uri}/health", timeout=timeout)
-            break
-        except requests.RequestException as error:
-            if attempt == attempts - 1:
-                raise RegistryError(
-                    f"the MLflow server at {uri} is unreachable ({error}); start it (make up), "
-                    "or correct MLFLOW_TRACKING_URI"
-                ) from error
-    if answer.status_code in (401, 403):
-        raise _refused(uri)
-    if answer.status_code != 200:
-        raise RegistryError(f"{uri} answers {answer.status_code} to /health: not a healthy MLflow server")
     try:
-        client().search_experiments(max_results=1, view_type=ViewType.ACTIVE_ONLY)
-    except MlflowException as error:
-        if error.get_http_status_code() in (401, 403) or "401" in str(error) or "403" in str(error):
-            raise _refused(uri) from error
-        raise RegistryError(f"the MLflow server at {uri} does not list its experiments: {error}") from error
+        answer = http_request(
+            get_default_host_creds(uri), "/api/2.0/mlflow/experiments/search", "POST", json={"max_results": 1},
+            timeout=timeout, max_retries=retries, backoff_factor=1, raise_on_status=False,
+        )  # fmt: skip
+    except FAULTS as error:
+        raise RegistryError(unreachable(uri, error)) from error
+    if (wrong := refusal(uri, answer)) is not None:
+        raise RegistryError(wrong)
 
 
-def _refused(uri: str) -> RegistryError:
-    return RegistryError(
-        f"the MLflow server at {uri} refused the credentials; "
-        "check MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN"
-    )
+@contextlib.contextmanager
+def asking(what: str) -> Iterator[None]:
+    """Whatever the server or the way to it fails at inside becomes a RegistryError that says what could not be done."""
+    try:
+        yield
+    except FAULTS as error:
+        text = one_line(str(error))
+        raise RegistryError(f"the MLflow server at {tracking_uri()} could not {what}: {text}") from error
 
 
 # -- names -------------------------------------------------------------------------------------------------------
@@ -124,17 +120,16 @@ def start_run(
     all_tags = {key: str(value) for key, value in tags.items()}
     if parent_run_id is not None:
         all_tags[MLFLOW_PARENT_RUN_ID] = parent_run_id
-    try:
+    with asking(f"start the run {name!r}"):
         run = mlflow.create_run(_experiment_id(mlflow, experiment), run_name=name, tags=all_tags)
         items = [Param(key, str(value)) for key, value in params.items()]
         try:
             for start in range(0, len(items), _PARAMS):
                 mlflow.log_batch(run.info.run_id, params=items[start : start + _PARAMS])
-        except MlflowException:
-            mlflow.set_terminated(run.info.run_id, "FAILED")
+        except BaseException:
+            with contextlib.suppress(*FAULTS):
+                mlflow.set_terminated(run.info.run_id, "FAILED")
             raise
-    except MlflowException as error:
-        raise failed(f"start the run {name!r}", error) from error
     return str(run.info.run_id)
 
 
@@ -162,11 +157,9 @@ def log_history(run_id: str, metrics: Iterable[Mapping[str, float]]) -> None:
         if name != "step" and math.isfinite(value)
     ]
     mlflow = client()
-    try:
+    with asking(f"log metrics of run {run_id}"):
         for start in range(0, len(rows), _BATCH):
             mlflow.log_batch(run_id, metrics=rows[start : start + _BATCH])
-    except MlflowException as error:
-        raise failed(f"log metrics of run {run_id}", error) from error
 
 
 def histories(run_ids: Iterable[str], names: Iterable[str]) -> dict[tuple[str, str], list[tuple[int, float]]]:
@@ -181,21 +174,16 @@ def histories(run_ids: Iterable[str], names: Iterable[str]) -> dict[tuple[str, s
                 return []
             raise
 
-    try:
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            return dict(zip(keys, pool.map(read, keys), strict=True))
-    except MlflowException as error:
-        raise failed("read the metrics of runs", error) from error
+    with asking("read the metrics of runs"), ThreadPoolExecutor(max_workers=8) as pool:
+        return dict(zip(keys, pool.map(read, keys), strict=True))
 
 
 def log_data(run_id: str, name: str, digest: str, source: str, use: str) -> None:
     """Note a data set that a run reads: its name, digest (shortened) and source, and what it is used for, for example
     train. MLflow shows it with the run."""
     about = Dataset(name, digest[:_DIGEST], "reference", json.dumps({"uri": source}))
-    try:
+    with asking(f"note the data of run {run_id}"):
         client().log_inputs(run_id, datasets=[DatasetInput(about, [InputTag(MLFLOW_DATASET_CONTEXT, use)])])
-    except MlflowException as error:
-        raise failed(f"note the data of run {run_id}", error) from error
 
 
 def describe_run(run_id: str, text: str) -> None:
@@ -206,20 +194,16 @@ def describe_run(run_id: str, text: str) -> None:
 def describe_experiment(name: str, text: str) -> None:
     """Set the experiment's description (Markdown) if it has none: what somebody wrote there stays."""
     mlflow = client()
-    try:
+    with asking(f"describe the experiment {name!r}"):
         found = mlflow.get_experiment_by_name(name)
         if found is not None and not found.tags.get(MLFLOW_RUN_NOTE):
             mlflow.set_experiment_tag(found.experiment_id, MLFLOW_RUN_NOTE, text)
-    except MlflowException as error:
-        raise failed(f"describe the experiment {name!r}", error) from error
 
 
 def run_path(run_id: str) -> str:
     """Where the run's page is, below the server's address: ``#/experiments/…/runs/…``."""
-    try:
+    with asking(f"find run {run_id}"):
         return f"#/experiments/{client().get_run(run_id).info.experiment_id}/runs/{run_id}"
-    except MlflowException as error:
-        raise failed(f"find run {run_id}", error) from error
 
 
 def run_page(run_id: str) -> str:
@@ -234,7 +218,7 @@ def run_of_suite(run_id: str, parent_run_id: str, name: str) -> str:
     Raises RegistryError.
     """
     mlflow = client()
-    try:
+    with asking(f"find run {run_id}"):
         experiment = mlflow.get_experiment(mlflow.get_run(parent_run_id).info.experiment_id)
         try:
             found = mlflow.get_run(run_id).info
@@ -243,8 +227,6 @@ def run_of_suite(run_id: str, parent_run_id: str, name: str) -> str:
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-    except MlflowException as error:
-        raise failed(f"find run {run_id}", error) from error
     made = start_run(experiment.name, name, {"kind": "reused"}, {}, parent_run_id)
     finish_run(made, "FINISHED")
     return made
@@ -252,53 +234,43 @@ def run_of_suite(run_id: str, parent_run_id: str, name: str) -> str:
 
 def log_folder(run_id: str, folder: Path, name: str) -> None:
     """Store the files of a local folder as artifacts of a run, under ``name``."""
-    try:
+    with asking(f"store {name!r} with run {run_id}"):
         client().log_artifacts(run_id, str(folder), name)
-    except MlflowException as error:
-        raise failed(f"store {name!r} with run {run_id}", error) from error
 
 
 def log_text(run_id: str, text: str, name: str) -> None:
     """Store a text as an artifact of a run."""
-    try:
+    with asking(f"store {name!r} with run {run_id}"):
         client().log_text(run_id, text, name)
-    except MlflowException as error:
-        raise failed(f"store {name!r} with run {run_id}", error) from error
 
 
 def set_tags(run_id: str, tags: Mapping[str, Any]) -> None:
     """Set tags of a run in one call per 100."""
     items = [RunTag(key, str(value)) for key, value in tags.items()]
     mlflow = client()
-    try:
+    with asking(f"tag run {run_id}"):
         for start in range(0, len(items), _PARAMS):
             mlflow.log_batch(run_id, tags=items[start : start + _PARAMS])
-    except MlflowException as error:
-        raise failed(f"tag run {run_id}", error) from error
 
 
 def finish_run(run_id: str, status: str) -> None:
     """End a run as FINISHED, FAILED or KILLED."""
     if status not in ("FINISHED", "FAILED", "KILLED"):
         raise ValueError(f"bad status {status!r}: FINISHED, FAILED or KILLED")
-    try:
+    with asking(f"finish run {run_id}"):
         client().set_terminated(run_id, status)
-    except MlflowException as error:
-        raise failed(f"finish run {run_id}", error) from error
 
 
 def kill_running_children(parent_run_id: str) -> int:
     """Mark the parent's RUNNING children as KILLED, concurrently; returns how many. Made for the way out."""
     mlflow = client()
-    try:
+    with asking(f"mark the children of run {parent_run_id} as killed"):
         experiment = mlflow.get_run(parent_run_id).info.experiment_id
         where = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent_run_id}' and attributes.status = 'RUNNING'"
         runs = mlflow.search_runs([experiment], where, max_results=1000)
         killed = RunStatus.to_string(RunStatus.KILLED)
         with ThreadPoolExecutor(max_workers=8) as pool:
             list(pool.map(lambda run: mlflow.set_terminated(run.info.run_id, killed), runs))
-    except MlflowException as error:
-        raise failed(f"mark the children of run {parent_run_id} as killed", error) from error
     return len(runs)
 
 
@@ -311,8 +283,3 @@ def pages(search: Callable[[str | None], Iterable[Any]]) -> Iterator[Any]:
         token = found.token
         if not token:
             return
-
-
-def failed(what: str, error: MlflowException) -> RegistryError:
-    """The error for something that the server could not do."""
-    return RegistryError(f"the MLflow server at {tracking_uri()} could not {what}: {error}")

@@ -1,6 +1,5 @@
 """Versions of registered models as MLflow has them: tags, aliases and what a gate recorded with them; reads only."""
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from infra.errors import RegistryError
 from infra.registry import lineage
 from infra.registry.lineage import LINEAGE_FILE, Lineage
 from infra.registry.models import ADAPTER_TAG, CHECKPOINT_TAG, DIGEST_TAG, KEY_TAG, has_files
-from infra.registry.runs import client, failed, model_name, pages
+from infra.registry.runs import asking, client, model_name, pages
 from infra.store.s3 import Store, split_uri
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -181,15 +180,6 @@ def lineage_of(version: Version) -> Lineage | None:
         return Lineage.from_json(text)
     except (ValueError, KeyError, TypeError) as error:
         raise RegistryError(f"{version.source}/{LINEAGE_FILE} is damaged: {error}") from error
-
-
-@contextlib.contextmanager
-def asking(what: str) -> Iterator[None]:
-    """Errors of MLflow's inside become RegistryErrors that name what could not be done."""
-    try:
-        yield
-    except MlflowException as error:
-        raise failed(what, error) from error
 
 
 def gone(store: Store, version: Version) -> str | None:

@@ -19,14 +19,14 @@ from infra.store.client import is_loopback
 
 _READ_CONFIG = """
 import json, sys
-from infra.errors import FactoryError
+from infra.ending import message
 from pipeline.config.candidates import list_candidates
 from pipeline.config.model import load_config
 try:
     config = load_config(sys.argv[1], sys.argv[2:])
     list_candidates(config)
-except FactoryError as error:
-    sys.exit(str(error))
+except Exception as error:
+    sys.exit(message(error))
 sources = [config.base, *(task.source for task in [*config.held_in.values(), *config.held_out.values()])]
 print(json.dumps({"suite": config.suite, "sources": sources}))
 """

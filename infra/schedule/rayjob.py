@@ -164,7 +164,7 @@ def retrain(manifest: Path, wait: Callable[[float], None] = time.sleep) -> int:
                 "FACTORY_JOB_NAME is not set; infra/kubernetes/cronjob.yaml takes it from the pod's label"
             )
         url, cluster = webhook.webhook_url(None), Cluster.of_this_pod()
-        made = yaml.safe_load(manifest.read_text())
+        made = yaml.safe_load(manifest.read_text(encoding="utf-8"))
         suite = str(made["metadata"].get("labels", {}).get(SUITE_LABEL, ""))
         body = scheduled(made, job, uid)
         status = run(cluster, body, wait)

@@ -29,6 +29,7 @@ from typing import Any, Protocol
 import requests
 from ray.job_submission import JobSubmissionClient
 
+from infra.ending import message
 from infra.environment import job_variables
 from infra.errors import ConfigError, FactoryError
 from infra.schedule import webhook
@@ -363,7 +364,9 @@ def schedule(
         jobs.list()  # an address or a token that is wrong is refused now
         store.check()
         scheduler.run()
-    except FactoryError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if stop.is_set():  # a question that was broken off
+            return 0
+        print(f"error: {message(error)}", file=sys.stderr)
         return 2
     return 0

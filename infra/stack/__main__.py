@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from infra.deferred import deferred
+from infra.ending import start
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,4 +24,4 @@ def main(command: str, home: Path | None, num_cpus: int | None, object_store_mib
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m infra.stack")
+    start(main, "python -m infra.stack")

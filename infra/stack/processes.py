@@ -29,8 +29,9 @@ def start_id(pid: int) -> str | None:
         if process.status() == psutil.STATUS_ZOMBIE:
             return None
         if sys.platform == "linux":
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+            # in bytes: the process's title may end inside a letter
+            ticks = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
             return f"{boot}/{ticks}"
         return f"{process.create_time():.2f}"
     except (psutil.Error, OSError):

@@ -41,7 +41,9 @@ class PendingUpload:
 def server_time(store: Store) -> datetime:
     """The store's present time, from the Date header of an answer (whole seconds). Raises StoreError."""
     try:
-        answer = store._ask(lambda client: client.head_bucket(Bucket=store.bucket))
+        # not of the bucket itself: a policy for a prefix does not permit that
+        asked = {"Bucket": store.bucket, "Prefix": store._key(""), "MaxKeys": 1}
+        answer = store._ask(lambda client: client.list_objects_v2(**asked))
     except Exception as error:
         raise store._error("reach", "", error) from error
     date = answer["ResponseMetadata"]["HTTPHeaders"].get("date", "")

@@ -15,7 +15,13 @@ import botocore.exceptions as bexc
 import tenacity
 from boto3.exceptions import Boto3Error, RetriesExceededError
 
+from infra.errors import StoreError
+
 Answer = TypeVar("Answer")
+
+STYLE_VARIABLE = "FACTORY_S3_ADDRESSING_STYLE"
+"""Where a bucket's name stands in an address: path (http://host/bucket, the default where an endpoint is given),
+virtual (http://bucket.host), auto (boto3's choice)."""
 
 OUTAGE_S = 60.0
 """How long an endpoint that has answered is waited for."""
@@ -27,12 +33,15 @@ def make_client(
     endpoint: str | None, credentials: tuple[str, ...] | None, attempts: int = 5, read_timeout: float = 60
 ) -> Any:
     """A client of boto3 for this endpoint; `read_timeout` in seconds. Its errors are boto3's."""
+    style = os.environ.get(STYLE_VARIABLE) or ("path" if endpoint else "")
+    if style not in ("", "path", "virtual", "auto"):
+        raise StoreError(f"{STYLE_VARIABLE} is {style!r}; accepted: path, virtual, auto")
     options: dict[str, Any] = {"proxies": {}} if endpoint and is_loopback(endpoint) else {}
     config = botocore.config.Config(
         connect_timeout=min(5, read_timeout),
         read_timeout=read_timeout,
         retries={"mode": "standard", "total_max_attempts": attempts},
-        s3={"addressing_style": "path"} if endpoint else {},
+        s3={"addressing_style": style} if style else {},
         max_pool_connections=32,
         **options,
     )

@@ -36,11 +36,9 @@ from infra.store.errors import (
     ObjectMissing,
     code_of,
     explained,
-    no_bucket,
     retries_of,
     where,
 )
-from infra.store.layout import new_probe
 
 if TYPE_CHECKING:
     from infra.store.writer import StoreWriter
@@ -278,29 +276,15 @@ class Store:
     # -- preflight -----------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Prove that the endpoint answers, accepts the credentials, has the bucket and honours conditional writes."""
+        """Prove that the endpoint answers, accepts the credentials, has the bucket, keeps what it is sent, and honours
+        conditional writes, also at the same moment. Raises StoreError, within half a minute where it does not answer.
+        """
+        from infra.store.check import check  # not above: it needs this module
+
         probe = Store(self.bucket, self.endpoint, self.prefix)
         probe._client_ = make_client(self.endpoint, self._credentials, attempts=2, read_timeout=10)
         probe._patience = 0.0
-        try:
-            probe._client().head_bucket(Bucket=self.bucket)
-        except Exception as error:
-            if code_of(error) in MISSING | {"NoSuchBucket"}:
-                raise no_bucket(self.endpoint, self.bucket) from error
-            raise self._error("reach", "", error) from error
-        name = new_probe()
-        try:
-            first, second = probe.put_if_absent(name, b"first"), probe.put_if_absent(name, b"second")
-            replaced = probe.replace_if_match(name, b"third", '"00000000000000000000000000000000"')
-            if not first or second or replaced or probe.get(name) != b"first":
-                raise StoreError(
-                    f"the object store at {where(self.endpoint, self.bucket)} ignores conditional writes "
-                    "(If-None-Match, If-Match), without which two runs could overwrite each other; "
-                    "use an S3 server that honours them (AWS S3, SeaweedFS, MinIO, Ceph from Tentacle on)"
-                )
-        finally:
-            with contextlib.suppress(StoreError):
-                probe.delete(name)
+        check(probe)
 
     def call(self, operation: str, verb: str, name: str, **arguments: Any) -> Any:
         """One request of the S3 client about one object; where it fails, a StoreError: "cannot <verb> <name>"."""

@@ -23,7 +23,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from infra.errors import ConfigError, FactoryError
+from infra.ending import message
+from infra.errors import ConfigError
 from merge.by_hand.checks import (
     Checked,
     adapter_bytes_estimate,
@@ -55,14 +56,16 @@ class _BadInput(click.ClickException):
 
 
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors for the user become a message and an exit status: those of `_checking` 2, others 1."""
+    """Errors become a message and an exit status: those of `_checking` 2, others 1."""
 
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
         try:
             command(*arguments, **options)
-        except (FactoryError, OSError) as error:
-            raise _Failed(_text(error)) from error
+        except click.ClickException:
+            raise
+        except Exception as error:
+            raise _Failed(message(error)) from error
 
     return run
 
@@ -71,14 +74,8 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
 def _checking() -> Iterator[None]:
     try:
         yield
-    except (FactoryError, OSError) as error:
-        raise _BadInput(_text(error)) from error
-
-
-def _text(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
+    except Exception as error:
+        raise _BadInput(message(error)) from error
 
 
 def _request(config: Path | None, given: dict[str, Any]) -> MergeRequest:

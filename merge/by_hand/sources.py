@@ -180,15 +180,20 @@ def _registered_version(name: str, version: str | None, alias: str | None) -> tu
     from infra.registry.models import ADAPTER_TAG, CHECKPOINT_TAG
 
     mlflow = registry.client()
-    try:
-        found = (
-            mlflow.get_model_version_by_alias(name, alias) if alias else mlflow.get_model_version(name, str(version))
-        )
-    except MlflowException as error:
-        which = f"version {version}" if version else f"alias {alias!r}"
-        raise RegistryError(
-            f"the MLflow server at {registry.tracking_uri()} has no {which} of {name!r}: {error}"
-        ) from error
+    which = f"version {version}" if version else f"alias {alias!r}"
+    with registry.asking(f"look for {which} of {name!r}"):
+        try:
+            found = (
+                mlflow.get_model_version_by_alias(name, alias)
+                if alias
+                else mlflow.get_model_version(name, str(version))
+            )
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise RegistryError(
+                f"the MLflow server at {registry.tracking_uri()} has no {which} of {name!r}: {error}"
+            ) from error
     uri = found.tags.get(ADAPTER_TAG) or found.tags.get(CHECKPOINT_TAG)
     if not uri:
         raise RegistryError(

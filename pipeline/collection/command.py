@@ -16,7 +16,8 @@ from rich.table import Table
 from infra.artifacts.announcements import Registered, RootReader
 from infra.artifacts.gc import GcOutcome, collect, execute
 from infra.artifacts.gc_plan import GcPlan, summary
-from infra.errors import ConfigError, FactoryError
+from infra.ending import message
+from infra.errors import ConfigError
 from infra.registry import runs as registry
 from infra.registry.roots import RunState, pipeline_runs, referred
 from infra.store.admin import server_time
@@ -49,7 +50,7 @@ def gc(keep_days: float | None, min_age_hours: float, forget_unknown_runs: bool,
         registry.check()
         roots = _roots(store, rule, console)
         plan, _ = collect(store, roots, rule.min_age_s)
-    except FactoryError as error:
+    except Exception as error:
         _fail(console, error, 2)
     if plan.removals or plan.spared:
         console.print(plan_table(plan, store), highlight=False)
@@ -62,7 +63,7 @@ def gc(keep_days: float | None, min_age_hours: float, forget_unknown_runs: bool,
         return
     try:
         console.print(outcome_line(execute(store, plan, roots)), highlight=False)
-    except FactoryError as error:
+    except Exception as error:
         _fail(console, error, 1)
 
 
@@ -167,6 +168,6 @@ def size_text(size: int) -> str:
     return f"{number:.0f} B" if units[0] == "B" else f"{number:.1f} {units[0]}"
 
 
-def _fail(console: Console, error: FactoryError, status: int) -> None:
-    console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+def _fail(console: Console, error: Exception, status: int) -> None:
+    console.print(f"error: {message(error)}", style="bold red", markup=False, highlight=False)
     sys.exit(status)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from infra.ending import message
 from infra.errors import ConfigError, FactoryError, RegistryError
 from infra.registry import aliases as model_aliases
 from infra.registry import runs as registry
@@ -187,9 +188,9 @@ def _console() -> Console:
 
 
 def _guarded(console: Console, work: Callable[[], None]) -> None:
-    """Do it; an error of ours is a message and exit status 2."""
+    """Do it; an error is a message and exit status 2."""
     try:
         work()
-    except FactoryError as error:
-        console.print(f"error: {error}", style="bold red", markup=False)
+    except Exception as error:
+        console.print(f"error: {message(error)}", style="bold red", markup=False)
         sys.exit(2)

@@ -3,32 +3,86 @@
 import json
 import logging
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
+import grpc
+import ray
+from ray._private.gcs_utils import create_gcs_channel
+
+from infra.ending import summary
 from infra.environment import job_variables
+from infra.errors import FactoryError
 from pipeline.config.model import GIB, WorkerResources
 
 ROOT = Path(__file__).resolve().parents[2]
+_ANSWER_S = 15.0
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # of a submitted job's driver; the name is Ray's
 
 
-def connect_to_ray() -> None:
+class ClusterError(FactoryError):
+    """The Ray cluster does not answer, or cannot be used."""
+
+
+def connect_to_ray(oom_retries: int = 3) -> None:
     """Join the cluster of `RAY_ADDRESS` or of the submitted job; without either, start Ray on this machine.
 
     A submitted job brings its code as the job's working directory; otherwise this checkout is sent to the workers.
-    """
-    import ray  # not above: a plan asks for slots, and joins nothing
+    `oom_retries`: how often Ray starts work again whose worker its memory monitor killed. By itself it would for ever.
 
+    Raises ClusterError where no cluster answers, within `_ANSWER_S` seconds, or Ray cannot be started.
+    """
+
+    os.environ.setdefault("RAY_task_oom_retries", str(oom_retries))  # this process's own, read by ray.init
+    check_answers(os.environ.get("RAY_ADDRESS", ""))
     in_job = _JOB_CONFIG in os.environ
     environment: dict[str, Any] = {} if in_job else {
         "working_dir": str(ROOT),
         "excludes": [".factory", "demo-report", "tests", "docs", "**/__pycache__", ".mypy_cache"],
         "env_vars": job_variables(),
     }  # fmt: skip
-    ray.init(
-        runtime_env=environment or None, log_to_driver=False, configure_logging=True, logging_level=logging.WARNING
-    )
+    try:
+        ray.init(
+            runtime_env=environment or None, log_to_driver=False, configure_logging=True, logging_level=logging.WARNING
+        )
+    except Exception as error:  # Ray raises what it pleases: versions that differ, a token, a node without Ray, …
+        place = os.environ.get("RAY_ADDRESS") or "this machine"
+        raise ClusterError(f"Ray at {place} cannot be used: {summary(error)}") from error
+
+
+def check_answers(address: str, seconds: float = _ANSWER_S) -> None:
+    """Raises ClusterError if `address`, a host and port, is no Ray head that answers; ray.init would ask it for ever.
+
+    Other kinds of address (none, auto, local, ray://…) are Ray's to look up, which it does within a minute.
+    """
+    if not address or address in ("auto", "local") or address.startswith("ray://"):
+        return
+    host, colon, port = address.rpartition(":")
+    if "://" in address or not (colon and host and port.isdigit()):
+        raise ClusterError(
+            f"RAY_ADDRESS is {address!r}; accepted: host:port of a Ray head (usually port 6379), auto or local "
+            "(the address of Ray's dashboard belongs into RAY_API_SERVER_ADDRESS)"
+        )
+    channel = create_gcs_channel(address)
+    try:
+        grpc.channel_ready_future(channel).result(timeout=seconds)
+    except grpc.FutureTimeoutError:
+        raise ClusterError(
+            f"no Ray head answers at RAY_ADDRESS={address} within {seconds:.0f} s ({_refusal(host, int(port))}); "
+            "start it, correct RAY_ADDRESS, or unset it to start Ray on this machine"
+        ) from None
+    finally:
+        channel.close()
+
+
+def _refusal(host: str, port: int) -> str:
+    """Why nothing is heard from there."""
+    try:
+        with socket.create_connection((host.strip("[]"), port), timeout=2):
+            return "something listens there, but no Ray head"
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def submission_id() -> str:

@@ -18,7 +18,7 @@ import psutil
 from infra.artifacts.manifests import Manifest
 from pipeline.config.model import ResourcesConfig
 from pipeline.flow.rehearse import Forecast
-from pipeline.plan.cluster import slots_of
+from pipeline.plan.cluster import check_answers, slots_of
 from pipeline.plan.preflight import Cost
 from pipeline.records.results import Results
 from workers.measuring.catalogue import MEASUREMENTS
@@ -225,6 +225,8 @@ def _ray_nodes() -> list[dict[str, Any]]:
 
     try:
         address = os.environ.get("RAY_API_SERVER_ADDRESS")
+        if not address:
+            check_answers(os.environ.get("RAY_ADDRESS", ""), seconds=5)  # Ray itself would look for it for long
         listed = list_nodes(address=address, detail=True, timeout=_SECONDS, raise_on_missing_output=False)
     except Exception:  # whatever Ray raises: an estimate is worth no failure, and says what it rests on
         return []

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from infra.artifacts.snapshot import Snapshot
-from infra.errors import FactoryError
+from infra.ending import message
 from infra.registry import runs as registry
 from infra.registry.history import results_of_runs
 from infra.registry.versions import models_of
@@ -62,8 +62,8 @@ def plan(config_path: str, as_json: bool, overrides: tuple[str, ...]) -> None:
         listed = frozenset(store.list(MANIFESTS))
         registry.check()
         found = make_plan(prepare_inputs(config, store, console), listed)
-    except FactoryError as error:
-        console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+    except Exception as error:
+        console.print(f"error: {message(error)}", style="bold red", markup=False, highlight=False)
         sys.exit(2)
     if as_json:
         click.echo(json.dumps(plan_json(found), indent=1, ensure_ascii=False))

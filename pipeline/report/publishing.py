@@ -1,15 +1,18 @@
 """What a finished run publishes, and where: results, report and pictures go to the object store, to MLflow and, if one
 is asked for, to a folder; the scores to the terminal.
 
-Results come first: they are stored before anything is drawn.
+Results come first: they are stored and printed before anything is drawn. A disk that is full costs what would be on it
+and nothing else.
 """
 
+import contextlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 
+from infra.ending import summary
 from infra.registry import runs as registry
 from infra.store.layout import RESULTS, run_file
 from infra.store.s3 import Store
@@ -39,25 +42,48 @@ def publish_report(
         "config.yaml": dump_config(config).encode(),
     }
     keep(tables)
+    console.print(summary_table(results))
+    for line in summary_lines(results):
+        console.print(line, highlight=False, markup=False)
     pictures = plots.draw(results, _curves(results))
     markdown = report_markdown(results, pictures)
     page = render(markdown, f"{results.suite} {run_id}", pictures)
     report = {"report.md": markdown.encode(), "report.html": page.encode(), **pictures}
     keep(report)
-    with tempfile.TemporaryDirectory(prefix="factory-report-") as scratch:
-        for target in [Path(scratch), *([folder] if folder else [])]:
-            target.mkdir(parents=True, exist_ok=True)
-            for name, content in {**tables, **report}.items():
-                (target / name).write_bytes(content)
-        registry.log_folder(run_id, Path(scratch), "report")
+    files, stored = {**tables, **report}, store.uri(run_file(run_id))
+
+    def warn(what: str, error: OSError) -> None:
+        text = f"warning: {what} ({summary(error)}); the whole report is at {stored}"
+        console.print(text, style="yellow", highlight=False, markup=False)
+
+    if folder is not None:
+        try:
+            write_files(folder, files)
+        except OSError as error:
+            warn(f"the report in {folder}/ is not complete", error)
+    try:
+        with tempfile.TemporaryDirectory(prefix="factory-report-") as scratch:
+            write_files(Path(scratch), files)
+            registry.log_folder(run_id, Path(scratch), "report")
+    except OSError as error:
+        warn("the run's page in MLflow has no report", error)
     registry.log_history(run_id, [{"step": 0, **run_page.metrics(results)}])
     registry.set_tags(run_id, run_page.tags(results))
-    registry.describe_run(run_id, run_page.description(results, registry.run_path(run_id), {**tables, **report}))
-    console.print(summary_table(results))
-    for line in summary_lines(results):
-        console.print(line, highlight=False, markup=False)
-    console.print(f"report: {store.uri(run_file(run_id))}" + (f" and {folder}/" if folder else ""), markup=False)
+    registry.describe_run(run_id, run_page.description(results, registry.run_path(run_id), files))
+    console.print(f"report: {stored}" + (f" and {folder}/" if folder else ""), markup=False)
     console.print(f"MLflow: {registry.run_page(run_id)}", markup=False, highlight=False)
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files by name into a folder, made if absent. Raises OSError; then the file that it stopped at is gone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        try:
+            (folder / name).write_bytes(content)
+        except OSError:
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
+            raise
 
 
 def _curves(results: Results) -> dict[str, plots.Curve]:

@@ -7,17 +7,19 @@ import contextlib
 import getpass
 import signal
 import sys
-import tempfile
 import threading
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
 
+from infra.ending import message
 from infra.environment import code_version
-from infra.errors import ConfigError, FactoryError, RegistryError
+from infra.errors import FactoryError, RegistryError
+from infra.outputs import check_output
 from infra.registry import runs as registry
 from infra.store.s3 import Store
 from pipeline.config.model import dump_config, load_config
@@ -32,6 +34,7 @@ from pipeline.report.results import build_results
 from pipeline.running.announcing import Announcements
 from pipeline.running.execute import Crew, Hear, Stopped, execute
 from pipeline.running.ray_workers import RayCluster
+from pipeline.running.signals import Handler
 
 DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 130
 """Exit statuses."""
@@ -39,6 +42,10 @@ DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 130
 
 class Site(Protocol):
     """Where a run's work is done."""
+
+    def check(self) -> None:
+        """See that it can be reached, before anything is read. Raises FactoryError."""
+        ...
 
     def join(self, prepared: Prepared, console: Console) -> int:
         """Get ready; returns how many experts run at a time. Raises ConfigError if some work fits nowhere."""
@@ -48,18 +55,16 @@ class Site(Protocol):
         """Who works for one seed; called in the run's event loop."""
         ...
 
+    def heeding(self, handler: Handler) -> contextlib.AbstractContextManager[None]:
+        """Inside the block signals to stop are handled so, where the site takes any."""
+        ...
+
 
 def main(config_path: str, report: Path | None, overrides: tuple[str, ...]) -> None:
     """Train an expert per held-in task, merge them, score everything, register the results: on a Ray cluster."""
     wide = None if sys.stdout.isatty() else 120
     stop = threading.Event()  # a flag, because an exception raised inside Ray's C++ calls would not reach us as it is
-    site = RayCluster(partial(_listen, stop))
-    sys.exit(drive(config_path, report, overrides, site, stop, Console(soft_wrap=True, width=wide)))
-
-
-def _listen(stop: threading.Event) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which installs its own; SIGTERM is `ray job stop`
-        signal.signal(number, lambda *_: stop.set())
+    sys.exit(drive(config_path, report, overrides, RayCluster(), stop, Console(soft_wrap=True, width=wide)))
 
 
 def drive(
@@ -69,16 +74,20 @@ def drive(
     """Check, run and report. Returns the exit status."""
     try:
         config = load_config(config_path, list(overrides))
-        check_report_folder(report)
+        if report is not None:
+            check_output(report, "--report", folder=True)
         store = Store.from_env()
         check_services(config, store)
+        site.check()
         prepared = prepare_inputs(config, store, console)
         slots = site.join(prepared, console)
-        run_id = start_run(prepared)
-    except FactoryError as error:
-        _print_error(console, error)
+        with site.heeding(signal.default_int_handler):
+            run_id = start_run(prepared)
+    except Exception as error:
+        _print_error(console, message(error))
         return REFUSED
-    return run(prepared, run_id, slots, site, stop, report, console)
+    with site.heeding(signal.default_int_handler):
+        return run(prepared, run_id, slots, site, stop, report, console)
 
 
 def run(
@@ -86,10 +95,9 @@ def run(
     console: Console,
 ) -> int:  # fmt: skip
     """Run and report. Returns the exit status."""
-    config = prepared.config
-    console.print(f"run {run_id} in MLflow experiment {config.suite!r}", highlight=False)
-    status = "FAILED"
+    config, status = prepared.config, "FAILED"
     try:
+        console.print(f"run {run_id} in MLflow experiment {config.suite!r}", highlight=False)
         console.print(registry.run_page(run_id), highlight=False, markup=False)
         seeds, found = config.seeds or [config.seed], []
         replicates, announced = prepared.replicates(run_id), Announcements(prepared.store, run_id)
@@ -99,30 +107,36 @@ def run(
             if len(seeds) > 1:
                 console.print(f"seed {seeds[at]}, {at + 1} of {len(seeds)}", highlight=False)
             outcome = Outcome(slots=slots)
-            with announced.following(outcome):
+            with announced.following(outcome), site.heeding(lambda *_: stop.set()):
                 execute(inputs, outcome, Display(list(config.held_in), console), stop, announced.add, site.hire)
+            if stop.is_set():
+                raise Stopped
             found.append(build_results(inputs, outcome))
         publish_report(prepared.store, config, run_id, combine(seeds, found), report, console)
         status = "FINISHED"
         return DONE
-    except FactoryError as error:
-        _print_error(console, error)
-        with contextlib.suppress(FactoryError):  # the services themselves may be what failed
-            registry.describe_run(run_id, run_page.failure(str(error)))
-        return FAILED
-    except Stopped:
+    except (Stopped, KeyboardInterrupt):
         status = "KILLED"
         console.print("stopped; finished experts, nodes and scores are kept and the next run continues from there")
         return STOPPED
+    except Exception as error:
+        said = message(error)
+        _print_error(console, said)
+        with contextlib.suppress(FactoryError):  # the services themselves may be what failed
+            registry.describe_run(run_id, run_page.failure(said))
+            if not isinstance(error, FactoryError):  # a job's driver may have been on a machine that goes away
+                registry.log_text(run_id, "".join(traceback.format_exception(error)), "report/traceback.txt")
+        return FAILED
     finally:
-        for tidy in (
-            partial(registry.finish_run, run_id, status),
-            partial(registry.kill_running_children, run_id),  # of workers that were lost
-        ):
-            try:
-                tidy()
-            except RegistryError as error:  # what the run came to stands
-                console.print(f"MLflow does not know the end of the run: {error}", style="yellow", markup=False)
+        with site.heeding(signal.SIG_IGN):  # a second one does not keep the run from being marked
+            for tidy in (
+                partial(registry.finish_run, run_id, status),
+                partial(registry.kill_running_children, run_id),  # of workers that were lost
+            ):
+                try:
+                    tidy()
+                except RegistryError as error:  # what the run came to stands
+                    console.print(f"MLflow does not know the end of the run: {error}", style="yellow", markup=False)
 
 
 def start_run(prepared: Prepared) -> str:
@@ -137,10 +151,10 @@ def start_run(prepared: Prepared) -> str:
     run_id = registry.start_run(suite, time.strftime("%Y%m%d-%H%M%S"), tags, prepared.parameters())
     try:  # now, and not after hours of training, it is seen whether the server can store files
         registry.log_text(run_id, dump_config(prepared.config), "report/config.yaml")
-    except FactoryError:
-        registry.finish_run(run_id, "FAILED")
+        registry.describe_experiment(suite, run_page.experiment(suite))
+    except BaseException as error:
+        registry.finish_run(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
-    registry.describe_experiment(suite, run_page.experiment(suite))
     return run_id
 
 
@@ -151,18 +165,5 @@ def _user() -> str:
         return ""
 
 
-def check_report_folder(folder: Path | None) -> None:
-    """Raises ConfigError now if the report could not be written at the end."""
-    if folder is not None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise ConfigError(
-                f"--report {folder}: cannot be written ({error.strerror}); name another folder"
-            ) from error
-
-
-def _print_error(console: Console, error: FactoryError) -> None:
-    console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+def _print_error(console: Console, said: str) -> None:
+    console.print(f"error: {said}", style="bold red", markup=False, highlight=False)

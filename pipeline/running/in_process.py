@@ -33,6 +33,7 @@ from pipeline.plan.preflight import Prepared
 from pipeline.records.outcome import Inputs
 from pipeline.running.driver import STOPPED, Site, drive
 from pipeline.running.execute import Hear
+from pipeline.running.signals import Handler
 
 T = TypeVar("T")
 
@@ -72,6 +73,9 @@ def _threads_kept() -> Iterator[None]:
 class ThisProcess:
     """`pipeline.running.driver.Site`: threads of this process."""
 
+    def check(self) -> None:
+        """This machine is there."""
+
     def join(self, prepared: Prepared, console: Console) -> int:
         """See that every kind of worker fits on this machine."""
         resources = {"CPU": float(os.cpu_count() or 1), "memory": float(psutil.virtual_memory().total)}
@@ -80,6 +84,10 @@ class ThisProcess:
     def hire(self, inputs: Inputs, hear: Hear) -> "Here":
         """Threads of this process."""
         return Here(inputs, hear)
+
+    def heeding(self, handler: Handler) -> contextlib.AbstractContextManager[None]:
+        """Signals are the caller's, who stops the run by its flag."""
+        return contextlib.nullcontext()
 
 
 class Here:

@@ -7,6 +7,8 @@ manifests and scores, never tensors.
 
 import asyncio
 import contextlib
+import os
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,25 +16,34 @@ from typing import Any, TypeVar
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.exceptions import (
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
 from rich.console import Console
 
 from infra.artifacts.claims import Busy, Claim
 from infra.engine.step import Answer, Query, Step
 from infra.errors import FactoryError
 from infra.store.s3 import Store
-from pipeline.config.model import ResourcesConfig
-from pipeline.plan.cluster import connect_to_ray, ray_options, slots_of
+from pipeline.config.model import ResourcesConfig, WorkerResources
+from pipeline.plan.cluster import check_answers, connect_to_ray, ray_options, slots_of
 from pipeline.plan.preflight import Prepared
 from pipeline.plan.waiting import wait_for_room
 from pipeline.records.outcome import Inputs
 from pipeline.running import remote
 from pipeline.running.actor_pool import ActorPool
+from pipeline.running.signals import Handler, on_signals
 
 T = TypeVar("T")
 _DRAIN_S = 0.5
-_DIED = (RayActorError, OutOfMemoryError, NodeDiedError)
-"""How an actor's call ends when its process or node is gone, perhaps by Ray's memory monitor."""
+_DIED = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError)
+"""How work ends whose process or node is gone, perhaps by Ray's memory monitor."""
 
 
 class WorkerError(FactoryError):
@@ -43,20 +54,24 @@ class WorkerError(FactoryError):
 class RayCluster:
     """`pipeline.running.driver.Site`: the cluster of `RAY_ADDRESS` or of the submitted job, or one on this machine."""
 
-    joined: Callable[[], None]
-    """Called when the cluster is joined."""
+    def check(self) -> None:
+        """See that it answers."""
+        check_answers(os.environ.get("RAY_ADDRESS", ""))
 
     def join(self, prepared: Prepared, console: Console) -> int:
         """Join, and see that every kind of worker fits."""
-        connect_to_ray()
-        self.joined()
         resources = prepared.config.resources
+        connect_to_ray(resources.retries)
         nodes = wait_for_room(resources, lambda text: console.print(text, highlight=False, markup=False))
         return prepared.check_cluster(nodes, console)
 
     def hire(self, inputs: Inputs, hear: Callable[[str, Any], None]) -> "RayWorkers":
         """Workers of the cluster."""
         return RayWorkers(inputs.store, inputs.config.resources, hear)
+
+    def heeding(self, handler: Handler) -> contextlib.AbstractContextManager[None]:
+        """Also where Ray has a handler of its own, as for SIGTERM."""
+        return on_signals(handler)
 
 
 class RayWorkers:
@@ -88,11 +103,11 @@ class RayWorkers:
         if needs.pool == "expert":
             self._experts += 1
             try:
-                return await self._task(step, claim, ray_options(resources.expert, resources.retries))
+                return await self._task(step, claim, resources.expert, "expert")
             finally:
                 self._experts -= 1
         async with self._nodes:
-            return await self._task(step, claim, ray_options(resources.node, resources.retries))
+            return await self._task(step, claim, resources.node, "node")
 
     async def ask(self, query: Query[T]) -> T:
         """The query's answer."""
@@ -101,11 +116,14 @@ class RayWorkers:
             answer: T = await _answer(remote.ask.options(**options).remote(self._store, query))
             return answer
 
-    async def _task(self, step: Step, claim: Claim, options: dict[str, Any]) -> Answer | Busy:
+    async def _task(self, step: Step, claim: Claim, reserved: WorkerResources, kind: str) -> Answer | Busy:
+        options = ray_options(reserved, self._resources.retries)
         ref = remote.work.options(name=step.name, **options).remote(self._store, step.call, claim, self._board)
         try:
-            answer: Answer | Busy = await _answer(ref)
+            answer: Answer | Busy = await _answer(ref, keep=_DIED)
             return answer
+        except _DIED as error:
+            raise lost(error, kind, reserved.memory_gib) from error
         except asyncio.CancelledError:
             ray.cancel(ref)  # what waits inside Ray would start while the driver tidies up
             raise
@@ -118,7 +136,7 @@ class RayWorkers:
             answer: Answer | Busy = await self._pool.run(call, step.needs.affinity, step.needs.base)
             return answer
         except _DIED as error:
-            raise _plain(error) from error
+            raise lost(error, "evaluator", self._resources.evaluator.memory_gib) from error
 
     def _create(self) -> ActorHandle:
         # Not restarted by Ray: it would wait for a slot, maybe for ever, while others idle. The pool hands its call on.
@@ -149,6 +167,26 @@ async def _answer(ref: "ObjectRef[Any]", keep: tuple[type[BaseException], ...] =
     except RayError as error:
         cause = error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
         raise (_plain(cause) if isinstance(cause, RayError) else cause) from error
+
+
+def lost(error: RayError, kind: str, memory_gib: float) -> WorkerError:
+    """What to do about work whose workers died, the last one of `error`, as often as it was tried. `kind`: of worker,
+    as in `resources`; `memory_gib`: what each of them reserves."""
+    field, text = f"resources.{kind}.memory_gib", str(error)
+    if isinstance(error, OutOfMemoryError):
+        used = re.search(r"actual memory used=([\d.]+)GB", text)
+        node = re.search(r"\(IP: ([^,)]+).*?was ([\d.]+)GB used / ([\d.]+)GB", text)
+        where = f" on node {node[1]}, where {node[2]} of {node[3]} GB were in use" if node else ""
+        took = f"; this one used {used[1]} GB" if used else ""
+        return WorkerError(
+            f"out of memory: Ray's memory monitor ended each of its workers, the last one{where}{took}, it reserves "
+            f"{field}={memory_gib:g}; raise that to what a worker uses, so that fewer run at a time, or make it use "
+            "less (train.micro_batch_size, prompt.max_input_tokens, evaluate.batch_size)"
+        )
+    return WorkerError(
+        f"{_plain(error)} (its process or node was lost each time it was tried; if the kernel's log says out of "
+        f"memory, raise {field}={memory_gib:g})"
+    )
 
 
 def _plain(error: RayError) -> WorkerError:

@@ -27,6 +27,7 @@ from pipeline.records.outcome import Inputs
 from pipeline.running.driver import Site
 from pipeline.running.execute import Crew, Hear
 from pipeline.running.in_process import ThisProcess, run_here
+from pipeline.running.signals import Handler
 
 T = TypeVar("T")
 
@@ -69,11 +70,17 @@ class Apart:
 
     site: Site = field(default_factory=ThisProcess)
 
+    def check(self) -> None:
+        self.site.check()
+
     def join(self, prepared: Prepared, console: Console) -> int:
         return self.site.join(prepared, console)
 
     def hire(self, inputs: Inputs, hear: Hear) -> Crew:
         return Sent(self.site.hire(replace(inputs, store=pickle.loads(pickle.dumps(inputs.store))), hear))
+
+    def heeding(self, handler: Handler) -> contextlib.AbstractContextManager[None]:
+        return self.site.heeding(handler)
 
 
 @dataclass(frozen=True)

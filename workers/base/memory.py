@@ -20,14 +20,14 @@ _RESET_PEAK = "5"  # proc(5): resets VmHWM to the current resident size
 def reset_peak() -> None:
     """Let `peak_bytes` count from now on."""
     with contextlib.suppress(OSError):
-        _CLEAR_REFS.write_text(_RESET_PEAK)
+        _CLEAR_REFS.write_text(_RESET_PEAK, encoding="utf-8")
 
 
 def peak_bytes() -> int:
     """Largest resident size since `reset_peak`, in bytes; shared pages of mapped files count too."""
     with contextlib.suppress(OSError):
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+        for line in _STATUS.read_bytes().splitlines():  # the process's title in it may end inside a letter
+            if line.startswith(b"VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
