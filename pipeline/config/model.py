@@ -18,6 +18,7 @@ from infra.errors import ConfigError
 from merge.tree.trie import DEFAULT_FAN_IN
 from pipeline.config.errors import explain
 from pipeline.data.tasks import LEAST_GATE, TaskConfig
+from pipeline.data.tolerance import DataConfig
 from workers.masks.spec import MaskSpec
 from workers.scoring.metrics import CLASSIFICATION_METRICS, METRICS
 from workers.text.prompt import DEFAULT_TARGET_TOKENS, DEFAULT_WRAPPER
@@ -301,6 +302,8 @@ class PipelineConfig(Section):
     """Prompt and length limits."""
     splits: SplitsConfig = SplitsConfig()
     """Rows per split."""
+    data: DataConfig = DataConfig()
+    """What is asked of the tasks' data."""
     held_in: Annotated[dict[str, TaskConfig], Field(min_length=1)]
     """Tasks that get an expert."""
     held_out: dict[str, TaskConfig] = {}

@@ -1,13 +1,12 @@
 """Tasks: their configuration, their rows and their splits.
 
 Splits are a pure function of rows, sizes and seed: independent of the order of rows, without duplicates across or
-within splits, and nearly unchanged when rows are added. Where rows come from is `pipeline.data.sources`; prompts are
-`workers.text.prompt`.
+within splits, and nearly unchanged when rows are added. Where rows come from is `pipeline.data.sources`; which of them
+count as one, `pipeline.data.distinct`; prompts are `workers.text.prompt`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from infra.errors import DataError
+from pipeline.data.distinct import DistinctBy, RowCounts, content_hash, distinct_rows
 from pipeline.data.sources import (
     NOT_STATED,
     ReadBytes,
@@ -25,8 +25,10 @@ from pipeline.data.sources import (
     jsonl_rows,
     source_license,
 )
+from pipeline.data.tolerance import TaskTolerance
 from workers.scoring.classification import distinct_labels
 from workers.scoring.metrics import CLASSIFICATION_METRICS
+from workers.text.cuts import CutCounts
 from workers.text.rows import Row, fingerprint, rows_object, rows_to_jsonl
 
 SPLITS = ("train", "validation", "gate", "test")
@@ -67,18 +69,25 @@ class TaskConfig(BaseModel):
     template: str = "{input}"
     """Text of the prompt; `{input}` stands for the row's input, `{options}` for its options."""
     metric: Literal["exact_match", "rouge_l", "choice_accuracy", "accuracy", "f1", "matthews"]
-    """Exact match and Rouge-L score a generated answer, choice accuracy the log-likelihood of the row's options;
-    accuracy, macro F1 and Matthews' correlation score the labels of a classification run."""
+    """Exact match (after Unicode composition and with any whitespace as one space, on both sides) and Rouge-L score a
+    generated answer, choice accuracy the log-likelihood of the row's options, each up to its end; accuracy, macro F1
+    and Matthews' correlation score the labels of a classification run."""
     labels: Annotated[list[str], Field(min_length=2)] | None = None
     """Classification: the labels, in the head's order; null: the targets that occur, sorted."""
     length_normalised: bool = False
-    """Choice accuracy: divide an option's log-likelihood by its tokens."""
+    """Choice accuracy: divide an option's log-likelihood by its tokens, its end included."""
     max_new_tokens: Annotated[int, Field(gt=0)] | None = None
     """Most tokens generated; null: the 95th percentile of the training targets."""
     columns: dict[Literal["input", "target", "targets", "options"], str] = {}
     """`hub:` only: the dataset's column for each field, where the names differ."""
     where: dict[str, str] = {}
     """`hub:` only: keep the rows whose columns have these values, for example `{task_name: sciq_Multiple_Choice}`."""
+    distinct_by: DistinctBy = "text"
+    """Rows that count as one. `text`: the same input and options to the letter; free answers are joined, of
+    contradictory closed ones the majority stays, and a draw is dropped. `words`: inputs that differ in case or
+    whitespace too, whatever their options; a draw, and the order of free answers, is decided by content."""
+    tolerate: TaskTolerance = TaskTolerance()
+    """Shares of dropped and cut rows of this task, where they differ from the run's `data.tolerate`."""
     sizes: TaskSizes = TaskSizes()
     """Sizes of this task's splits, where they differ from the run's."""
     license: Annotated[str, Field(min_length=1)] | None = None
@@ -128,6 +137,10 @@ class TaskData:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     license: str = NOT_STATED
     """Licence of the data, for manifests and model cards."""
+    counts: RowCounts = field(default_factory=RowCounts)
+    """What became of the source's rows."""
+    cuts: CutCounts = field(default_factory=CutCounts)
+    """What length limits take from the rows; known once there is a tokenizer (`pipeline.data.counting`)."""
 
     @property
     def mean_tokens(self) -> float:
@@ -172,59 +185,38 @@ def learned_elsewhere(tasks: Mapping[str, TaskData], held_in: Iterable[str]) -> 
     return {task: count for task, count in counts.items() if count}
 
 
-def normalised(text: str) -> str:
-    """What makes two inputs the same: case and whitespace do not count."""
-    return " ".join(text.casefold().split())
-
-
-def _hash(*parts: str) -> str:
-    return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
-
-
-def _distinct(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Usable rows grouped by normalised input."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        key = normalised(row.input)
-        if key and any(target.strip() for target in row.targets):
-            groups.setdefault(key, []).append(row)
-    return groups
-
-
-def _joined(key: str, group: Sequence[Row]) -> Row:
-    """One row for all with the same input: free-text targets are joined, of closed rows the first (by content)
-    stays."""
-    group = sorted(group, key=lambda row: _hash(row.input, *row.targets, "", *(row.options or ())))
-    first = group[0]
-    targets = first.targets
-    if all(row.options is None for row in group):
-        targets = tuple(dict.fromkeys(target for row in group for target in row.targets if target.strip()))
-    return Row(_hash(key)[:16], first.input, targets, first.options)
-
-
 def make_splits(
-    rows: Sequence[Row], sizes: Mapping[str, int], seed: int, task: str = "task"
-) -> dict[str, tuple[Row, ...]]:
-    """Disjoint train, validation, gate and test rows, in an order given by a hash of seed and normalised input.
+    rows: Sequence[Row],
+    sizes: Mapping[str, int],
+    seed: int,
+    task: str = "task",
+    closed: bool = False,
+    by: DistinctBy = "text",
+) -> tuple[dict[str, tuple[Row, ...]], RowCounts]:
+    """Disjoint train, validation, gate and test rows, in an order given by a hash of seed and normalised input; and
+    what became of the rows before that (`pipeline.data.distinct`, with `closed` and `by`).
 
-    Rows with the same normalised input become one. Test, gate and validation are filled in this order, train takes at
-    most `sizes["train"]` of the rest: when rows are added, a row only ever moves towards train, so no former training
-    or validation row is tested or gated on. Ids become content hashes. DataError with too few rows.
+    Test, gate and validation are filled in this order, train takes at most `sizes["train"]` of the rest: when rows are
+    added, a row only ever moves towards train, so no former training or validation row is tested or gated on. Ids
+    become content hashes. DataError with too few rows.
     """
-    groups = _distinct(rows)
+    found, counts = distinct_rows(rows, closed, by)
     training = min(_MIN_TRAIN, sizes["train"])
     least = sizes["test"] + sizes["gate"] + sizes["validation"] + training
-    if len(groups) < least:
+    if len(found) < least:
+        lost = (
+            "; " + ", ".join(f"{count} {reason}" for reason, count in counts.dropped.items()) if counts.dropped else ""
+        )
         raise DataError(
-            f"task {task}: {len(groups)} distinct rows ({len(rows)} in all); at least {least} are needed for "
+            f"task {task}: {len(found)} distinct rows ({len(rows)} in all{lost}); at least {least} are needed for "
             f"{sizes['test']} test, {sizes['gate']} gate, {sizes['validation']} validation and {training} training rows"
         )
-    order = sorted(groups, key=lambda key: _hash(str(seed), key))
+    ordered = sorted(found, key=lambda each: content_hash(str(seed), each.words))  # stable: alike ones stay together
     splits, start = {}, 0
     for name in ("test", "gate", "validation", "train"):
-        splits[name] = tuple(_joined(key, groups[key]) for key in order[start : start + sizes[name]])
+        splits[name] = tuple(each.row for each in ordered[start : start + sizes[name]])
         start += sizes[name]
-    return {name: splits[name] for name in SPLITS}
+    return {name: splits[name] for name in SPLITS}, counts
 
 
 def load_tasks(
@@ -262,9 +254,11 @@ def load_tasks(
         except DataError as error:
             raise DataError(f"task {name}: {error}") from error
         wanted = {**sizes, **{key: size for key, size in config.sizes.model_dump().items() if size is not None}}
-        splits = make_splits(rows, wanted, seed, name)
+        closed = config.metric in CLASSIFICATION_METRICS
+        splits, counts = make_splits(rows, wanted, seed, name, closed, config.distinct_by)
         prints = {split: fingerprint(splits[split]) for split in SPLITS}
-        loaded[name] = TaskData(name, config, splits, prints, config.license or source_license(config.source))
+        licence = config.license or source_license(config.source)
+        loaded[name] = TaskData(name, config, splits, prints, licence, counts)
     return loaded
 
 

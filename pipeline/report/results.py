@@ -16,10 +16,12 @@ from rich.text import Text
 
 from merge.methods.specs import Candidate, shown_params
 from pipeline.config.search import task_order
+from pipeline.data.counting import rows_json
 from pipeline.data.tasks import learned_elsewhere
 from pipeline.records.outcome import Inputs, Outcome, utilisation
 from pipeline.records.score import ScoreKey
 from pipeline.report.gate import gate_lines, gate_results, gate_section
+from pipeline.report.rows import lost_lines, rows_section
 from workers.scoring.metrics import bootstrap_interval
 
 
@@ -90,6 +92,7 @@ def build_results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
             "rounding_loss_bfloat16": chosen.meta["rounding_loss_bfloat16"],
         },
         "learned_elsewhere": learned_elsewhere(inputs.tasks, config.held_in),
+        "rows": {task: rows_json(data) for task, data in inputs.tasks.items()},
         "export": _export(inputs, outcome),
         "gate": gate_results(inputs, outcome),
         "made": vars(outcome.made),
@@ -291,6 +294,7 @@ def summary_lines(results: dict[str, Any]) -> list[str]:
     if learned := results["learned_elsewhere"]:
         counts = ", ".join(f"{count} of {task}" for task, count in learned.items())
         lines.append(f"test rows that another task's expert has learned from, which favours the merge: {counts}")
+    lines += lost_lines(results)
     if "seeds" in results:
         spread = results["seeds"]["summary"]["held_in"]
         lines.append(
@@ -392,6 +396,7 @@ def report_markdown(results: dict[str, Any], pictures: Iterable[str] = ()) -> st
             if summary.get(model) is not None:
                 low, high = summary[f"{model}_interval"]
                 lines.append(f"| {group.replace('_', '-')}, {model} | {summary[model]:.3f} | {low:.3f} to {high:.3f} |")
+    lines += rows_section(results)
     if shown["loss"]:
         lines += ["", "## Loss of the experts", "", *shown["loss"]]
     return "\n".join([*lines, ""])
