@@ -21,6 +21,7 @@ from pipeline.config.section import Section
 from pipeline.data.encoding import text_of
 from pipeline.data.fields import LONGEST_NAME, Name, Natural, Number, Positive, Whole
 from pipeline.data.tasks import LEAST_GATE, TaskConfig
+from pipeline.data.tolerance import DataConfig
 from workers.masks.spec import MaskSpec
 from workers.scoring.metrics import CLASSIFICATION_METRICS, METRICS
 from workers.text.prompt import ANSWER, DEFAULT_TARGET_TOKENS
@@ -281,6 +282,8 @@ class PipelineConfig(Section):
     """Prompt and length limits."""
     splits: SplitsConfig = SplitsConfig()
     """Rows per split."""
+    data: DataConfig = DataConfig()
+    """What is asked of the tasks' data."""
     held_in: Annotated[dict[Name, TaskConfig], Field(min_length=1)]
     """Tasks that get an expert."""
     held_out: dict[Name, TaskConfig] = Field(default_factory=dict)

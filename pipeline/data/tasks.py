@@ -1,8 +1,8 @@
 """Tasks: their configuration, their rows and their splits.
 
 Splits are a pure function of rows, sizes and seed: independent of the order of rows, without duplicates across or
-within splits, and nearly unchanged when rows are added. Where rows come from is `pipeline.data.sources`; prompts are
-`workers.text.prompt`.
+within splits, and nearly unchanged when rows are added. Where rows come from is `pipeline.data.sources`; which of them
+count as one, `pipeline.data.distinct`; prompts are `workers.text.prompt`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from infra.errors import DataError
 from infra.store.layout import rows_name
+from pipeline.data.distinct import Distinct, DistinctBy, RowCounts, distinct_rows
 from pipeline.data.fields import Positive, Text, Whole, check_place, check_placeholders
 from pipeline.data.hub import hub_rows
 from pipeline.data.sources import (
@@ -28,8 +29,10 @@ from pipeline.data.sources import (
     jsonl_rows,
     source_license,
 )
+from pipeline.data.tolerance import TaskTolerance
 from workers.scoring.classification import distinct_labels
 from workers.scoring.metrics import CLASSIFICATION_METRICS
+from workers.text.cuts import CutCounts
 from workers.text.rows import Row, fingerprint, rows_to_jsonl
 
 SPLITS = ("train", "validation", "gate", "test")
@@ -70,12 +73,13 @@ class TaskConfig(BaseModel):
     template: str = "{input}"
     """Text of the prompt; `{input}` stands for the row's input, `{options}` for its options."""
     metric: Literal["exact_match", "rouge_l", "choice_accuracy", "accuracy", "f1", "matthews"]
-    """Exact match and Rouge-L score a generated answer, choice accuracy the log-likelihood of the row's options;
-    accuracy, macro F1 and Matthews' correlation score the labels of a classification run."""
+    """Exact match (after Unicode composition and with any whitespace as one space, on both sides) and Rouge-L score a
+    generated answer, choice accuracy the log-likelihood of the row's options, each up to its end; accuracy, macro F1
+    and Matthews' correlation score the labels of a classification run."""
     labels: Annotated[list[Text], Field(min_length=2)] | None = None
     """Classification: the labels, in the head's order; null: the targets that occur, sorted."""
     length_normalised: bool = False
-    """Choice accuracy: divide an option's log-likelihood by its tokens."""
+    """Choice accuracy: divide an option's log-likelihood by its tokens, its end included."""
     max_new_tokens: Positive | None = None
     """Most tokens generated; null: the 95th percentile of the training targets."""
     split: Text | None = None
@@ -86,6 +90,12 @@ class TaskConfig(BaseModel):
     where: dict[Text, str] = {}
     """`hub:` only: keep the rows whose columns have these values, for example `{task_name: sciq_Multiple_Choice}`; a
     label by its name."""
+    distinct_by: DistinctBy = "text"
+    """Rows that count as one. `text`: the same input and options to the letter; free answers are joined, of
+    contradictory closed ones the majority stays, and a draw is dropped. `words`: inputs that differ in case or
+    whitespace too, whatever their options; a draw, and the order of free answers, is decided by content."""
+    tolerate: TaskTolerance = TaskTolerance()
+    """Shares of dropped and cut rows of this task, where they differ from the run's `data.tolerate`."""
     sizes: TaskSizes = TaskSizes()
     """Sizes of this task's splits, where they differ from the run's."""
     license: Annotated[str, Field(min_length=1)] | None = None
@@ -140,6 +150,10 @@ class TaskData:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     license: str = NOT_STATED
     """Licence of the data, for manifests and model cards."""
+    counts: RowCounts = field(default_factory=RowCounts)
+    """What became of the source's rows."""
+    cuts: CutCounts = field(default_factory=CutCounts)
+    """What length limits take from the rows; known once there is a tokenizer (`pipeline.data.counting`)."""
 
     @property
     def mean_tokens(self) -> float:
@@ -184,72 +198,51 @@ def learned_elsewhere(tasks: Mapping[str, TaskData], held_in: Iterable[str]) -> 
     return {task: count for task, count in counts.items() if count}
 
 
-def normalised(text: str) -> str:
-    """What makes two inputs the same: case and whitespace do not count."""
-    return " ".join(text.casefold().split())
-
-
-def _hash(*parts: str) -> str:
-    return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
-
-
-def _first(keys: Iterable[str], seed: str, count: int) -> list[str]:
-    """The first ones in the order of `_hash(seed, key)`, `count` at most: of many rows few are used."""
+def _first(found: Iterable[Distinct], seed: str, count: int) -> list[Distinct]:
+    """The first ones in the order of a hash of seed and normalised input, `count` at most: of many rows few are used.
+    Alike ones stay together."""
     begun = hashlib.sha256(seed.encode() + b"\x00")
 
-    def rank(key: str) -> bytes:
+    def rank(each: Distinct) -> bytes:
         digest = begun.copy()
-        digest.update(key.encode())
+        digest.update(each.words.encode())
         return digest.digest()  # bytes have the order of their hexadecimal digits
 
-    return heapq.nsmallest(count, keys, key=rank)
-
-
-def _distinct(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Usable rows grouped by normalised input."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        key = normalised(row.input)
-        if key and any(map(str.strip, row.targets)):
-            groups.setdefault(key, []).append(row)
-    return groups
-
-
-def _joined(key: str, group: Sequence[Row]) -> Row:
-    """One row for all with the same input: free-text targets are joined, of closed rows the first (by content)
-    stays."""
-    if len(group) > 1:
-        group = sorted(group, key=lambda row: _hash(row.input, *row.targets, "", *(row.options or ())))
-    first = group[0]
-    targets = first.targets
-    if all(row.options is None for row in group):
-        targets = tuple(dict.fromkeys(target for row in group for target in row.targets if target.strip()))
-    return Row(_hash(key)[:16], first.input, targets, first.options)
+    return heapq.nsmallest(count, found, key=rank)
 
 
 def make_splits(
-    rows: Sequence[Row], sizes: Mapping[str, int], seed: int, task: str = "task"
-) -> dict[str, tuple[Row, ...]]:
-    """Disjoint train, validation, gate and test rows, in an order given by a hash of seed and normalised input.
+    rows: Sequence[Row],
+    sizes: Mapping[str, int],
+    seed: int,
+    task: str = "task",
+    closed: bool = False,
+    by: DistinctBy = "text",
+) -> tuple[dict[str, tuple[Row, ...]], RowCounts]:
+    """Disjoint train, validation, gate and test rows, in an order given by a hash of seed and normalised input; and
+    what became of the rows before that (`pipeline.data.distinct`, with `closed` and `by`).
 
-    Rows with the same normalised input become one. Test, gate and validation are filled in this order, train takes at
-    most `sizes["train"]` of the rest: when rows are added, a row only ever moves towards train, so no former training
-    or validation row is tested or gated on. Ids become content hashes. DataError with too few rows.
+    Test, gate and validation are filled in this order, train takes at most `sizes["train"]` of the rest: when rows are
+    added, a row only ever moves towards train, so no former training or validation row is tested or gated on. Ids
+    become content hashes. DataError with too few rows.
     """
-    groups = _distinct(rows)
+    found, counts = distinct_rows(rows, closed, by)
     training = min(_MIN_TRAIN, sizes["train"])
     least = sizes["test"] + sizes["gate"] + sizes["validation"] + training
-    if len(groups) < least:
+    if len(found) < least:
+        lost = (
+            "; " + ", ".join(f"{count} {reason}" for reason, count in counts.dropped.items()) if counts.dropped else ""
+        )
         raise DataError(
-            f"task {task}: {len(groups)} distinct rows ({len(rows)} in all); at least {least} are needed for "
+            f"task {task}: {len(found)} distinct rows ({len(rows)} in all{lost}); at least {least} are needed for "
             f"{sizes['test']} test, {sizes['gate']} gate, {sizes['validation']} validation and {training} training rows"
         )
-    order = _first(groups, str(seed), sum(sizes[name] for name in SPLITS))
+    ordered = _first(found, str(seed), sum(sizes[name] for name in SPLITS))
     splits, start = {}, 0
     for name in ("test", "gate", "validation", "train"):
-        splits[name] = tuple(_joined(key, groups[key]) for key in order[start : start + sizes[name]])
+        splits[name] = tuple(each.row for each in ordered[start : start + sizes[name]])
         start += sizes[name]
-    return {name: splits[name] for name in SPLITS}
+    return {name: splits[name] for name in SPLITS}, counts
 
 
 def load_tasks(
@@ -288,9 +281,11 @@ def load_tasks(
         except DataError as error:
             raise DataError(f"task {name}: {error}") from error
         wanted = {**sizes, **{key: size for key, size in config.sizes.model_dump().items() if size is not None}}
-        splits = make_splits(rows, wanted, seed, name)
+        closed = config.metric in CLASSIFICATION_METRICS
+        splits, counts = make_splits(rows, wanted, seed, name, closed, config.distinct_by)
         prints = {split: fingerprint(splits[split]) for split in SPLITS}
-        loaded[name] = TaskData(name, config, splits, prints, config.license or source_license(config.source))
+        licence = config.license or source_license(config.source)
+        loaded[name] = TaskData(name, config, splits, prints, licence, counts)
     return loaded
 
 

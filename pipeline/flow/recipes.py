@@ -17,7 +17,7 @@ from workers.measuring.catalogue import MEASUREMENTS
 from workers.measuring.file import IMPORTANCE_FILE_VERSION
 from workers.scoring.classification import CLASSIFICATION_VERSION, ClassifySpec
 from workers.scoring.likelihood import SCORING_VERSION, EvaluateSpec
-from workers.scoring.metrics import METRIC_VERSION
+from workers.scoring.metrics import METRIC_VERSIONS
 from workers.text.prompt import PromptSpec
 from workers.training.kinds import ExpertSpec
 from workers.training.loop import TRAIN_VERSION, TrainSpec
@@ -129,7 +129,7 @@ def evaluation_recipe(
         "rows": data.fingerprints[split],
         "split": split,
         "spec": _plain(spec),
-        "metric_version": METRIC_VERSION,
+        "metric_version": METRIC_VERSIONS[spec.metric],
         "compute_dtype": dtype,
         "weights_dtype": weights_dtype,
     }

@@ -24,6 +24,7 @@ from merge.tree.reduce import Fused
 from pipeline.config.candidates import Candidates, list_candidates, merge_plan
 from pipeline.config.expert_kinds import EXPERT_KINDS
 from pipeline.config.model import GIB, PipelineConfig
+from pipeline.data.counting import check_shares, rows_lines, with_cuts
 from pipeline.data.tasks import TaskData, learned_elsewhere, load_tasks
 from pipeline.flow.recipes import train_spec
 from pipeline.flow.registration import CHECKPOINT, MERGED
@@ -175,7 +176,7 @@ def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Pr
     base = prepare_base(config.base, cache)
     config = settle_prompt(config, base, console)
     console.print(f"{len(config.held_in)} held-in and {len(config.held_out)} held-out tasks", highlight=False)
-    tasks = load_tasks({**config.held_in, **config.held_out}, cache, config.splits.model_dump(), config.seed)
+    tasks = _load_tasks(config, base, console)
     for name, count in learned_elsewhere(tasks, config.held_in).items():
         text = f"{count} of its {len(tasks[name].splits['test'])} test rows are training rows of another held-in task"
         console.print(f"warning: {name}: {text}, so a merge knows them", style="yellow", highlight=False, markup=False)
@@ -193,6 +194,19 @@ def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Pr
     listed = list_candidates(config, {name: len(tasks[name].splits["train"]) for name in config.held_in})
     console.print(merge_plan(config, listed), highlight=False, markup=False)
     return Prepared(config, store, base, tasks, caps, listed, cost, _fused_rows(config, model, listed))
+
+
+def _load_tasks(config: PipelineConfig, base: PreparedBase, console: Console) -> dict[str, TaskData]:
+    """The tasks' rows; says what is lost of them. DataError if that is more than the configuration tolerates."""
+    read = load_tasks({**config.held_in, **config.held_out}, cache_dir(), config.splits.model_dump(), config.seed)
+    classifies, limits = config.objective == "classification", config.prompt
+    tokenizer = base_tokenizer(config, base)
+    target_tokens = None if classifies else limits.max_target_tokens
+    tasks = with_cuts(read, config.held_in, tokenizer, limits.max_input_tokens, target_tokens)
+    for line in rows_lines(tasks):
+        console.print(line, highlight=False, markup=False)
+    check_shares(tasks, config.data.tolerate.dropped, config.data.tolerate.cut)
+    return tasks
 
 
 def _fused_rows(config: PipelineConfig, model: Any, listed: Candidates) -> dict[str, tuple[int, int, int]]:

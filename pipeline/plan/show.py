@@ -24,6 +24,7 @@ from infra.store.layout import MANIFESTS
 from infra.store.s3 import Store
 from pipeline.collection.command import size_text
 from pipeline.config.model import load_config
+from pipeline.data.counting import rows_json
 from pipeline.flow.rehearse import Count, Forecast, forecast
 from pipeline.plan.estimate import Estimate, estimate, find_slots
 from pipeline.plan.preflight import Prepared, check_names, measured_flops, prepare_inputs
@@ -93,6 +94,7 @@ def plan_json(found: Plan) -> dict[str, Any]:
     return {
         "suite": prepared.config.suite,
         "base": {"name": prepared.base.name, "sha256": prepared.base.sha256},
+        "rows": {name: rows_json(data) for name, data in prepared.tasks.items()},
         "kinds": {kind: vars(count) for kind, count in found.counts().items()},
         "experts": [
             {

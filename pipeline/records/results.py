@@ -18,6 +18,7 @@ from pydantic import Field
 from pipeline.records.gate_results import Gate
 from pipeline.records.merge_results import CandidateRow, Chosen, Export, PerTaskRow, Search
 from pipeline.records.part import Interval, Maybe, Part
+from pipeline.records.row_results import TaskRows
 from pipeline.records.seed_results import Seeds
 
 MODELS = ("base", "base_few_shot", "expert", "merged", "merged_serving")
@@ -204,6 +205,8 @@ class Results(Part):
     learned_elsewhere: dict[str, int] = Field(default_factory=dict)
     """Test rows of a task that another task's expert was trained on, where there are any; not in files of earlier
     versions."""
+    rows: dict[str, TaskRows] = Field(default_factory=dict)
+    """What became of each task's rows; not in files of earlier versions."""
     export: Export | None
     """The chosen merge as a full checkpoint; null: not asked for."""
     gate: Gate

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pipeline.records.results import Results
 from pipeline.report.candidates import candidates_section
 from pipeline.report.gate import gate_section
+from pipeline.report.rows import rows_section
 from pipeline.report.summary import MEAN, MODELS, TITLES, score_rows, summary_lines
 
 
@@ -47,6 +48,7 @@ def report_markdown(results: Results, pictures: Iterable[str] = ()) -> str:
         *shown["candidates"],
         "",
         *_intervals_section(results),
+        *rows_section(results.rows),
     ]
     if shown["loss"]:
         lines += ["", "## Loss of the experts", "", *shown["loss"]]

@@ -6,6 +6,7 @@ from typing import Any
 
 from merge.methods.specs import Candidate
 from pipeline.config.search import task_order
+from pipeline.data.counting import rows_json
 from pipeline.data.tasks import learned_elsewhere
 from pipeline.records.merge_results import CandidateRow, Chosen, Export, PerTaskRow, RungRow, Search
 from pipeline.records.outcome import Inputs, Outcome, utilisation
@@ -21,6 +22,7 @@ from pipeline.records.results import (
     Seconds,
     Summary,
 )
+from pipeline.records.row_results import TaskRows
 from pipeline.records.score import Score, ScoreKey
 from pipeline.report.gate import gate_results
 from workers.scoring.metrics import bootstrap_interval
@@ -57,6 +59,7 @@ def build_results(inputs: Inputs, outcome: Outcome) -> Results:
         per_task=tuple(_per_task(outcome, candidate) for candidate in inputs.candidates.per_task),
         chosen=_chosen(inputs, outcome, outcome.chosen),
         learned_elsewhere=learned_elsewhere(inputs.tasks, config.held_in),
+        rows={task: TaskRows(**rows_json(data)) for task, data in inputs.tasks.items()},
         export=_export(inputs, outcome),
         gate=gate_results(inputs, outcome),
         made=Counts(**vars(outcome.made)),

@@ -10,6 +10,7 @@ from pipeline.records.results import Results, scores
 from pipeline.records.seed_results import Spread
 from pipeline.report.candidates import parameters_text
 from pipeline.report.gate import gate_lines
+from pipeline.report.rows import lost_lines
 
 TITLES = ("task", "metric", "base", "base few-shot", "expert", "merged")
 """Columns of the table of scores."""
@@ -111,6 +112,7 @@ def _more_lines(results: Results) -> list[str]:
     if learned := results.learned_elsewhere:
         counts = ", ".join(f"{count} of {task}" for task, count in learned.items())
         lines.append(f"test rows that another task's expert has learned from, which favours the merge: {counts}")
+    lines += lost_lines(results.rows)
     if seeds := results.seeds:
         spread = [f"{name} {of.mean:.3f} ± {of.sd:.3f}" for name, of in seeds.summary.held_in.items() if of.sd]
         values = ", ".join(map(str, seeds.values))

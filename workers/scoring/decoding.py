@@ -2,8 +2,8 @@
 
 Prompts of similar length share a left-padded pass; then all rows of a batch decode together. What every prompt begins
 with (few-shot examples, the template) runs once and its keys and values are expanded over the batch; logits are
-computed only where they are read. Works on any causal model of transformers with a dynamic cache. Sampling and beam
-search are not covered.
+computed only where they are read. Where a model's rows cannot share passes (`workers.scoring.reach`), or are longer
+than its windows, each runs alone. Sampling and beam search are not covered.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from infra.errors import ConfigError
+from workers.scoring.reach import accepts, reach, rotary_reach
 from workers.text.prompt import tokenize
+
+_STATES = ("past_key_values", "cache_params", "state")
+"""What models call what they keep of a text that they have read."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,29 @@ def _greedy(model: Any, start: _Prompted, steps: int, eos: list[int]) -> list[li
     return made
 
 
+def _greedy_alone(model: Any, ids: Sequence[int], steps: int, eos: list[int]) -> list[int]:
+    """Greedy continuation of one row, by whatever cache the model makes of its own accord; by none if it makes none, or
+    if what it keeps of a text changes when the text grows."""
+    device, known = device_of(model), accepts(model)
+    ask = {"use_cache": len(ids) + steps <= rotary_reach(model)} if "use_cache" in known else {}
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    made: list[int] = []
+    fresh = list(ids)
+    state: dict[str, Any] = {}
+    while True:
+        out = model(input_ids=torch.tensor([fresh], device=device), **state, **ask, **keep)
+        token = int(out.logits[0, -1].argmax())
+        if token in eos:
+            return made
+        made.append(token)
+        if len(made) == steps:
+            return made
+        state = {name: out[name] for name in _STATES if name in known and out.get(name) is not None}
+        if not state:
+            ask = dict.fromkeys(ask, False)
+        fresh = [token] if state else [*ids, *made]
+
+
 @torch.inference_mode()
 def generate_ids(
     model: Any,
@@ -207,9 +234,12 @@ def generate_ids(
         raise ConfigError(f"max_new_tokens: {max_new_tokens} found, at least 1 accepted")
     made: list[list[int]] = [[] for _ in prompts]
     prompts, before = share_beginning(prompts, prefix_ids)
-    shared = run_prefix(model, before)
     eos, pad_id = _eos_ids(model, tokenizer), padding_id(tokenizer)
-    order = by_length(prompts)
+    room = reach(model) - len(before) - max_new_tokens
+    order = [i for i in by_length(prompts) if len(prompts[i]) <= room]
+    for i in {*range(len(prompts))} - {*order}:
+        made[i] = _greedy_alone(model, [*before, *prompts[i]], max_new_tokens, eos)
+    shared = run_prefix(model, before) if order else None
     for at in range(0, len(order), batch_size):
         rows = order[at : at + batch_size]
         parts = [

@@ -24,12 +24,20 @@ from workers.scoring.decoding import (
     share_beginning,
 )
 from workers.scoring.metrics import METRICS, choice_correct, rouge_l, text_metric
-from workers.text.literal import literal_ids
-from workers.text.prompt import DEFAULT_WRAPPER, PromptSpec, encode_prompt, few_shot_ids, tokenize
+from workers.scoring.reach import accepts, reach
+from workers.text.prompt import (
+    DEFAULT_WRAPPER,
+    PromptSpec,
+    answer_end,
+    encode_prompt,
+    encode_target,
+    few_shot_ids,
+    tokenize,
+)
 from workers.text.rows import Row
 
-#: Part of every evaluation's key: raise it when decoding or log-likelihoods change.
-SCORING_VERSION = 1
+#: Part of every evaluation's key: raise it when decoding or log-likelihoods change. 2: an option's end is scored.
+SCORING_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -80,27 +88,54 @@ def option_logprobs_ids(
     length_normalised: bool = False,
     batch_size: int = 24,
     prefix_ids: Sequence[int] = (),
+    end_ids: Sequence[int] | None = None,
 ) -> list[list[float]]:
-    """For each prompt's ids, the log-probability of each option: the sum over its tokens, eos not included.
+    """For each prompt's ids, the log-probability of each option: the sum over its tokens and those of its end after
+    them (`end_ids`, default eos), so that no option wins by being another one's beginning. They are what training
+    teaches (`encode_target`).
 
-    With `length_normalised`, the sum divided by the number of tokens. Prompt and options share one pass.
+    With `length_normalised`, the sum divided by the number of tokens, its end included. Prompt and options share one
+    pass where that is right for the model (`workers.scoring.reach`), else each option has one.
     """
     scores: list[list[float]] = [[] for _ in prompts]
-    prompts, before = share_beginning(prompts, prefix_ids)
-    shared = run_prefix(model, before)
-    encoded = [[literal_ids(tokenizer, option) for option in row] for row in options]
+    end = [int(tokenizer.eos_token_id)] if end_ids is None else end_ids
+    encoded = [[encode_target(tokenizer, option, end=end) for option in row] for row in options]
     for row in encoded:
-        if not row or not all(row):
+        if not row or not all(len(ids) > len(end) for ids in row):
             raise DataError("options: every row needs at least one option, and every option at least one token")
+    prompts, before = share_beginning(prompts, prefix_ids)
+    limit = reach(model)
+    shared: Prefix | None = None
     joined = [
         [*prompt, *(token for ids in row for token in ids[:-1])] for prompt, row in zip(prompts, encoded, strict=True)
     ]
     for rows in batches(joined, by_length(joined), batch_size):
         batch = [(prompts[i], encoded[i]) for i in rows]
-        for i, sums in zip(rows, _option_batch(model, batch, padding_id(tokenizer), shared), strict=True):
+        if len(before) + sum(_widths(batch)) <= limit:
+            shared = shared or run_prefix(model, before)
+            found = _option_batch(model, batch, padding_id(tokenizer), shared)
+        else:
+            found = [[_option_alone(model, [*before, *prompt], ids) for ids in row] for prompt, row in batch]
+        for i, sums in zip(rows, found, strict=True):
             lengths = [len(ids) if length_normalised else 1 for ids in encoded[i]]
             scores[i] = [value / length for value, length in zip(sums, lengths, strict=True)]
     return scores
+
+
+def _widths(batch: Sequence[tuple[Sequence[int], list[list[int]]]]) -> tuple[int, int]:
+    """Slots that the prompts of a batch take, and those of their options."""
+    head = max(len(prompt) for prompt, _ in batch)
+    return head, max(sum(len(ids) - 1 for ids in options) for _, options in batch)
+
+
+def _option_alone(model: Any, prompt: Sequence[int], option: Sequence[int]) -> float:
+    """Summed log-probability of one option after a prompt, in a pass of its own: what every model is made for."""
+    tokens = torch.tensor([[*prompt, *option[:-1]]], device=device_of(model))
+    optional = {"use_cache": False, "logits_to_keep": len(option)}
+    logits = model(input_ids=tokens, **{k: v for k, v in optional.items() if k in accepts(model)}).logits
+    needed = logits[0, -len(option) :].float()
+    picked = needed.gather(1, torch.tensor(option, device=needed.device)[:, None]).squeeze(1) - needed.logsumexp(-1)
+    return float(picked.sum())
 
 
 def _option_batch(
@@ -115,8 +150,7 @@ def _option_batch(
     """
     device = device_of(model)
     before = prefix.length if prefix else 0
-    head = max(len(prompt) for prompt, _ in batch)
-    tail = max(sum(len(ids) - 1 for ids in options) for _, options in batch)
+    head, tail = _widths(batch)
     width = head + tail
     tokens = torch.full((len(batch), width), pad_id, dtype=torch.int64)
     positions = torch.zeros((len(batch), width), dtype=torch.int64)
@@ -185,7 +219,8 @@ def answer_rows(model: Any, tokenizer: Any, rows: Sequence[Row], spec: EvaluateS
         answers = generate_ids(model, tokenizer, prompts, spec.max_new_tokens, batch_size, before)
         return [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
     options = [row.options or () for row in rows]
-    likely = option_logprobs_ids(model, tokenizer, prompts, options, spec.length_normalised, batch_size, before)
+    end = answer_end(tokenizer, spec.prompt)
+    likely = option_logprobs_ids(model, tokenizer, prompts, options, spec.length_normalised, batch_size, before, end)
     return [names[values.index(max(values))] for names, values in zip(options, likely, strict=True)]
 
 
@@ -209,7 +244,8 @@ def evaluate_rows(
     if closed:
         options = [rows[i].options or () for i in closed]
         chosen = [prompts[i] for i in closed]
-        likely = option_logprobs_ids(model, tokenizer, chosen, options, spec.length_normalised, batch_size, before)
+        normalised, end = spec.length_normalised, answer_end(tokenizer, spec.prompt)
+        likely = option_logprobs_ids(model, tokenizer, chosen, options, normalised, batch_size, before, end)
         for i, names, values in zip(closed, options, likely, strict=True):
             free[i] = scores[i] = choice_correct(values, names, rows[i].targets)
             outputs[i] = names[values.index(max(values))]

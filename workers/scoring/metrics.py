@@ -3,12 +3,13 @@
 Exact match and Rouge-L compare text; choice accuracy compares the option that the model finds likeliest. Accuracy, F1
 and Matthews correlation compare a set of predicted labels with the right ones. Scores lie in 0..1, Matthews
 correlation in -1..1. Generation and option log-likelihoods come from `workers.scoring.likelihood`, labels from
-`workers.scoring.classification`.
+`workers.scoring.classification`, the words that Rouge-L compares from `workers.scoring.words`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -17,9 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.errors import ConfigError
+from workers.scoring.words import symbols_of, words_of
 
-#: Part of every evaluation's key: raise it when any score below can change.
-METRIC_VERSION = 1
+#: Part of every evaluation's key: raise a metric's when its score, or the Rouge-L beside an exact match, can change.
+METRIC_VERSIONS: Mapping[str, int] = {
+    "exact_match": 2,
+    "rouge_l": 2,
+    "choice_accuracy": 1,
+    "accuracy": 1,
+    "f1": 1,
+    "matthews": 1,
+}
 
 Metric = Literal["exact_match", "rouge_l", "choice_accuracy"]
 METRICS: tuple[Metric, ...] = ("exact_match", "rouge_l", "choice_accuracy")
@@ -48,9 +57,9 @@ class LabelScores:
 
 
 def normalise_answer(text: str) -> str:
-    """Outer whitespace removed, inner whitespace collapsed. Case and punctuation count, as in BIG-bench's exact
-    match."""
-    return " ".join(text.split())
+    """Characters composed (Unicode's NFC), outer whitespace removed, inner whitespace collapsed. Case and punctuation
+    count, as in BIG-bench's exact match."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def exact_match(prediction: str, targets: Sequence[str]) -> float:
@@ -59,18 +68,29 @@ def exact_match(prediction: str, targets: Sequence[str]) -> float:
     return float(any(wanted == normalise_answer(target) for target in targets))
 
 
+def rouge_l(prediction: str, targets: Sequence[str]) -> float:
+    """Best Rouge-L F1 over the targets (rouge-score's, no stemming) on the words of any script (`words_of`); a target
+    without a word is compared by its symbols. Texts in ASCII with a word score as rouge-score has them."""
+    return max((_rouge_l(prediction, target) for target in targets), default=0.0)
+
+
+def _rouge_l(prediction: str, target: str) -> float:
+    tokens = words_of if words_of(target) else symbols_of
+    return float(_rouge_scorer(tokens).score(target, prediction)["rougeL"].fmeasure)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A tokenizer as rouge-score asks for one."""
+
+    tokenize: Callable[[str], list[str]]
+
+
 @cache
-def _rouge_scorer() -> Any:
+def _rouge_scorer(tokens: Callable[[str], list[str]]) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], use_stemmer=False)
-
-
-def rouge_l(prediction: str, targets: Sequence[str]) -> float:
-    """Best Rouge-L F1 over the targets (rouge-score, no stemming; its tokens are lower-cased ASCII letters and
-    digits)."""
-    scorer = _rouge_scorer()
-    return max((float(scorer.score(target, prediction)["rougeL"].fmeasure) for target in targets), default=0.0)
+    return RougeScorer(["rougeL"], tokenizer=_Tokens(tokens))
 
 
 def choice_correct(option_scores: Sequence[float], options: Sequence[str], targets: Sequence[str]) -> float:

@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,12 +14,18 @@ from pydantic import ValidationError
 
 from infra.errors import DataError
 from infra.store.layout import rows_name
+from pipeline.data import tasks as pipeline_tasks
+from pipeline.data.distinct import normalised
 from pipeline.data.sources import source_license
-from pipeline.data.tasks import TaskConfig, TaskData, learned_elsewhere, load_tasks, make_splits, normalised
+from pipeline.data.tasks import TaskConfig, TaskData, learned_elsewhere, load_tasks
 from workers.text.rows import Row, fingerprint, load_rows, rows_from_jsonl, rows_to_jsonl
 
 SIZES = {"train": 16, "validation": 4, "gate": 5, "test": 6}
 texts = st.lists(st.text(min_size=1, max_size=12).filter(lambda t: bool(normalised(t))), min_size=23, max_size=60)
+
+
+def make_splits(rows: list[Row], sizes: dict[str, int], seed: int, **how: Any) -> dict[str, tuple[Row, ...]]:
+    return pipeline_tasks.make_splits(rows, sizes, seed, **how)[0]
 
 
 def rows_of(inputs: list[str]) -> list[Row]:
@@ -33,13 +40,15 @@ def inputs_of(split: tuple[Row, ...]) -> set[str]:
 @given(texts, st.randoms(use_true_random=False), st.integers(0, 5))
 def test_splits_are_disjoint_and_independent_of_order(inputs: list[str], random, seed: int) -> None:
     rows = rows_of(inputs)
-    if len({normalised(text) for text in inputs}) < 23:
+    if len(set(inputs)) < 23:
         with pytest.raises(DataError, match="distinct rows"):
             make_splits(rows, SIZES, seed)
         return
     splits = make_splits(rows, SIZES, seed)
+    ids = [row.id for split in splits.values() for row in split]
+    assert len(ids) == len(set(ids))
     assert [len(splits[name]) for name in ("test", "gate", "validation")] == [6, 5, 4]
-    seen = [key for split in splits.values() for key in inputs_of(split)]
+    seen = [row.input for split in splits.values() for row in split]
     assert len(seen) == len(set(seen)) == sum(map(len, splits.values()))
     shuffled = list(rows)
     random.shuffle(shuffled)
@@ -116,7 +125,7 @@ def test_adding_rows_moves_few_and_seed_moves_many() -> None:
 
 def test_duplicates_become_one_row_with_all_references() -> None:
     rows = [*rows_of([f"q {at}" for at in range(23)]), Row("x", "Q  3 ", ("another",))]
-    splits = make_splits(rows, SIZES, 0)
+    splits = make_splits(rows, SIZES, 0, by="words")
     row = next(row for split in splits.values() for row in split if normalised(row.input) == "q 3")
     assert set(row.targets) == {"answer q 3", "another"}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from infra.errors import ConfigError, FactoryError, MergeError
+from infra.errors import ConfigError, DataError, FactoryError, MergeError
 from infra.store.s3 import Store
 from merge.methods.specs import Candidate, plan_reductions
 from pipeline.config.candidates import Candidates
@@ -353,6 +353,29 @@ def test_the_speed_is_measured_with_one_thread_and_the_threads_are_put_back() ->
 
 
 # -- inputs --
+
+
+def test_lost_rows_are_said_and_refused_above_what_is_tolerated(base: PreparedBase, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    data = [{"input": f"w{i} w{i // 9} w{i % 7} w2 w3", "target": "" if i == 7 else "w1w2w3"} for i in range(60)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in data))
+    given: dict[str, Any] = {
+        "base": f"path:{base.path}",
+        "held_in": {"one": {**TASK, "source": f"jsonl:{rows}"}},
+        "splits": {"train": 16, "validation": 4, "gate": 8, "test": 4},
+    }
+
+    def prepare(**more: Any) -> str:
+        out = StringIO()
+        prepare_inputs(config(**given | more), Store("bucket", "http://127.0.0.1:9"), Console(file=out, soft_wrap=True))
+        return out.getvalue()
+
+    with pytest.raises(DataError, match=r"task one: 1\.7% of its 60 rows would be dropped"):
+        prepare()
+    assert "one: 60 rows; dropped: 1 with a blank target\n" in prepare(data={"tolerate": {"dropped": 0.02}})
+    short = {"prompt": {"wrapper": WRAPPER, "max_input_tokens": 4, "max_target_tokens": 3}}
+    with pytest.raises(DataError, match=r"would be cut: 32 inputs lose their beginning, 20 targets their end"):
+        prepare(data={"tolerate": {"dropped": 0.02}}, **short)
 
 
 def test_inputs_are_prepared_without_a_store_and_uploaded_once(store: Store, tmp_path: Path) -> None:

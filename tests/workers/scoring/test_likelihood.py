@@ -9,7 +9,7 @@ import torch
 from infra.errors import ConfigError, DataError
 from workers.scoring.decoding import batches, by_length, generate, generate_ids
 from workers.scoring.likelihood import EvaluateSpec, answer_rows, evaluate_rows, option_logprobs
-from workers.text.prompt import tokenize
+from workers.text.prompt import encode_target, tokenize
 from workers.text.rows import Row
 
 _spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "tiny.py")
@@ -73,11 +73,37 @@ def test_options_equal_full_sequences(model, tokenizer, prefix: str, normalised:
     for prompt, options, row in zip(PROMPTS, OPTIONS, scores, strict=True):
         before = tokenize(tokenizer, prefix) + tokenize(tokenizer, prompt)
         for option, score in zip(options, row, strict=True):
-            ids = tokenize(tokenizer, option)
+            ids = encode_target(tokenizer, option)
             with torch.no_grad():
                 logits = model(torch.tensor([before + ids])).logits[0].log_softmax(-1)
             expected = sum(float(logits[len(before) - 1 + at, token]) for at, token in enumerate(ids))
             assert score == pytest.approx(expected / (len(ids) if normalised else 1), abs=2e-4)
+
+
+@pytest.mark.parametrize("shorter_first", [True, False])
+def test_an_option_does_not_win_by_being_the_beginning_of_another(tokenizer, shorter_first: bool) -> None:
+    """A model that goes on with w1, w2, end whatever it is asked: without their ends, "w1" cannot lose to "w1w2"."""
+    step = {tokenize(tokenizer, "w1")[0]: tokenize(tokenizer, "w2")[0], tokenize(tokenizer, "w2")[0]: 2}
+    model = tiny.tiny_model(tied=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.model.norm.weight.fill_(1)
+        model.lm_head.weight[:, 0] = 0.5
+        rows = torch.eye(32)[1:]  # what the last token was, and what comes after it
+        model.model.embed_tokens.weight[:] = rows[0]
+        model.lm_head.weight[tokenize(tokenizer, "w1")[0]] = 2 * rows[0]
+        for at, (token, after) in enumerate(step.items(), 1):
+            model.model.embed_tokens.weight[token] = rows[at]
+            model.lm_head.weight[after] = 2 * rows[at]
+    options = ("w1", "w1w2", "w2w1") if shorter_first else ("w1w2", "w2w1", "w1")
+    rows_ = [Row(str(at), f"w{at + 5}w3", ("w1w2",), options) for at in range(3)]
+    for normalised in (False, True):
+        spec = EvaluateSpec("choice_accuracy", wrapper=tiny.WRAPPER, length_normalised=normalised)
+        assert evaluate_rows(model, tokenizer, rows_, spec).outputs == ("w1w2",) * 3
+    text = evaluate_rows(model, tokenizer, rows_, EvaluateSpec("exact_match", wrapper=tiny.WRAPPER, max_new_tokens=4))
+    assert text.format_free == (1.0,) * 3
+    assert {output.replace(" ", "") for output in text.outputs} == {"w1w2"}  # as it answers freely
 
 
 def test_evaluate_text_choice_and_format_free(model, tokenizer) -> None:

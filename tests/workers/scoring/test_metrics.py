@@ -1,11 +1,13 @@
 """Row metrics, label metrics against scikit-learn, and the bootstrap interval."""
 
+import unicodedata
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from infra.errors import ConfigError
@@ -19,6 +21,7 @@ from workers.scoring.metrics import (
     rouge_l,
     text_metric,
 )
+from workers.scoring.words import symbols_of, words_of
 
 ORACLES: dict[LabelMetric, Callable[[list[int], list[int]], float]] = {
     "accuracy": accuracy_score,
@@ -37,6 +40,58 @@ def test_rouge_l_takes_the_best_reference() -> None:
     assert rouge_l("the cat sat", ["dogs", "the cat sat"]) == pytest.approx(1.0)
     assert rouge_l("the cat", ["the cat sat on"]) == pytest.approx(2 * 1.0 * 0.5 / 1.5)
     assert rouge_l("", ["x"]) == 0.0
+
+
+def test_exact_match_composes_characters_on_both_sides() -> None:
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    assert exact_match(composed, [apart]) == exact_match(apart, [composed]) == 1.0
+    assert exact_match("a\u00a0 b\u3000", ["a b"]) == 1.0
+    assert exact_match("cafe", [composed]) == 0.0
+
+
+SENTENCES = {
+    "Russian": "красная кошка спит", "Greek": "ΟΔΟΣ ονειρων", "Arabic": "القطة الحمراء نائمة",
+    "Hebrew": "שָׁלוֹם עולם", "Hindi": "लाल बिल्ली सो रही है", "Tamil": "சிவப்பு பூனை தூங்குகிறது",
+    "Chinese": "红色的猫在睡觉", "Japanese": "赤い猫はネコだ。", "Korean": "빨간 고양이가 잔다",
+    "Thai": "แมวสีแดงกำลังนอน",
+    "Khmer": "ឆ្មាក្រហម", "Burmese": "ကြောင်နီ", "Amharic": "ቀይ ድመት", "Georgian": "წითელი კატა",
+    "accents": "l'été dernier à Évian", "outside the first plane": "𠀋𡈽 𝟙𝟚", "arrow": "→",
+    "signs": "+ -", "emoji": "👍🏽",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SENTENCES.values(), ids=SENTENCES)
+def test_rouge_l_reads_every_script(text: str) -> None:
+    assert rouge_l(text, [text]) == 1.0
+    assert rouge_l(f"{text} {text}", [text]) < 1.0
+    assert rouge_l(unicodedata.normalize("NFD", text).upper(), [text.lower()]) == 1.0
+    for name, other in SENTENCES.items():
+        if other != text and {name} <= {"Russian", "Chinese", "Thai", "Korean", "arrow"}:
+            assert rouge_l(text, [other]) < 0.5
+
+
+def test_rouge_l_splits_words_where_a_script_does_and_characters_where_it_does_not() -> None:
+    assert words_of("Pâté, d'été") == ["pâté", "d", "été"]
+    assert words_of("GPT模型2号") == ["gpt", "模", "型", "2", "号"]
+    assert words_of("กำลัง") == ["กำ", "ลั", "ง"] or words_of("กำลัง")[-1] == "ง"
+    assert words_of("बिल्ली सो") == ["बिल्ली", "सो"]
+    assert words_of("می\u200cخواهم x\u00ady") == ["میخواهم", "xy"]
+    assert rouge_l("pâté", ["p t"]) == 0.0
+    assert rouge_l("the red cat", ["красная кошка"]) == 0.0
+    assert rouge_l("红色的狗", ["红色的猫"]) == pytest.approx(0.75)
+    assert rouge_l("yes →", ["→"]) > 0
+
+
+@given(st.text(st.characters(max_codepoint=127), max_size=40), st.text(st.characters(max_codepoint=127), max_size=40))
+def test_rouge_l_of_ascii_is_rouge_scores(prediction: str, target: str) -> None:
+    own = RougeScorer(["rougeL"]).score(target, prediction)["rougeL"].fmeasure
+    assume(words_of(target))
+    assert rouge_l(prediction, [target]) == own
+
+
+@given(st.text(max_size=30))
+def test_rouge_l_of_a_text_and_itself_is_one_if_there_is_anything_to_see(text: str) -> None:
+    assert rouge_l(text, [text]) == float(bool(words_of(text) or symbols_of(text)))
 
 
 def test_choice_takes_the_first_of_equals() -> None:
