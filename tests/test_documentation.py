@@ -11,6 +11,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from pipeline.config.model import MergeConfig, PipelineConfig
+from tests import refusals
 from tests.e2e import runbook
 
 ROOT = Path(__file__).parents[1]
@@ -104,3 +105,8 @@ def test_documented_configurations_are_accepted() -> None:
         assert PipelineConfig.model_validate(yaml.safe_load(text)).suite == "my-suite"
     for text in merges:
         assert MergeConfig.model_validate(yaml.safe_load(text)["merge"]).export
+
+
+def test_the_page_of_refusals_is_made_of_the_tests() -> None:
+    """Make it again by `python -m tests.refusals`."""
+    assert refusals.PAGE.read_text(encoding="utf-8") == refusals.page()
