@@ -36,7 +36,7 @@ TABLES = {
 HEAD = """# What is refused, and what you read
 
 Everything here ends a command before work starts, with exit status 2 and one line, of which the table has the part that
-matters; `…` stands for names and numbers. Every row is a test, and this page is made of them: `python -m tests.refusals`.
+matters; `…` stands for names and numbers. Every row is a test; `python -m tests.refusals` makes this page of them.
 """
 
 
