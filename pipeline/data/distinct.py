@@ -157,7 +157,7 @@ def _named(kept: Iterable[tuple[str, Row]]) -> list[Distinct]:
     for words, row in kept:
         alike.setdefault(words, []).append(row)
     found = []
-    for words, rows in alike.items():
+    for words, rows in sorted(alike.items()):
         if len(rows) > 1:
             rows.sort(key=_content)
         for at, row in enumerate(rows):
