@@ -26,9 +26,10 @@ def _input(name: str) -> Callable[..., Any]:
 
 
 def _call(function: str, **options: Any) -> None:
-    """Errors for the user are printed without a traceback."""
+    """What it returns is told, a line each; errors for the user are printed without a traceback."""
     try:
-        deferred(f"workers.conversion.formats:{function}")(**options)
+        for line in deferred(f"workers.conversion.formats:{function}")(**options) or ():
+            click.echo(f"notice: {line}", err=True)
     except FactoryError as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
@@ -54,8 +55,9 @@ def from_peft(**options: Any) -> None:
 @_input("file")
 @_base
 @_out
+@click.option("--rank", type=click.IntRange(min=1), help="as the nearest LoRA of this rank at most; its error is told")
 def to_peft(**options: Any) -> None:
-    """An adapter FILE as a PEFT folder (low-rank: LoRA, sparse: SHiRA)."""
+    """An adapter FILE as a PEFT folder (low-rank, also as a merge of LoRA adapters: LoRA, sparse: SHiRA)."""
     _call("convert_to_peft", **options)
 
 
