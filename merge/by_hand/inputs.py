@@ -248,8 +248,7 @@ def open_checkpoint(name: str, place: Place, base: BaseCheckpoint, identity: str
 def _fetch_peft(place: Place, scratch: Path) -> Place:
     if place.store is None:
         return place
-    beside = [name for name in COMPANIONS if name in names_in(place)]
-    for name in (PEFT_CONFIG, PEFT_TENSORS, *beside):
+    for name in (PEFT_CONFIG, PEFT_TENSORS, *sorted(names_in(place) & set(COMPANIONS))):
         place.store.download_file(f"{place.name}/{name}", scratch / name)
     return replace(place, path=scratch)
 
