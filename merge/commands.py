@@ -34,7 +34,7 @@ _OPTIONS: tuple[Callable[..., Any], ...] = (
     click.option("--method", help="Name of a method, see `methods`."),
     click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the method."),
     click.option("--expert", "experts", multiple=True, metavar="[NAME=]SOURCE",
-                 help="An expert: adapter file, PEFT folder, checkpoint folder, s3://… or models:/…"),
+                 help="An expert: adapter file, PEFT folder, checkpoint folder, s3://…, hub:… or models:/…"),
     click.option("--weight", "weights", multiple=True, metavar="NAME=NUMBER", help="An expert's weight."),
     click.option("--fisher", multiple=True, metavar="NAME=FILE", help="An expert's Fisher diagonal."),
     click.option("--gram", multiple=True, metavar="NAME=FILE", help="An expert's Gram matrices."),
@@ -76,7 +76,7 @@ def run(**given: Any) -> None:
 @_dtype
 @_shard_gib
 def export(**given: Any) -> None:
-    """Base and ADAPTER (a file, a PEFT folder, s3://… or models:/…) joined into a full checkpoint."""
+    """Base and ADAPTER (a file, a PEFT folder, s3://…, hub:… or models:/…) joined into a full checkpoint."""
     deferred("merge.by_hand.command:export")(**given)
 
 

@@ -24,6 +24,12 @@ TABLES = {
         ("tests.pipeline.plan.test_check_base", "REFUSED"),
         ("tests.workers.text.test_wrapper", "REFUSED"),
     ),
+    "Merging and converting": (
+        ("tests.merge.by_hand.test_refusals", "REFUSED"),
+        ("tests.workers.conversion.test_peft_folders", "REFUSED"),
+        ("tests.workers.conversion.test_companions", "REFUSED"),
+        ("tests.workers.tensors.test_quantised", "QUANTISED"),
+    ),
     "The object store, MLflow, Ray": (
         ("tests.infra.store.test_faults", "REFUSED"),
         ("tests.infra.registry.test_faults", "REFUSED"),

@@ -28,12 +28,14 @@ def _input(name: str) -> Callable[..., Any]:
 
 
 def _call(function: str, /, into_folder: bool = False, **options: Any) -> None:
-    """Do it, once it is seen that a file, or a folder, can be written to `out`."""
+    """Do it, once it is seen that a file, or a folder, can be written to `out`. What it returns is told, a line
+    each."""
     try:
         check_output(options["out"], "--out", into_folder)
     except ConfigError as error:
         raise click.ClickException(str(error)) from error
-    deferred(f"workers.conversion.formats:{function}")(**options)
+    for line in deferred(f"workers.conversion.formats:{function}")(**options) or ():
+        click.echo(f"notice: {line}", err=True)
 
 
 @click.group()
@@ -55,8 +57,9 @@ def from_peft(**options: Any) -> None:
 @_input("file")
 @_base
 @_out
+@click.option("--rank", type=click.IntRange(min=1), help="as the nearest LoRA of this rank at most; its error is told")
 def to_peft(**options: Any) -> None:
-    """An adapter FILE as a PEFT folder (low-rank: LoRA, sparse: SHiRA)."""
+    """An adapter FILE as a PEFT folder (low-rank, also as a merge of LoRA adapters: LoRA, sparse: SHiRA)."""
     _call("convert_to_peft", into_folder=True, **options)
 
 

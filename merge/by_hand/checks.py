@@ -37,6 +37,7 @@ from workers.adapters.task_mask import MASK_FILE_VERSION
 from workers.base.cache import cache_dir
 from workers.base.layout import fused_rows
 from workers.base.prepare import PreparedBase, prepare_base
+from workers.conversion.formats import base_names
 from workers.measuring.file import IMPORTANCE_READ_VERSION
 from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles
 
@@ -74,6 +75,11 @@ class Checked:
     def union_elements(self) -> int:
         """Elements of those tensors."""
         return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def notices(self) -> list[str]:
+        """What of the experts is ignored, one line each."""
+        return [line for expert in self.experts for line in expert.notices]
 
     @property
     def heads(self) -> list[str]:
@@ -135,7 +141,7 @@ def check(request: MergeRequest, scratch: Path) -> Checked:
     for place, option in ((out, "--out"), (checkpoint, "--checkpoint")):
         if place:
             check_apart(place, cached, option)
-    experts = find_experts(places, base, scratch)
+    experts = find_experts(places, base, scratch, base_names(base, request.base))
     measured = find_measured(measured_places, kind, experts, base.sha256) if kind else {}
     shapes = {name: shape for expert in experts for name, shape in expert.shapes.items()}
     fused = fused_rows(base.path, shapes) if candidate.splits_fused else {}

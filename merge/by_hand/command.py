@@ -154,9 +154,10 @@ def _plan_lines(checked: Checked) -> list[str]:
 
 
 def _warnings(checked: Checked) -> list[str]:
+    notices = [f"notice: {line}" for line in checked.notices]
     if not checked.heads:
-        return []
-    return [f"the classification heads of {', '.join(checked.heads)} are no part of a merge and stay behind"]
+        return notices
+    return [*notices, f"the classification heads of {', '.join(checked.heads)} are no part of a merge and stay behind"]
 
 
 def _plural(count: int, noun: str) -> str:
@@ -250,13 +251,15 @@ def _print_summary(console: Console, checked: Checked, done: Done, seconds: floa
 
 @_guarded
 def export(adapter: str, base: str, out: str, mask: str | None, dtype: str | None, shard_gib: float | None) -> None:
-    """Base and ADAPTER (a file, a PEFT folder, s3://… or models:/…) joined into a full checkpoint."""
+    """Base and ADAPTER (a file, a PEFT folder, s3://…, hub:… or models:/…) joined into a full checkpoint."""
     console = _console()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="factory-export-") as scratch:
         with _checking():
             checked = check_export(adapter, base, out, mask, dtype, shard_gib or DEFAULT_SHARD_GIB, Path(scratch))
             prepare(checked.place, "--out")
+        for line in checked.adapter.notices:
+            _print(console, f"notice: {line}")
         if checked.up_to_date():
             _print(console, f"{out}: holds exactly this checkpoint already, nothing to do")
             return

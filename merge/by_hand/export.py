@@ -27,6 +27,7 @@ from workers.adapters.task_mask import MaskedAdapter, MaskReader
 from workers.adapters.writer import AdapterReader
 from workers.base.cache import cache_dir
 from workers.base.prepare import PreparedBase, prepare_base
+from workers.conversion.formats import base_names
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def check_export(
     check_folder(place, {"the adapter": found.uri, **masks, **base_place(base)}, "--out")
     prepared = prepare_base(base, cache_dir())
     check_apart(place, {"the cached base": str(prepared.path.resolve())}, "--out")
-    (expert,) = find_experts(places, prepared, scratch)
+    (expert,) = find_experts(places, prepared, scratch, base_names(prepared, base))
     if expert.head:
         raise AdapterError(f"{adapter}: has a classification head ({expert.head[0]}), which this base has no place for")
     (expert,) = hash_experts([expert])

@@ -6,29 +6,33 @@ reads their bytes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from infra.artifacts.manifests import Recipe
 from infra.digests import file_sha256
-from infra.errors import AdapterError, ConfigError, MergeError, RegistryError
+from infra.errors import AdapterError, BaseModelError, ConfigError, MergeError, RegistryError
 from infra.store.source import StoreSource
 from merge.by_hand.sources import Place, locate, names_in
 from merge.files.checkpoint import BaseCheckpoint, CheckpointDelta
 from workers.adapters.writer import AdapterReader
 from workers.base.layout import BaseLayout, read_layout, read_shapes
 from workers.base.prepare import PreparedBase
+from workers.conversion.companions import COMPANIONS, Read, compare_companions, in_folder, leftovers
+from workers.conversion.formats import peft_notices, unchanged_notices
 from workers.conversion.peft import CONFIG as PEFT_CONFIG
 from workers.conversion.peft import TENSORS as PEFT_TENSORS
-from workers.conversion.peft import peft_shapes
+from workers.conversion.peft import peft_outline
 from workers.measuring.catalogue import MEASUREMENTS
 from workers.tensors.checkpoint import CheckpointFiles, weight_files
+from workers.tensors.quantised import read_settings, refuse_quantised, settings_of
 from workers.tensors.source import ByteSource, FileSource
 
 _CHUNK = 1 << 24
@@ -50,6 +54,8 @@ class Expert:
     sha256: str = ""
     recipe: str = ""
     base_sha256: str = ""
+    notices: tuple[str, ...] = ()
+    """What of it a merge ignores, one line each."""
 
     @property
     def identity(self) -> str:
@@ -79,22 +85,43 @@ def locate_experts(sources: Mapping[str, str]) -> dict[str, Place]:
     return places
 
 
-def find_experts(places: Mapping[str, Place], base: PreparedBase, scratch: Path) -> list[Expert]:
+def find_experts(
+    places: Mapping[str, Place], base: PreparedBase, scratch: Path, names: Collection[str] = ()
+) -> list[Expert]:
     """The experts by name, their headers read and checked against the base and each other.
 
-    A PEFT adapter in S3 is copied to `scratch`. Raises FactoryError naming the expert.
+    A PEFT adapter in S3 is copied to `scratch`. `names`: what the base is called, compared with what PEFT adapters say
+    they were made for. Raises FactoryError naming the expert, or the base if that is quantised.
     """
     layout = _layout(base, any(place.kind == "peft" for place in places.values()))
     checkpoint = BaseCheckpoint.in_folder(base.path, base.sha256)
+    refuse_quantised(f"base {base.name}", read_settings(base.path / "config.json"), checkpoint.weights)
     found = []
     for at, (name, place) in enumerate(places.items()):
         if place.kind == "checkpoint":
-            delta = open_checkpoint(name, place, checkpoint)
-            shapes, counts = {n: delta.shape(n) for n in delta.names}, {n: delta.count(n) for n in delta.names}
-            found.append(Expert(name, place, shapes, counts, base_sha256=base.sha256))
+            found.append(_read_checkpoint(name, place, base, checkpoint))
         else:
-            found.append(_read_header(name, place, layout, scratch / f"peft-{at}"))
+            found.append(_read_header(name, place, layout, scratch / f"peft-{at}", names))
     return found
+
+
+def _read_checkpoint(name: str, place: Place, base: PreparedBase, checkpoint: BaseCheckpoint) -> Expert:
+    what, theirs = f"expert {name!r} ({place.given})", _companion(place)
+    refuse_quantised(what, settings_of(theirs("config.json")))
+    delta = open_checkpoint(name, place, checkpoint)
+    notices = compare_companions(f"expert {name!r}", theirs, in_folder(base.path))
+    notices += leftovers(f"expert {name!r}", names_in(place.path, place.store, place.name), checkpoint_files(place))
+    shapes, counts = {n: delta.shape(n) for n in delta.names}, {n: delta.count(n) for n in delta.names}
+    return Expert(name, place, shapes, counts, base_sha256=base.sha256, notices=notices)
+
+
+def _companion(place: Place) -> Read:
+    """Reads the small files beside an expert's weights."""
+    if place.store is None:
+        assert place.path is not None
+        return in_folder(place.path)
+    store, names = place.store, names_in(place.path, place.store, place.name)
+    return functools.cache(lambda name: store.get(f"{place.name}/{name}") if name in names else None)
 
 
 def hash_experts(experts: Sequence[Expert]) -> list[Expert]:
@@ -155,7 +182,7 @@ def adapter_source(place: Place) -> ByteSource:
 def _found(what: str, source: str) -> Place:
     try:
         return locate(source)
-    except (ConfigError, RegistryError) as error:
+    except (BaseModelError, ConfigError, RegistryError) as error:
         raise type(error)(f"{what}: {error}") from None
 
 
@@ -173,14 +200,16 @@ def _layout(base: PreparedBase, linear: bool) -> BaseLayout:
     return BaseLayout(base.path, base.sha256, read_shapes(base.path), frozenset())
 
 
-def _read_header(name: str, place: Place, base: BaseLayout, scratch: Path) -> Expert:
+def _read_header(name: str, place: Place, base: BaseLayout, scratch: Path, names: Collection[str]) -> Expert:
     try:
         if place.kind == "peft":
             place = _fetch_peft(place, scratch)
             assert place.path is not None
-            shapes, head = peft_shapes(place.path, base)
+            found, what = peft_outline(place.path, base), f"expert {name!r}"
+            notices = [*peft_notices(place.path, what, base, names), *unchanged_notices(what, found.unchanged)]
+            counts = {n: math.prod(s) for n, s in found.shapes.items()}
             return Expert(
-                name, place, shapes, {n: math.prod(s) for n, s in shapes.items()}, tuple(head), base_sha256=base.sha256
+                name, place, found.shapes, counts, found.head, base_sha256=base.sha256, notices=tuple(notices)
             )
         reader = AdapterReader(adapter_source(place))
     except AdapterError as error:
@@ -212,13 +241,15 @@ def _read_header(name: str, place: Place, base: BaseLayout, scratch: Path) -> Ex
 def open_checkpoint(name: str, place: Place, base: BaseCheckpoint, identity: str | None = None) -> CheckpointDelta:
     """A full checkpoint's δ. Raises TensorFileError for none, and BaseModelError for one that is not of this base."""
     what = f"expert {name!r} ({place.given})"
-    return CheckpointDelta(CheckpointFiles(list(checkpoint_files(place).values()), what), base, name, identity)
+    files = CheckpointFiles(list(checkpoint_files(place).values()), what)
+    refuse_quantised(what, {}, files)
+    return CheckpointDelta(files, base, name, identity)
 
 
 def _fetch_peft(place: Place, scratch: Path) -> Place:
     if place.store is None:
         return place
-    for name in (PEFT_CONFIG, PEFT_TENSORS):
+    for name in (PEFT_CONFIG, PEFT_TENSORS, *sorted(names_in(place.path, place.store, place.name) & set(COMPANIONS))):
         place.store.download_file(f"{place.name}/{name}", scratch / name)
     return replace(place, path=scratch)
 

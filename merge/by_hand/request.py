@@ -89,9 +89,28 @@ def read_request(path: Path | None, flags: Mapping[str, Any]) -> MergeRequest:
         raise ConfigError(where + "; ".join(lines)) from None
 
 
+class _Once(yaml.SafeLoader):
+    """Refuses a mapping that holds one key twice: YAML takes the last one, and an expert would be left out."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        lines: dict[Any, int] = {}
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            name, line = str(self.construct_object(key)), key.start_mark.line + 1  # 1 and "1" name one expert
+            if name in lines:
+                raise ConfigError(
+                    f"{key.value!r} stands twice in one mapping, in lines {lines[name]} and {line}; name each once"
+                )
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.load(path.read_text(encoding="utf-8"), _Once)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(found, dict):

@@ -1,7 +1,7 @@
 """Where an expert of a merge by hand is: names and kinds of sources, looked up but not read.
 
-A source is an adapter file, a PEFT folder, a full checkpoint, an object (or the prefix of several) in S3, or a
-registered model.
+A source is an adapter file, a PEFT folder, a full checkpoint, an object (or the prefix of several) in S3, a
+repository of the Hugging Face hub, or a registered model.
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ from infra.errors import ConfigError, RegistryError
 from infra.store.errors import ObjectMissing
 from infra.store.layout import manifest_name, split_stored
 from infra.store.s3 import Store, split_uri
+from workers.base.cache import cache_dir
+from workers.base.downloads import HUB_WEIGHTS, fetch_hub, resolve_hub
+from workers.conversion.companions import COMPANIONS
 from workers.conversion.peft import CONFIG as PEFT_CONFIG
+from workers.conversion.peft import TENSORS as PEFT_TENSORS
 
 ACCEPTED = (
     "accepted are an adapter file (.safetensors), the folder of a PEFT adapter (adapter_config.json), the folder of a "
     "full checkpoint (config.json and safetensors), s3://<bucket>/<name> of an adapter file or of a checkpoint's "
-    "prefix, and models:/<name>/<version> or models:/<name>@<alias>"
+    "prefix, hub:<repository>[@<revision>] of a PEFT adapter or a checkpoint, and "
+    "models:/<name>/<version> or models:/<name>@<alias>"
 )
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 _MODEL = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
 
 
@@ -59,6 +65,8 @@ def name_of(source: str) -> str:
         return found["name"]
     if (stored := split_stored(source.partition("://")[2].partition("/")[2])) and stored.is_file:
         return stored.key[:12]
+    if source.startswith("hub:"):
+        source = source.partition("@")[0]
     name = Path(source.rstrip("/")).name.removesuffix(".safetensors")
     return name or source
 
@@ -104,6 +112,8 @@ def locate(source: str) -> Place:
         return _registered(source)
     if source.startswith("s3://"):
         return locate_object(source)
+    if source.startswith("hub:"):
+        return _on_hub(source)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", source):
         raise ConfigError(f"{source}: no source of an expert; {ACCEPTED}")
     path = Path(source).expanduser()
@@ -116,6 +126,23 @@ def locate(source: str) -> Place:
     if path.is_dir():
         raise ConfigError(f"{source}: this folder has neither {PEFT_CONFIG} nor config.json; {ACCEPTED}")
     raise ConfigError(f"{source}: no such file or folder; {ACCEPTED}")
+
+
+def _on_hub(source: str) -> Place:
+    """A repository at one commit, fetched: it says what it is only by its files."""
+    name = source.partition(":")[2]
+    if not _REPOSITORY.fullmatch(name):
+        raise ConfigError(f"{source}: no name of a repository; {ACCEPTED}")
+    notes = cache_dir() / "hub"
+    notes.mkdir(parents=True, exist_ok=True)
+    small = (PEFT_CONFIG, PEFT_TENSORS, *COMPANIONS)
+    pinned, folder = resolve_hub(name, notes, small)
+    folder = folder or fetch_hub(pinned, small)
+    if (folder / PEFT_CONFIG).is_file():
+        return Place(source, "peft", folder)
+    if (folder / "config.json").is_file():
+        return Place(source, "checkpoint", fetch_hub(pinned, (*small, *HUB_WEIGHTS)))
+    raise ConfigError(f"{source}: this repository has neither {PEFT_CONFIG} nor config.json; {ACCEPTED}")
 
 
 def store_of(uri: str) -> tuple[Store, str]:

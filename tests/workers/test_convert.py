@@ -241,7 +241,7 @@ def test_what_a_peft_configuration_may_not_ask_for(
     [
         ("model.layers.9.self_attn.q_proj.lora_A.weight", (2, 32), "no lora_B"),
         ("model.layers.0.self_attn.q_proj.lora_A.weight", (2, 8), r"q_proj.weight has shape \[32, 8\]"),
-        ("model.embed_tokens.lora_embedding_A", (2, 8), "is no part of an adapter"),
+        ("model.embed_tokens.lora_embedding_A", (2, 8), "is LoRA on an embedding table"),
         ("model.norm.weight", (32,), "as a whole"),
         ("other.weight", (3,), "is no part of an adapter"),
     ],
@@ -275,7 +275,7 @@ def test_damaged_peft_folders(tmp_path: Path, base: BaseLayout) -> None:
 
 def test_what_peft_cannot_express(tmp_path: Path, base: BaseLayout) -> None:
     name = f"{Q}.weight"
-    dense = SparseTensor((32, 32), torch.arange(1024), torch.ones(1024))
+    dense = SparseTensor((32, 32), torch.arange(1024), torch.randn(1024))
     low = LowRank(torch.ones(1, 32), torch.ones(48, 1), 1.0)
     save_adapter(tmp_path / "full", {name: dense}, AdapterMeta(base.sha256, "full"))
     unequal = {f"{UP}.weight": sparse((48, 32), 0.9), "model.layers.1.self_attn.v_proj.weight": sparse((16, 32), 0.1)}
@@ -285,10 +285,10 @@ def test_what_peft_cannot_express(tmp_path: Path, base: BaseLayout) -> None:
     save_adapter(tmp_path / "empty", {}, AdapterMeta(base.sha256))
     save_adapter(tmp_path / "other", {name: dense}, AdapterMeta("c" * 64))
     for file, message in (
-        ("full", "too dense for it: export it with to-checkpoint"),
-        ("dense", r"v_proj.weight: .* here 18 \* 48 of 512"),
+        ("full", "too dense for it, .* give --rank .* export it with to-checkpoint"),
+        ("dense", r"v_proj.weight 18 \* 48 of 512"),
         ("mixed", "to-checkpoint"),
-        ("norm", "not a linear layer"),
+        ("norm", "is an embedding"),
         ("empty", "no weight"),
         ("other", "made for base cccc"),
     ):

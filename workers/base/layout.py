@@ -5,8 +5,9 @@ What a conversion checks foreign files against. Loading a base for computation i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from infra.errors import AdapterError, BaseModelError
 from workers.base.modules import stacked_rows
 from workers.base.prepare import PreparedBase
 from workers.base.structure import first_line, quiet_transformers, read_config
-from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles
+from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles, resized
+
+_EMBEDDING = re.compile(r"embed|wte|wpe")
 
 
 @dataclass(frozen=True)
@@ -22,17 +25,29 @@ class BaseLayout:
     """``shapes`` of all floating tensors by name; ``linear``, the names among them that are weights of linear layers.
 
     A weight that is tied to another is listed under the name that the base's file has, so a tied output layer is not
-    among them.
+    among them: ``tied`` names the tensor that stands for it.
     """
 
     path: Path
     sha256: str
     shapes: dict[str, tuple[int, ...]]
     linear: frozenset[str]
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     def check_linear(self, name: str, shape: Iterable[int], where: str) -> None:
         """Raise ``AdapterError`` unless ``name`` is a linear weight of this base with this shape."""
+        if name in self.tied:
+            raise AdapterError(
+                f"{where}: {name} is tied to {self.tied[name]} in this base, one tensor for both, so the output layer "
+                "has no weight of its own to change; save the base with the two untied (tie_word_embeddings false, "
+                f"{name} written out) and give that"
+            )
         if name not in self.linear:
+            if _EMBEDDING.search(name) and name in self.shapes:
+                raise AdapterError(
+                    f"{where}: {name} is an embedding, not a linear layer's weight; train without it, or merge the "
+                    "adapter with PEFT (merge_and_unload) and convert the result with from-checkpoint --all"
+                )
             kind = "not a linear layer's weight there" if name in self.shapes else "unknown there (or tied to another)"
             raise AdapterError(f"{where}: {name} is {kind}; was it made for another base than {self.sha256[:12]}…?")
         self.check_shape(name, shape, where)
@@ -41,6 +56,8 @@ class BaseLayout:
         """Raise ``AdapterError`` unless ``name`` is a tensor of this base with this shape."""
         found, own = list(shape), self.shapes.get(name)
         if own is None or found != list(own):
+            if own is not None and (said := resized(name, found, own)):
+                raise AdapterError(f"{where}: {said}")
             expected = "the base has no such tensor" if own is None else f"the base's is {list(own)}"
             raise AdapterError(f"{where}: {name} has shape {found}, {expected}; give the base that it was made for")
 
@@ -48,7 +65,8 @@ class BaseLayout:
 def read_layout(base: PreparedBase) -> BaseLayout:
     """The layout of ``base``. ``BaseModelError`` if its configuration names no model of transformers."""
     shapes = read_shapes(base.path)
-    return BaseLayout(base.path, base.sha256, shapes, frozenset(_linear_weights(base.path)) & frozenset(shapes))
+    model = _empty_model(base.path)
+    return BaseLayout(base.path, base.sha256, shapes, _linear_weights(model) & frozenset(shapes), _tied(model, shapes))
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -65,11 +83,10 @@ def fused_rows(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, t
     return stacked_rows(read_config(path), shapes)
 
 
-def _linear_weights(path: Path) -> set[str]:
-    """Weights of the linear layers of the class that the configuration names, built without memory."""
+def _empty_model(path: Path) -> Any:
+    """A model of the class that the configuration names, built without memory."""
     import transformers
     from accelerate import init_empty_weights
-    from torch import nn
 
     config = read_config(path)
     kind: Any = getattr(transformers, (config.architectures or ["none"])[0], None)
@@ -77,7 +94,21 @@ def _linear_weights(path: Path) -> set[str]:
         raise BaseModelError(f"base {path}: its configuration names no known model class: {config.architectures}")
     try:
         with quiet_transformers(), init_empty_weights():
-            model: nn.Module = kind._from_config(config)
+            return kind._from_config(config)
     except Exception as error:  # a field of the configuration that its class stumbles over
         raise BaseModelError(f"base {path}: transformers builds no model of it ({first_line(error)})") from error
-    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _linear_weights(model: Any) -> frozenset[str]:
+    from torch import nn
+
+    return frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear))
+
+
+def _tied(model: Any, shapes: Mapping[str, object]) -> dict[str, str]:
+    """The output layer's weight, where the input embedding stands for it, whether it is written out or not."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return {}
+    names = {module: f"{name}.weight" for name, module in model.named_modules()}
+    return {names[head]: names[table]} if names.get(table) in shapes else {}

@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ from filelock import FileLock
 from infra.digests import file_sha256
 from infra.errors import BaseModelError, FactoryError
 from infra.store.layout import base_file, base_index
-from workers.base.downloads import fetch_pypi
+from workers.base.downloads import HUB_WEIGHTS, fetch_hub, fetch_pypi, resolve_hub
 from workers.base.identity import CONFIG, KEPT_FILES, base_identity, is_identified
 from workers.base.settle import settle
 from workers.base.structure import quiet_transformers
@@ -36,6 +37,7 @@ IDENTITY = "identity.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _LAYOUT = 2
 """Of a prepared folder: raised when preparing the same source gives another folder, so that it is prepared anew."""
+_HUB_FILES = (*HUB_WEIGHTS, *KEPT_FILES, "README.md")
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,19 @@ def prepare_base(source: str, cache_dir: Path) -> PreparedBase:
             f"base {source!r}: accepted are pypi:<name> ({known}), path:<folder> and hub:<repo>[@revision]"
         )
     folder = _bases(Path(cache_dir))
-    note = folder / "sources" / (hashlib.sha256(_source_stamp(kind, name, source).encode()).hexdigest() + ".json")
-    note.parent.mkdir(exist_ok=True)
+    (folder / "sources").mkdir(exist_ok=True)
+    stamp = _source_stamp(kind, name, source)
+    if kind == "hub":
+        try:
+            name, fetched = resolve_hub(name, folder / "sources", _HUB_FILES)
+        except BaseModelError as error:
+            raise BaseModelError(f"base {error}") from error
+        stamp = json.dumps([_LAYOUT, f"hub:{name}"])
+        if fetched is not None:
+            if not name.endswith(f"@{fetched.name}"):  # no commit is known: its files tell one from another
+                stamp = _source_stamp("path", str(fetched), source)
+            makers["hub"] = partial(_from_hub_folder, fetched)
+    note = folder / "sources" / (hashlib.sha256(stamp.encode()).hexdigest() + ".json")
     with FileLock(str(note) + ".lock"):
         if note.is_file():
             known_path = folder / str(json.loads(note.read_text())["sha256"])
@@ -225,17 +238,16 @@ def _license_of(folder: Path) -> str:
 
 
 def _from_hub(name: str, made: Path, cache_dir: Path) -> tuple[str, str]:
-    from huggingface_hub import snapshot_download
-
-    repo, _, revision = name.partition("@")
     try:
-        folder = snapshot_download(
-            repo, revision=revision or None, allow_patterns=["*.safetensors*", *KEPT_FILES, "README.md"]
-        )
-    except Exception as error:  # the hub's client raises many kinds: network, credentials, names
-        raise BaseModelError(f"base hub:{name}: cannot be fetched ({type(error).__name__}: {error})") from error
-    _, licence = _from_path(folder, made, cache_dir)
-    return repo, licence
+        folder = fetch_hub(name, _HUB_FILES)
+    except BaseModelError as error:
+        raise BaseModelError(f"base {error}") from error
+    return _from_hub_folder(folder, name, made, cache_dir)
+
+
+def _from_hub_folder(folder: Path, name: str, made: Path, cache_dir: Path) -> tuple[str, str]:
+    _, licence = _from_path(str(folder), made, cache_dir)
+    return name.partition("@")[0], licence
 
 
 def _from_pypi(name: str, made: Path, cache_dir: Path) -> tuple[str, str]:

@@ -7,7 +7,7 @@ and shape has been checked. Training and merging are elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +20,54 @@ from workers.adapters.support import LazyTensors, SparseTensor
 from workers.adapters.writer import AdapterMeta, AdapterReader, check_base, save_adapter
 from workers.base.cache import cache_dir
 from workers.base.layout import BaseLayout, read_layout
-from workers.base.prepare import prepare_base
-from workers.conversion.peft import read_peft, write_peft
+from workers.base.prepare import PreparedBase, prepare_base
+from workers.conversion.companions import compare_companions, in_folder, leftovers
+from workers.conversion.peft import other_base, read_peft
+from workers.conversion.peft_writer import write_peft
 from workers.masks.selection import best, budget
-from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles, small_files
+from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles, small_files, weight_files
+from workers.tensors.quantised import read_settings, refuse_quantised
 from workers.tensors.source import FileSource
 from workers.tensors.writer import raw_bytes, write_tensors
 from workers.training.in_place import rounded_sum
 
 
-def from_peft(folder: Path, base: BaseLayout, out: Path, value_dtype: torch.dtype = torch.float32) -> None:
-    """A PEFT LoRA or SHiRA folder as an adapter file. ``AdapterError`` for what such a file cannot hold."""
+def from_peft(
+    folder: Path, base: BaseLayout, out: Path, value_dtype: torch.dtype = torch.float32, names: Collection[str] = ()
+) -> list[str]:
+    """A PEFT LoRA or SHiRA folder as an adapter file. Returns what of the folder is ignored, one line each.
+
+    ``names``: what the base is called, compared with what the folder says it was made for. ``AdapterError`` for what
+    such a file cannot hold, ``BaseModelError`` for another tokenizer.
+    """
+    told = peft_notices(folder, str(folder), base, names)
     found = read_peft(folder, base)
     save_adapter(out, found.tensors, AdapterMeta(base.sha256, found.kind, found.info), value_dtype, head=found.head)
+    return told + unchanged_notices(str(folder), found.unchanged)
 
 
-def to_peft(file: Path, base: BaseLayout, folder: Path) -> None:
-    """An adapter file as a PEFT folder. ``AdapterError`` for another base's, or one that PEFT cannot express."""
+def peft_notices(folder: Path, what: str, base: BaseLayout, names: Collection[str]) -> list[str]:
+    """What a PEFT folder says of itself that does not go with the base, ``what`` named first. ``names`` as above."""
+    said = list(compare_companions(what, in_folder(folder), in_folder(base.path)))
+    if names and (other := other_base(folder, names)):
+        said.append(f"{what}: says it was made for {other}, this base is {min(names, key=len)}; is that the same?")
+    return said
+
+
+def unchanged_notices(what: str, unchanged: Collection[str]) -> list[str]:
+    """What to say of tensors of the base that a PEFT folder holds as they are."""
+    return [f"{what}: {', '.join(unchanged)} equal the base's and are ignored"] if unchanged else []
+
+
+def to_peft(file: Path, base: BaseLayout, folder: Path, rank: int | None = None) -> list[str]:
+    """An adapter file as a PEFT folder, with ``rank`` as the nearest LoRA of that rank. Returns what to say of it.
+
+    ``AdapterError`` for another base's, or one that PEFT cannot express.
+    """
     reader = AdapterReader(FileSource(file))
     check_base(reader, base.sha256)
-    write_peft(reader, base, folder)
+    said = write_peft(reader, base, folder, rank)
+    return [f"{folder}: {said}"] if said else []
 
 
 def from_checkpoint(
@@ -49,8 +77,9 @@ def from_checkpoint(
     out: Path,
     every_tensor: bool = False,
     value_dtype: torch.dtype = torch.float32,
-) -> None:
+) -> list[str]:
     """The difference of a full checkpoint from ``base``, of each tensor the share ``density`` that differs most.
+    Returns what of the checkpoint is ignored, one line each.
 
     Density 1 keeps every position (kind ``full``). Tensors that are equal are left out. Differences outside the linear
     layers' weights are refused unless ``every_tensor`` is set, so that none is lost unnoticed. Differences are taken in
@@ -58,11 +87,14 @@ def from_checkpoint(
 
     Raises:
         TensorFileError: no sound checkpoint.
-        BaseModelError: other tensors or shapes than the base's.
+        BaseModelError: quantised, or other tensors, shapes or ids of tokens than the base's.
         AdapterError: a difference that is refused, or none at all.
     """
     _check_density(density)
+    refuse_quantised(str(folder), read_settings(folder / "config.json"))
     theirs, ours = CheckpointFiles.in_folder(folder), CheckpointFiles.in_file(base.path / WEIGHTS)
+    refuse_quantised(str(folder), {}, theirs)
+    told = [*compare_companions(str(folder), in_folder(folder), in_folder(base.path)), *_leftovers(folder)]
     stands_for = theirs.stand_ins(ours)
     pairs = ((name, theirs.read(mine), ours.read(name)) for name, mine in stands_for.items())
     changed = [name for name, new, old in pairs if not torch.equal(new.double(), old.double())]
@@ -78,6 +110,13 @@ def from_checkpoint(
         return keep_largest((theirs.read(stands_for[name]).double() - ours.read(name).double()).float(), density)
 
     _save_dense(out, changed, difference, base, {"source": "checkpoint", "density": density}, value_dtype)
+    return told
+
+
+def _leftovers(folder: Path) -> tuple[str, ...]:
+    present = {path.name for path in folder.iterdir()}
+    used = weight_files(str(folder), present, lambda name: (folder / name).read_bytes())
+    return leftovers(str(folder), present, used)
 
 
 def from_delta(
@@ -183,34 +222,46 @@ def _dense(tensor: SparseTensor) -> Tensor:
 
 
 # -- commands --
+# Each returns what is to be told of what it read and wrote, one line each.
 
 
-def _layout(source: str) -> BaseLayout:
-    return read_layout(prepare_base(source, cache_dir()))
+def _base(source: str) -> PreparedBase:
+    """BaseModelError for one whose weights are quantised: nothing can be added to them."""
+    base = prepare_base(source, cache_dir())
+    refuse_quantised(
+        f"base {source}", read_settings(base.path / "config.json"), CheckpointFiles.in_file(base.path / WEIGHTS)
+    )
+    return base
 
 
-def convert_from_peft(folder: Path, source: str, out: Path, value_dtype: str) -> None:
+def convert_from_peft(folder: Path, source: str, out: Path, value_dtype: str) -> list[str]:
     """`from_peft` with the base and the type by name."""
-    from_peft(folder, _layout(source), out, getattr(torch, value_dtype))
+    base = _base(source)
+    return from_peft(folder, read_layout(base), out, getattr(torch, value_dtype), base_names(base, source))
 
 
-def convert_to_peft(file: Path, source: str, out: Path) -> None:
+def base_names(base: PreparedBase, source: str) -> set[str]:
+    """What a base is called: by whoever cached these bytes first, and as it is given now."""
+    return {base.name, source.partition(":")[2]}
+
+
+def convert_to_peft(file: Path, source: str, out: Path, rank: int | None) -> list[str]:
     """`to_peft` with the base by name."""
-    to_peft(file, _layout(source), out)
+    return to_peft(file, read_layout(_base(source)), out, rank)
 
 
 def convert_from_checkpoint(
     folder: Path, source: str, density: float, out: Path, value_dtype: str, every_tensor: bool
-) -> None:
+) -> list[str]:
     """`from_checkpoint` with the base and the type by name."""
-    from_checkpoint(folder, _layout(source), density, out, every_tensor, getattr(torch, value_dtype))
+    return from_checkpoint(folder, read_layout(_base(source)), density, out, every_tensor, getattr(torch, value_dtype))
 
 
 def convert_to_checkpoint(file: Path, source: str, out: Path) -> None:
     """`to_checkpoint` with the base by name."""
-    to_checkpoint(file, _layout(source), out)
+    to_checkpoint(file, read_layout(_base(source)), out)
 
 
 def convert_from_delta(file: Path, source: str, density: float, out: Path, value_dtype: str) -> None:
     """`from_delta` with the base and the type by name."""
-    from_delta(file, _layout(source), density, out, getattr(torch, value_dtype))
+    from_delta(file, read_layout(_base(source)), density, out, getattr(torch, value_dtype))

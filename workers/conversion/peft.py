@@ -1,4 +1,5 @@
-"""PEFT adapter folders: LoRA (arXiv 2106.09685) and SHiRA (arXiv 2406.13175) adapters read and written.
+"""PEFT adapter folders: LoRA (arXiv 2106.09685) and SHiRA (arXiv 2406.13175) adapters read
+(`workers.conversion.peft_writer`: written).
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors`. Only adapters that are a delta of linear layers
 (and, beside it, the new head of a classifier) are read; whatever else a configuration asks for is refused by name,
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,21 @@ import torch
 from torch import Tensor
 
 from infra.errors import AdapterError
+from workers.adapters.format import LowRank
 from workers.adapters.support import SparseTensor
-from workers.adapters.writer import AdapterReader, LowRank
 from workers.base.layout import BaseLayout
+from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles, resized
 from workers.tensors.reader import TensorReader
 from workers.tensors.source import FileSource
-from workers.tensors.writer import PLAIN, save_tensors
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_OWN_POSITIONS = "own_positions"
+PREFIX = "base_model.model."
+OWN_POSITIONS = "own_positions"
 MAX_ALPHA = 2.0**30
 """Largest |alpha| of a folder: JSON allows integers that no float holds."""
+_WRAPPED = re.compile(r"\.(?:base_layer|original_module|modules_to_save(?:\.\w+)?)\.(weight|bias)$")
+"""What stands in the names of the base's own tensors where PEFT wraps their module."""
 _UNSUPPORTED_BIAS = (None, "none")
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # the others change the base's weights as well
 _HARMLESS = frozenset({
@@ -47,77 +50,81 @@ _HARMLESS = frozenset({
 
 @dataclass(frozen=True)
 class Imported:
-    """What a folder holds: ``tensors`` and ``head`` as `save_adapter` takes them, its ``kind`` and what to record."""
+    """What a folder holds: ``tensors`` and ``head`` as `save_adapter` takes them, its ``kind``, what to record, and
+    the tensors of the base that were ``unchanged``."""
 
     tensors: dict[str, SparseTensor | LowRank]
     head: dict[str, Tensor]
     kind: str
     info: dict[str, Any]
+    unchanged: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PeftOutline:
+    """What a folder holds, without its contents: ``shapes`` of the weights that it changes by name, names of its
+    ``head``'s tensors, and of the tensors of the base that were saved along ``unchanged``."""
+
+    shapes: dict[str, tuple[int, ...]]
+    head: tuple[str, ...]
+    unchanged: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """``modules``: keys of each adapted module by part; ``head``: those of the head by parameter name."""
+
+    modules: dict[str, dict[str, str]]
+    head: dict[str, str]
+    unchanged: list[str]
 
 
 def read_peft(folder: Path, base: BaseLayout) -> Imported:
     """The adapter in ``folder``, checked against ``base``. ``AdapterError`` for anything that cannot be kept."""
     config = _read_config(folder)
     file = _open(folder / TENSORS)
-    modules, head = _sort_keys(file, config, base, folder / TENSORS)
+    keys_of = _sort_keys(file, config, base, folder / TENSORS)
     own = _own_positions(file.metadata)
     tensors: dict[str, SparseTensor | LowRank] = {}
-    for module, keys in sorted(modules.items()):
+    for module, keys in sorted(keys_of.modules.items()):
         name = f"{module}.weight"
         parts = {part: file.read(key) for part, key in keys.items()}
         if config["peft_type"] == "LORA":
             tensors[name] = LowRank(parts["lora_A"], parts["lora_B"], _scale(config, module, parts["lora_A"]))
         else:
             tensors[name] = _read_shira(name, parts, base.shapes[name], own.get(name))
-    heads = {name: file.read(key) for name, key in head.items()}
+    heads = {name: file.read(key) for name, key in keys_of.head.items()}
     kind = "lora" if config["peft_type"] == "LORA" else "sparse"
-    return Imported(tensors, heads, kind, {"source": "peft", "peft_type": config["peft_type"], "r": config["r"]})
+    info = {"source": "peft", "peft_type": config["peft_type"], "r": config["r"]}
+    return Imported(tensors, heads, kind, info, tuple(sorted(keys_of.unchanged)))
 
 
-def peft_shapes(folder: Path, base: BaseLayout) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """Shapes of the weights that the adapter in ``folder`` changes, by name, and the names of its head's tensors.
+def peft_outline(folder: Path, base: BaseLayout) -> PeftOutline:
+    """What the adapter in ``folder`` changes, checked as by :func:`read_peft`, but for its contents: of them only what
+    might be a tensor of the base, saved along, is read."""
+    config = _read_config(folder)
+    keys = _sort_keys(_open(folder / TENSORS), config, base, folder / TENSORS)
+    names = sorted(f"{module}.weight" for module in keys.modules)
+    shapes = {name: base.shapes[name] for name in names}
+    return PeftOutline(shapes, tuple(sorted(keys.head)), tuple(sorted(keys.unchanged)))
 
-    Checked as by :func:`read_peft`, but for the tensors' contents, which are not read.
+
+def other_base(folder: Path, names: Collection[str]) -> str | None:
+    """The model that the folder says it was made for, with its revision; None where it says none, or one of ``names``.
+
+    Names are compared by their last part, whatever case: a repository, a folder of it and a package's model are one.
     """
     config = _read_config(folder)
-    modules, head = _sort_keys(_open(folder / TENSORS), config, base, folder / TENSORS)
-    return {name: base.shapes[name] for name in sorted(f"{module}.weight" for module in modules)}, sorted(head)
+    given = config.get("base_model_name_or_path")
+    if not isinstance(given, str) or not given.strip():
+        return None
+    if _last_part(given) in {_last_part(name) for name in names}:
+        return None
+    return f"{given}@{config['revision']}" if isinstance(config.get("revision"), str) else given
 
 
-def write_peft(reader: AdapterReader, base: BaseLayout, folder: Path) -> None:
-    """Write the adapter as a PEFT folder for a model of ``base``. ``AdapterError`` where PEFT has no such adapter.
-
-    Loading it with `peft.PeftModel.from_pretrained` adds the same delta. Values are fp32.
-    """
-    if not reader.names:
-        raise AdapterError("the adapter changes no weight, PEFT has nothing to load")
-    for name in reader.names:
-        base.check_linear(name, reader.shape(name), "the adapter")
-    low_rank = {name: tensor for name in reader.names if (tensor := reader.low_rank(name)) is not None}
-    if low_rank and len(low_rank) != len(reader.names):
-        raise AdapterError(
-            "the adapter has low-rank and sparse tensors, PEFT takes one kind; export it with to-checkpoint"
-        )
-    data, config, metadata = _lora(low_rank) if low_rank else _shira(reader)
-    data |= {_PREFIX + name: reader.load_head(name) for name in reader.head_names}
-    if reader.head_names:
-        config |= {"task_type": "SEQ_CLS", "modules_to_save": _head_modules(reader.head_names, base)}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / TENSORS, data, {**PLAIN, **metadata})
-    _peft_config(config, base).save_pretrained(str(folder))
-
-
-def _peft_config(config: dict[str, Any], base: BaseLayout) -> Any:
-    """PEFT's own configuration object, so that the file is what the installed release writes."""
-    from peft import LoraConfig, ShiraConfig
-
-    kind = config.pop("peft_type")
-    made: Any = (LoraConfig if kind == "LORA" else ShiraConfig)(inference_mode=True, **config)
-    made.base_model_name_or_path = None
-    return made
-
-
-# -- reading --
+def _last_part(name: str) -> str:
+    return re.split(r"[/\\:]", name.strip().rstrip("/\\").partition("@")[0])[-1].lower()
 
 
 def _open(path: Path) -> TensorReader:
@@ -156,25 +163,32 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _sort_keys(
-    file: TensorReader, config: Mapping[str, Any], base: BaseLayout, path: Path
-) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Keys of each adapted module by part, and those of the head by parameter name, all checked against the base."""
+def _sort_keys(file: TensorReader, config: Mapping[str, Any], base: BaseLayout, path: Path) -> _Keys:
+    """The keys of a file by what they are, all checked against the base."""
     parts = ("lora_A", "lora_B") if config["peft_type"] == "LORA" else ("shira_weight", "shira_indices")
-    pattern = re.compile(rf"{re.escape(_PREFIX)}(.+)\.({'|'.join(parts)})" + (r"\.weight" if "lora_A" in parts else ""))
+    pattern = re.compile(rf"{re.escape(PREFIX)}(.+)\.({'|'.join(parts)})" + (r"\.weight" if "lora_A" in parts else ""))
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(module, str) for module in saved):
         raise AdapterError(f"{path}: {CONFIG} has modules_to_save {saved!r}; a list of names is accepted")
     modules: dict[str, dict[str, str]] = {}
     head: dict[str, str] = {}
+    unchanged: list[str] = []
     for key in file.pieces:
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
+        whole = _WRAPPED.sub(r".\1", name)
         if match := pattern.fullmatch(key):
             modules.setdefault(match.group(1), {})[match.group(2)] = key
-        elif name != key and name not in base.shapes and any(f".{module}." in f".{name}" for module in saved):
+        elif (
+            name != key
+            and whole not in base.shapes
+            and whole not in base.tied
+            and any(f".{module}." in f".{whole}" for module in saved)
+        ):
             head[name] = key
+        elif name != key and _is_unchanged(file, key, whole, base):
+            unchanged.append(whole)
         else:
-            what = "trains a tensor of the base as a whole" if name in base.shapes else "is no part of an adapter"
+            what = _strange(whole, file.piece(key).shape, base, path)
             raise AdapterError(
                 f"{path}: {key} {what}; only deltas of linear layers and a new head (modules_to_save) are read: merge "
                 "it with PEFT (merge_and_unload) and convert the result with from-checkpoint"
@@ -188,8 +202,29 @@ def _sort_keys(
             delta = (*file.piece(keys["lora_B"]).shape[:1], *file.piece(keys["lora_A"]).shape[1:])
         base.check_linear(name, delta, str(path))
     if not modules:
-        raise AdapterError(f"{path}: holds no adapted module (keys start with {_PREFIX}<module>.{parts[0]})")
-    return modules, head
+        raise AdapterError(f"{path}: holds no adapted module (keys start with {PREFIX}<module>.{parts[0]})")
+    return _Keys(modules, head, unchanged)
+
+
+def _is_unchanged(file: TensorReader, key: str, name: str, base: BaseLayout) -> bool:
+    """Whether a tensor that was saved along is the base's own, as the type that it is saved in holds it."""
+    own = base.tied.get(name, name)
+    if own not in base.shapes or file.piece(key).shape != base.shapes[own]:
+        return False
+    saved, weight = file.read(key), CheckpointFiles.in_file(base.path / WEIGHTS).read(own)
+    return torch.equal(saved, weight.to(saved.dtype)) or torch.equal(saved.to(weight.dtype), weight)
+
+
+def _strange(name: str, shape: tuple[int, ...], base: BaseLayout, path: Path) -> str:
+    """What a key is that no adapter of linear layers has. Raises AdapterError where another vocabulary explains it."""
+    own = base.tied.get(name, name)
+    if own in base.shapes:
+        if said := resized(name, shape, base.shapes[own]):
+            raise AdapterError(f"{path}: {said}")
+        return "trains a tensor of the base as a whole"
+    if ".lora_embedding_" in name:
+        return "is LoRA on an embedding table"
+    return "is no part of an adapter"
 
 
 def _scale(config: Mapping[str, Any], module: str, a: Tensor) -> float:
@@ -213,11 +248,11 @@ def _of_pattern(patterns: Any, module: str, default: Any) -> Any:
 
 def _own_positions(metadata: Mapping[str, str]) -> dict[str, int]:
     try:
-        own = json.loads(metadata.get(_OWN_POSITIONS, "{}"))
+        own = json.loads(metadata.get(OWN_POSITIONS, "{}"))
     except (ValueError, RecursionError):
         own = None
     if not isinstance(own, dict) or any(type(count) is not int or count < 0 for count in own.values()):
-        raise AdapterError(f"{TENSORS}: its metadata {_OWN_POSITIONS} is not a table of counts")
+        raise AdapterError(f"{TENSORS}: its metadata {OWN_POSITIONS} is not a table of counts")
     return own
 
 
@@ -235,73 +270,3 @@ def _read_shira(name: str, parts: Mapping[str, Tensor], shape: tuple[int, ...], 
     indices, place = torch.unique(pairs[0] * shape[1] + pairs[1], return_inverse=True)
     total = torch.zeros(indices.numel(), dtype=torch.float64).index_add_(0, place, values.to(torch.float64))
     return SparseTensor(shape, indices, total.to(torch.float32))
-
-
-# -- writing --
-
-_Folder = tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]
-"""Tensors, configuration and metadata of a folder."""
-
-
-def _lora(tensors: Mapping[str, LowRank]) -> _Folder:
-    """One r and alpha for all, patterns for the modules that differ from the first."""
-    data: dict[str, Tensor] = {}
-    settings = {}
-    for name, tensor in tensors.items():
-        module = name.removesuffix(".weight")
-        data[f"{_PREFIX}{module}.lora_A.weight"] = tensor.a
-        data[f"{_PREFIX}{module}.lora_B.weight"] = tensor.b
-        alpha = tensor.scale * tensor.rank
-        settings[module] = (tensor.rank, int(alpha) if alpha == int(alpha) else alpha)
-    rank, alpha = next(iter(settings.values()))
-    config = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": alpha,
-        "target_modules": sorted(settings),
-        "rank_pattern": {re.escape(module): r for module, (r, _) in settings.items() if r != rank},
-        "alpha_pattern": {re.escape(module): a for module, (_, a) in settings.items() if a != alpha},
-    }
-    return data, config, {}
-
-
-def _shira(reader: AdapterReader) -> _Folder:
-    """Supports filled up to r * (in + out) positions of value 0, which is what PEFT's layer holds."""
-    sides = {name: sum(reader.shape(name)) for name in reader.names}
-    rank = max(1, *(-(-reader.count(name) // sides[name]) for name in reader.names))
-    for name in reader.names:
-        numel = math.prod(reader.shape(name))
-        if rank * sides[name] > numel or reader.count(name) == numel:
-            raise AdapterError(
-                f"{name}: PEFT's SHiRA wants r * (in + out) positions in every layer, here {rank} * {sides[name]} of "
-                f"{numel}; this adapter is too dense for it: export it with to-checkpoint"
-            )
-    data: dict[str, Tensor] = {}
-    for name in reader.names:
-        tensor = reader.load(name)
-        cols = tensor.shape[1]
-        free = torch.ones(tensor.numel, dtype=torch.bool).index_fill_(0, tensor.indices, False)
-        padding = torch.nonzero(free).view(-1)[: rank * sides[name] - tensor.indices.numel()]
-        flat = torch.cat([tensor.indices, padding])
-        module = _PREFIX + name.removesuffix(".weight")
-        data[f"{module}.shira_indices"] = torch.stack([flat // cols, flat % cols]).to(torch.int32)
-        data[f"{module}.shira_weight"] = torch.cat([tensor.values, torch.zeros(padding.numel())])
-    config = {
-        "peft_type": "SHIRA",
-        "r": rank,
-        "mask_type": "random",  # drawn when PEFT makes the layers, then replaced by the saved indices
-        "random_seed": 0,
-        "target_modules": sorted(name.removesuffix(".weight") for name in reader.names),
-    }
-    own = json.dumps({name: reader.count(name) for name in reader.names}, sort_keys=True)
-    return data, config, {_OWN_POSITIONS: own}
-
-
-def _head_modules(names: list[str], base: BaseLayout) -> list[str]:
-    """The smallest list of modules that hold the head and nothing of the base: outermost ones."""
-    found = set()
-    for name in names:
-        path = name.split(".")[:-1]
-        outer = [".".join(path[: at + 1]) for at in range(len(path))]
-        found.add(next((m for m in outer if not any(t.startswith(f"{m}.") for t in base.shapes)), name))
-    return sorted(found)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import BaseModelError, TensorFileError
-from workers.tensors.header import DTYPE_NAMES, Piece
+from workers.tensors.header import DTYPE_NAMES, QUANTISED, Piece
 from workers.tensors.reader import Bad, TensorReader
 from workers.tensors.source import ByteSource, FileSource
 from workers.tensors.writer import raw_bytes, write_tensors
@@ -32,6 +33,8 @@ INDEX = WEIGHTS + ".index.json"
 
 _SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 _NOT_COPIED = ("identity.json", "index.json", INDEX)
+_TOKEN_TABLE = re.compile(r"embed|wte|lm_head|(?:^|\.)output\.weight$")
+"""Names of input and output embeddings: one row for each token."""
 
 
 def weight_files(what: str, names: Collection[str], read: Callable[[str], bytes]) -> list[str]:
@@ -145,6 +148,8 @@ class CheckpointFiles:
         found = {name: name if name in self else self._tied(name, base) for name in base.floating}
         for name, mine in found.items():
             piece, own = self.piece(mine), base.piece(name)
+            if said := resized(name, piece.shape, own.shape):
+                raise BaseModelError(f"{self.what}: {said}")
             if piece.shape != own.shape or not piece.dtype.is_floating_point:
                 raise BaseModelError(
                     f"{self.what}: {name} is {piece.dtype} {list(piece.shape)}, the base's is {list(own.shape)}, "
@@ -152,10 +157,22 @@ class CheckpointFiles:
                 )
         for name in self.floating:
             if name not in base and self.twin(name) is None:
+                if table := self._untied(name, base):
+                    raise BaseModelError(
+                        f"{self.what}: {name} differs from {table}, which stands for both in the base (tied); give a "
+                        "base with the two untied (tie_word_embeddings false), or train the expert with them tied"
+                    )
                 raise BaseModelError(
                     f"{self.what}: holds {name}, which the base has not; is it a model of another kind?"
                 )
         return found
+
+    def _untied(self, name: str, base: CheckpointFiles) -> str | None:
+        """The base's table of tokens that an output layer of the same shape, which only this one has, was tied to."""
+        if not _TOKEN_TABLE.search(name):
+            return None
+        tables = (table for table in base.floating if _TOKEN_TABLE.search(table))
+        return next((table for table in tables if base.piece(table).shape == self.piece(name).shape), None)
 
     def _tied(self, name: str, base: CheckpointFiles) -> str:
         twin = base.twin(name)
@@ -164,8 +181,29 @@ class CheckpointFiles:
         return twin
 
 
+def resized(name: str, found: Sequence[int], own: Sequence[int]) -> str:
+    """What to say of a table of tokens whose rows are others than the base's, "" for any other difference of shapes.
+
+    `found` and `own`: shapes of the tensor `name`, there and in the base.
+    """
+    same_columns = len(found) == len(own) == 2 and found[1] == own[1] and found[0] != own[0]
+    if not (same_columns and _TOKEN_TABLE.search(name)):
+        return ""
+    more = abs(found[0] - own[0])
+    how = f"{more} more rows, tokens were added" if found[0] > own[0] else f"{more} fewer rows, tokens were taken away"
+    return (
+        f"{name} has {found[0]} rows, the base's has {own[0]}: {how} (a resized vocabulary); resize it to {own[0]} "
+        "rows (resize_token_embeddings) if it can do without them, or resize the base likewise and give that"
+    )
+
+
 def _unsound(what: str) -> Bad:
-    return lambda reason: TensorFileError(f"{what}: not a sound safetensors file ({reason}); fetch it again")
+    def bad(reason: str) -> TensorFileError:
+        if QUANTISED in reason:  # sound, but nothing that is read
+            return TensorFileError(f"{what}: {reason}")
+        return TensorFileError(f"{what}: not a sound safetensors file ({reason}); fetch it again")
+
+    return bad
 
 
 # -- rewritten, hashed, mapped --

@@ -33,6 +33,11 @@ DTYPES: Mapping[str, torch.dtype] = {
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 """The inverse of `DTYPES`."""
 
+QUANTISED = "is a type of quantised weights"
+"""What the error about a sound file of such a type says."""
+
+_NARROW = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0"})
+
 Row = tuple[str, torch.dtype, tuple[int, ...]]
 """A tensor to be written: its name, type and shape."""
 
@@ -118,17 +123,16 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _piece(name: str, entry: Any, data: int, size: int) -> Piece:
+    if isinstance(entry, dict) and (given := str(entry.get("dtype"))) in _NARROW:
+        raise TensorFileError(f"{name[:100]}: {given} {QUANTISED}; give the checkpoint in bfloat16, float16 or float32")
     try:
         kind, shape = entry["dtype"], entry["shape"]
         start, end = entry["data_offsets"]
         numbers = [*shape, start, end]
     except (KeyError, TypeError, ValueError):
-        raise TensorFileError(f"entry {name[:100]!r} is malformed") from None
+        raise TensorFileError(f"entry {name[:100]!r} is malformed or of an unsupported dtype") from None
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise TensorFileError(
-            f"entry {name[:100]!r} has type {str(kind)[:20]}: quantised, or of a kind that is not read here; accepted: "
-            "bfloat16, float16, float32 and the like"
-        )
+        raise TensorFileError(f"entry {name[:100]!r} is malformed or of an unsupported dtype ({str(kind)[:20]})")
     dtype = DTYPES[kind]
     if not all(type(n) is int and 0 <= n < _MAX_SIDE for n in numbers):
         raise TensorFileError(f"entry {name[:100]!r} has sizes that are no integers from 0 to 2⁶³ − 1")

@@ -174,7 +174,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "quantised by GPTQ": (_config(quantization_config={"quant_method": "gptq"}), r"quantised \(gptq\)"),
     "fp8 with its configuration": (_config(quantization_config={"quant_method": "fp8"}), r"quantised \(fp8\)"),
     "int8 weights": (lambda f: change_weights(f, _int8), r"q_proj\.weight is stored as I8: quantised"),
-    "fp8 weights": (lambda f: change_weights(f, _fp8), r"q_proj\.weight has type F8_E4M3: quantised"),
+    "fp8 weights": (lambda f: change_weights(f, _fp8), r"q_proj\.weight: F8_E4M3 is a type of quantised"),
     "a vocabulary of one more": (_config(vocab_size=89), r"lm_head\.weight is \[88, 32\] in the file, \[89, 32\]"),
     "a weight is missing": (_without("model.norm.weight"), r"missing \['model\.norm\.weight'\]"),
     "a head is missing": (_without("lm_head.weight"), r"missing \['lm_head\.weight'\]"),

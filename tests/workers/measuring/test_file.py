@@ -171,7 +171,7 @@ Damage = Callable[[dict[str, Any], dict[str, Any]], Any]
         (lambda h, c: c["tensors"].update(q={"piece": "?"}), "q: its piece is missing"),
         (lambda h, c: c["tensors"].pop("y"), "unexpected piece 'y'"),
         (lambda h, c: h["x"].update(dtype="F16"), "x: must be BF16"),
-        (lambda h, c: h["x"].update(dtype=[]), "'x' has type"),
+        (lambda h, c: h["x"].update(dtype=[]), "'x' is malformed or of an unsupported dtype"),
         (lambda h, c: h["x"].update(shape=[2, 1]), r"x: must be BF16 \[n\]"),
         (lambda h, c: h["x"].update(shape=[2**62]), "'x' does not fit"),
         (lambda h, c: h["x"].update(data_offsets=[4, 0]), "'x' does not fit"),
