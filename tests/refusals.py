@@ -27,8 +27,6 @@ TABLES = {
     "Merging and converting": (
         ("tests.merge.by_hand.test_refusals", "REFUSED"),
         ("tests.workers.conversion.test_peft_folders", "REFUSED"),
-        ("tests.workers.conversion.test_companions", "REFUSED"),
-        ("tests.workers.tensors.test_quantised", "QUANTISED"),
     ),
     "The object store, MLflow, Ray": (
         ("tests.infra.store.test_faults", "REFUSED"),
