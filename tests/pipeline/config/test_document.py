@@ -163,6 +163,8 @@ tasks = st.fixed_dictionaries(
     optional={
         "template": around.map(lambda parts: parts[0] + "{input}" + parts[1]),
         "max_new_tokens": optional(whole()),
+        "distinct_by": st.sampled_from(["text", "words"]),
+        "tolerate": some(dropped=optional(number(0, 1)), cut=optional(number(0, 1))),
         "sizes": sizes,
         "license": optional(filled),
     },
@@ -217,6 +219,7 @@ configurations = st.fixed_dictionaries(
         "prompt": some(wrapper=around.map(lambda parts: parts[0] + "{prompt}" + parts[1]), max_input_tokens=whole(),
                        max_target_tokens=whole()),
         "splits": sizes,
+        "data": some(tolerate=some(dropped=number(0, 1), cut=number(0, 1))),
         "held_out": st.dictionaries(names.map("out ".__add__), tasks, max_size=2),
         "mask": some(modules=st.sampled_from(["attention", r".*\.(v|o)_proj"]), density=number(1e-6, 1),
                      granularity=st.sampled_from(["element", "block", "row", "column", "n_m"]), group=whole(2),

@@ -53,6 +53,7 @@ def make(count: int = 2, name: str = "task{:04d}", licenses: tuple[str, ...] = (
     config = PipelineConfig.model_validate(
         {
             "suite": "mine",
+            "prompt": {"wrapper": "{prompt}"},
             "base": "path:/nowhere",
             "held_in": {each: tasks[each].config for each in names},
             "held_out": {"out": tasks["out"].config},
@@ -140,7 +141,7 @@ def test_a_merges_card_lists_its_tasks_and_licences() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["task{:04d}", "`na|me` " + "n" * 300 + "{:04d}", "日本語\n" * 60 + "{:04d}"], ids=["plain", "long", "wide"]
+    "name", ["task{:04d}", "`na|me` " + "n" * 230 + "{:04d}", "日本語 " * 60 + "{:04d}"], ids=["plain", "long", "wide"]
 )
 @pytest.mark.parametrize("room", [4900, 2800])
 def test_cards_of_very_many_tasks_fit(name: str, room: int) -> None:

@@ -25,7 +25,7 @@ def publish(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple[str, list
     for name in ("run_page", "run_path"):
         monkeypatch.setattr(publishing.registry, name, lambda run: run)
     empty: dict[str, Any] = {
-        "_curves": lambda results: {}, "results_json": lambda results: "{}", "candidates_csv": lambda results: "",
+        "_curves": lambda results: {}, "candidates_csv": lambda results: "",
         "dump_config": lambda config: "", "report_markdown": lambda results, pictures: "# report",
         "summary_table": lambda results: "the table", "summary_lines": lambda results: ["a line"],
     }  # fmt: skip
@@ -39,7 +39,8 @@ def publish(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple[str, list
     def call(folder: Path) -> tuple[str, list[str], dict[str, bytes]]:
         out = io.StringIO()
         console = Console(file=out, width=200)
-        publishing.publish_report(store, None, "run", {"suite": "s"}, folder, console)  # type: ignore[arg-type]
+        results: Any = SimpleNamespace(suite="s", to_json=lambda: "{}")
+        publishing.publish_report(store, None, "run", results, folder, console)  # type: ignore[arg-type]
         return out.getvalue(), asked, stored
 
     return call
