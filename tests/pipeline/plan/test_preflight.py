@@ -72,7 +72,7 @@ def tasks() -> dict[str, TaskData]:
 
 
 def cost_of(chosen: PipelineConfig, base: PreparedBase, tasks: dict[str, TaskData]) -> Cost:
-    return preflight.expected_cost(chosen, base, tasks, load_tokenizer(base.path))
+    return preflight.expected_cost(chosen, base, tasks)
 
 
 # -- names --
