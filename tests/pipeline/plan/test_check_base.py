@@ -41,6 +41,7 @@ def prepare(folder: Path, words: int = 2, metric: str = "exact_match", **section
         "train": {"steps": 3, "batch_size": 4, "compute_dtype": "float32"},
         "merge": {"candidates": [{"method": "mean"}]},
         "evaluate": {"few_shot": 0},
+        "data": {"tolerate": {"cut": 1}},
     }
     out = StringIO()
     chosen = PipelineConfig.model_validate(given | sections)
