@@ -185,6 +185,7 @@ def answered(order: Any, fails: Mapping[tuple[str, str], Exception]) -> tuple[As
         flow, subject = flow_of(engine)
         task = asyncio.ensure_future(promotion._compare(flow, subject, Standing(version(2), version(1, "b"), None)))
         while len(engine.scores) < len(SCORES):
+            assert not task.done(), task.exception()
             await asyncio.sleep(0)
         early: list[type] = []
         for pair in order:
