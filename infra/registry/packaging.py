@@ -13,6 +13,7 @@ import importlib.metadata
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ _REQUIREMENTS = (
     "psutil", "requests", "rouge-score", "tenacity",
 )  # fmt: skip
 _SAVE_LOCK = threading.Lock()  # MLflow's loader of models from code keeps global state
+_READ_LOCK = threading.Lock()  # Python 3.11 parses in one thread at a time only
 
 
 def save_model(
@@ -74,20 +76,28 @@ def write_package(folder: Path, entry: str, root: Path = _ROOT) -> tuple[Path, P
 
     Raises ValueError for an import that binds the name of one of the packages itself.
     """
+    with _READ_LOCK:
+        name, sources = _package(root)
+    package = folder / name
+    for relative, text in {"__init__.py": "", **sources}.items():
+        file = package / relative
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    script = folder / Path(entry).name
+    script.write_text(sources[entry], encoding="utf-8")
+    return package, script
+
+
+@cache
+def _package(root: Path) -> tuple[str, Mapping[str, str]]:
+    """Its name and, by path, its sources: of this process's own code, so they are read once."""
     sources = {
         path.relative_to(root).as_posix(): path.read_text(encoding="utf-8")
         for package in _PACKAGES
         for path in sorted((root / package).rglob("*.py"))
     }
     name = f"expert_factory_{_digest(sources)[:16]}"
-    package = folder / name
-    for relative, text in {"__init__.py": "", **sources}.items():
-        file = package / relative
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(renamed(text, name, relative), encoding="utf-8")
-    script = folder / Path(entry).name
-    script.write_text(renamed(sources[entry], name, entry), encoding="utf-8")
-    return package, script
+    return name, {relative: renamed(text, name, relative) for relative, text in sources.items()}
 
 
 def _digest(sources: Mapping[str, str]) -> str:
