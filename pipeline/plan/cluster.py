@@ -7,10 +7,6 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import grpc
-import ray
-from ray._private.gcs_utils import create_gcs_channel
-
 from infra.ending import summary
 from infra.environment import job_variables
 from infra.errors import FactoryError
@@ -33,6 +29,7 @@ def connect_to_ray(oom_retries: int = 3) -> None:
 
     Raises ClusterError where no cluster answers, within `_ANSWER_S` seconds, or Ray cannot be started.
     """
+    import ray  # here and below, not above: a plan asks for slots and joins nothing
 
     os.environ.setdefault("RAY_task_oom_retries", str(oom_retries))  # this process's own, read by ray.init
     check_answers(os.environ.get("RAY_ADDRESS", ""))
@@ -64,6 +61,9 @@ def check_answers(address: str, seconds: float = _ANSWER_S) -> None:
             f"RAY_ADDRESS is {address!r}; accepted: host:port of a Ray head (usually port 6379), auto or local "
             "(the address of Ray's dashboard belongs into RAY_API_SERVER_ADDRESS)"
         )
+    import grpc
+    from ray._private.gcs_utils import create_gcs_channel
+
     channel = create_gcs_channel(address)
     try:
         grpc.channel_ready_future(channel).result(timeout=seconds)

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ray
-
 from infra.errors import ConfigError
 from pipeline.config.resources import GIB, ResourcesConfig, WorkerResources
 from pipeline.plan.cluster import slots_of
@@ -46,17 +44,19 @@ def missing(resources: ResourcesConfig, nodes: Nodes) -> str | None:
 def wait_for_room(
     resources: ResourcesConfig,
     say: Callable[[str], None],
-    nodes: Callable[[], Nodes] = ray.nodes,
+    nodes: Callable[[], Nodes] | None = None,
     ask: Callable[[Sequence[Mapping[str, float]]], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
     pause: Callable[[float], None] = time.sleep,
 ) -> Nodes:
-    """The cluster's nodes, as soon as there is one for every kind of worker. `ask` tells the autoscaler what is wanted.
+    """The cluster's nodes, as soon as there is one for every kind of worker. `nodes` and `ask` stand for Ray's list of
+    nodes and its autoscaler.
 
     Raises ConfigError, saying what is missing, after `resources.cluster_wait_seconds`; at once where that is 0, or null
     and a node has a CPU.
     """
-    found, ask = nodes(), ask or ask_autoscaler
+    nodes, ask = nodes or _nodes, ask or ask_autoscaler
+    found = nodes()
     lacking = missing(resources, found)
     bound = _bound(resources, found)
     if lacking is not None and bound:
@@ -77,6 +77,12 @@ def wait_for_room(
         waited = f"; {bound:g} s were waited for one (resources.cluster_wait_seconds)" if bound else ""
         raise ConfigError(f"{lacking}{waited}. Lower the request or add nodes.")
     return found
+
+
+def _nodes() -> Nodes:
+    import ray  # not above: a plan looks at room without joining a cluster
+
+    return list(ray.nodes())
 
 
 def _bound(resources: ResourcesConfig, nodes: Nodes) -> float:
