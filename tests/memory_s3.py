@@ -139,11 +139,11 @@ class MemoryS3:
     def get_paginator(self, operation: str) -> "Pages":
         return Pages(self, operation)
 
-    def list_objects_v2(self, Bucket: str, Prefix: str = "") -> dict[str, Any]:
-        self.head_bucket(Bucket)
+    def list_objects_v2(self, Bucket: str, Prefix: str = "", MaxKeys: int | None = None) -> dict[str, Any]:
+        answer = self.head_bucket(Bucket)
         with self._lock:
-            found = sorted((key, kept) for key, kept in self._objects.items() if key.startswith(Prefix))
-        return {
+            found = sorted((key, kept) for key, kept in self._objects.items() if key.startswith(Prefix))[:MaxKeys]
+        return answer | {
             "Contents": [
                 {"Key": key, "Size": len(kept.data), "ETag": kept.etag, "LastModified": kept.modified}
                 for key, kept in found

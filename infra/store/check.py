@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 from infra.errors import StoreError
 from infra.store.errors import CHECKSUM_VARIABLES, NO_CONDITIONS, code_of, where
+from infra.store.layout import new_probe
 from infra.store.s3 import Store
 
 _WRITERS = 8
@@ -24,7 +24,7 @@ def check(probe: Store) -> None:
 
     Raises StoreError, which says what the store lacks and what to do.
     """
-    name = f"checks/{uuid.uuid4().hex}"
+    name = new_probe()
     place = where(probe.endpoint, probe.bucket)
     probe.put(name, b"first")
     try:

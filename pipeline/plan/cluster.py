@@ -22,7 +22,8 @@ class ClusterError(FactoryError):
 
 
 def connect_to_ray(oom_retries: int = 3) -> None:
-    """Join the cluster of `RAY_ADDRESS` or of the submitted job; without either, start Ray on this machine.
+    """Join the cluster of `RAY_ADDRESS` or of the submitted job; without either, one that `ray start` left running on
+    this machine; else start Ray here.
 
     A submitted job brings its code as the job's working directory; otherwise this checkout is sent to the workers.
     `oom_retries`: how often Ray starts work again whose worker its memory monitor killed. By itself it would for ever.
@@ -41,19 +42,38 @@ def connect_to_ray(oom_retries: int = 3) -> None:
     }  # fmt: skip
     try:
         ray.init(
-            runtime_env=environment or None, log_to_driver=False, configure_logging=True, logging_level=logging.WARNING
-        )
+            None if in_job or os.environ.get("RAY_ADDRESS") else _on_this_machine(),
+            runtime_env=environment or None, log_to_driver=False, configure_logging=True, logging_level=logging.WARNING,
+        )  # fmt: skip
     except Exception as error:  # Ray raises what it pleases: versions that differ, a token, a node without Ray, …
         place = os.environ.get("RAY_ADDRESS") or "this machine"
         raise ClusterError(f"Ray at {place} cannot be used: {summary(error)}") from error
 
 
+def _on_this_machine() -> str:
+    """The address of the head that `ray start` left running here; "local" if it left none, or one that has ended: Ray
+    keeps the address of a head that was killed, and ray.init would ask it for ever."""
+    from ray._private.utils import read_ray_address
+
+    address = read_ray_address()
+    try:
+        check_answers(address or "", seconds=5)
+    except ClusterError:
+        return "local"
+    return address or "local"
+
+
 def check_answers(address: str, seconds: float = _ANSWER_S) -> None:
     """Raises ClusterError if `address`, a host and port, is no Ray head that answers; ray.init would ask it for ever.
 
-    Other kinds of address (none, auto, local, ray://…) are Ray's to look up, which it does within a minute.
+    Other kinds of address (none, local, ray://…) are Ray's to look up, which it does within a minute; of "auto" it is
+    the head that `ray start` left on this machine.
     """
-    if not address or address in ("auto", "local") or address.startswith("ray://"):
+    if address == "auto":
+        from ray._private.utils import read_ray_address
+
+        address = read_ray_address() or ""
+    if not address or address == "local" or address.startswith("ray://"):
         return
     host, colon, port = address.rpartition(":")
     if "://" in address or not (colon and host and port.isdigit()):
@@ -69,7 +89,7 @@ def check_answers(address: str, seconds: float = _ANSWER_S) -> None:
         grpc.channel_ready_future(channel).result(timeout=seconds)
     except grpc.FutureTimeoutError:
         raise ClusterError(
-            f"no Ray head answers at RAY_ADDRESS={address} within {seconds:.0f} s ({_refusal(host, int(port))}); "
+            f"no Ray head answers at {address} (RAY_ADDRESS) within {seconds:.0f} s ({_refusal(host, int(port))}); "
             "start it, correct RAY_ADDRESS, or unset it to start Ray on this machine"
         ) from None
     finally:

@@ -18,7 +18,7 @@ EXACT = 1e-6
 _FIRST, _MOST = 16, 512
 """Ranks that are tried for an exact factorisation: the first one, doubled up to the last one."""
 _MARGIN, _POWERS = 16, 4
-"""Of a truncated one: columns of the sketch beyond the rank, and passes over the weight that sharpen it."""
+"""Columns of a sketch beyond the rank, and passes over the weight that sharpen a truncated one."""
 
 
 def factorise_exactly(delta: Tensor) -> LowRank | None:
@@ -27,10 +27,11 @@ def factorise_exactly(delta: Tensor) -> LowRank | None:
     wide = delta.double()
     most, at = min(_MOST, (rows * cols - 1) // (rows + cols)), _FIRST
     while most > 0:
-        found = _truncate(wide, min(at, most), powers=0, margin=0)
+        last = at >= most  # a square sketch may be near singular, and no wider one follows
+        found = _truncate(wide, min(at, most), powers=0, margin=_MARGIN if last else 0)
         if relative_error(wide, found) <= EXACT:
             return found
-        if at >= most:
+        if last:
             return None
         at *= 2
     return None
