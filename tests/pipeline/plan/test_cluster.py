@@ -11,7 +11,7 @@ from pipeline.plan.cluster import ClusterError, _on_this_machine, check_answers
 
 NOBODY = "127.0.0.1:1"
 REFUSED = {
-    "nothing listens": (NOBODY, r"no Ray head answers at 127\.0\.0\.1:1 \(RAY_ADDRESS\) within 1 s \(Connection ref"),
+    "nothing listens": (NOBODY, r"no Ray head answers at 127\.0\.0\.1:1 \(RAY_ADDRESS\) .*\(Connection refused\)"),
     "no such host": ("nowhere.invalid:6379", r"no Ray head answers.*(not known|resolution)"),
     "the dashboard's address": ("http://127.0.0.1:8265", "accepted: host:port.*RAY_API_SERVER_ADDRESS"),
     "no port": ("head", "RAY_ADDRESS is 'head'; accepted: host:port"),
