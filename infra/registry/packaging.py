@@ -3,7 +3,7 @@
 MLflow puts the code of every model that it loads into one process's import path. Were the packages called `infra` and
 `workers` in each of them, the second model that a process loads would run the first one's code, and a user's own
 package of that name would hide both. So the copy is one package, named after the digest of its content, whose imports
-name it.
+name it. Its modules lie in one archive: MLflow stores and fetches a model file by file.
 """
 
 import ast
@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,13 @@ _REQUIREMENTS = (
     "mlflow", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "boto3", "filelock",
     "psutil", "requests", "rouge-score", "tenacity",
 )  # fmt: skip
+_ARCHIVE = "code.zip"
+_INIT = f'''"""Code of the expert factory, for the model that it came with; the modules are in {_ARCHIVE}."""
+
+from pathlib import Path
+
+__path__.append(str(Path(__file__).parent / "{_ARCHIVE}"))
+'''
 _SAVE_LOCK = threading.Lock()  # MLflow's loader of models from code keeps global state
 _READ_LOCK = threading.Lock()  # Python 3.11 parses in one thread at a time only
 
@@ -79,10 +87,11 @@ def write_package(folder: Path, entry: str, root: Path = _ROOT) -> tuple[Path, P
     with _READ_LOCK:
         name, sources = _package(root)
     package = folder / name
-    for relative, text in {"__init__.py": "", **sources}.items():
-        file = package / relative
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "__init__.py").write_text(_INIT, encoding="utf-8")
+    with zipfile.ZipFile(package / _ARCHIVE, "w", zipfile.ZIP_DEFLATED) as archive:
+        for relative, text in sources.items():
+            archive.writestr(zipfile.ZipInfo(relative), text, zipfile.ZIP_DEFLATED)  # without a time: the same bytes
     script = folder / Path(entry).name
     script.write_text(sources[entry], encoding="utf-8")
     return package, script

@@ -137,7 +137,7 @@ def test_the_registry_holds_only_code_and_configuration(adapter: RegisteredAdapt
     folder = Path(registry.client().download_artifacts(adapter.run_id, "models", str(tmp_path)))
     sizes = {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     assert "adapter_model.py" in sizes
-    assert "s3.py" in sizes
+    assert "code.zip" in sizes
     assert not [path for path in sizes if path.endswith((".pkl", ".safetensors", ".bin"))]
     assert sum(sizes.values()) < 1_000_000
 

@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -81,10 +82,12 @@ def test_two_versions_in_one_process_run_their_own_code_beside_a_users_packages(
 
 def test_the_whole_copy_names_itself_only(tmp_path: Path) -> None:
     package, script = write_package(tmp_path, "workers/serving/adapter_model.py")
-    files = [script, *package.rglob("*.py")]
-    assert len(files) > 100
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_text())):
+    assert sorted(file.name for file in package.iterdir()) == ["__init__.py", "code.zip"]  # MLflow sends file by file
+    archive = zipfile.ZipFile(package / "code.zip")
+    sources = {name: archive.read(name).decode() for name in archive.namelist()} | {script.name: script.read_text()}
+    assert len(sources) > 100
+    for file, text in sources.items():
+        for node in ast.walk(ast.parse(text)):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not {name.split(".")[0] for name in names} & {"infra", "workers", "merge", "pipeline"}, file
@@ -94,7 +97,9 @@ def test_the_name_is_that_of_the_content(tmp_path: Path) -> None:
     names = set()
     for at, text in enumerate(("one", "one", "two")):
         names.add(write_package(tmp_path / str(at), "workers/serving/probe.py", write(tmp_path / text, text))[0].name)
+        (tmp_path / str(at) / "bytes").write_bytes((next((tmp_path / str(at)).glob("*/code.zip"))).read_bytes())
     assert len(names) == 2
+    assert (tmp_path / "0" / "bytes").read_bytes() == (tmp_path / "1" / "bytes").read_bytes()
 
 
 def test_imports_are_renamed_and_nothing_else() -> None:
