@@ -157,3 +157,10 @@ def test_the_plan_in_words() -> None:
     assert merge_plan(lora, list_candidates(lora)).endswith("where it equals mean")
     with pytest.raises(MergeError):
         list_candidates(config([{"method": "men"}]))
+
+
+@pytest.mark.parametrize("given", [{}, {"merge": {"fan_in": 4}}])
+def test_without_a_word_each_family_of_methods_is_tried(given: dict[str, Any]) -> None:
+    fields = config([{"method": "mean"}]).model_dump(by_alias=True, exclude={"merge"}, exclude_unset=True) | given
+    found = list_candidates(PipelineConfig.model_validate(fields))
+    assert [each.method for each in found.eligible] == ["mean", "ties", *["iso_c"] * 2, *["spectral_power"] * 3]
