@@ -36,9 +36,10 @@ demo: up
 	echo "  stop           make down"; \
 	exit $$status
 
-# Two files at a time, each process with a stack of its own: much of a test is waiting for services.
+# Two files at a time, each process with a stack of its own: much of a test is waiting for services. One thread in each:
+# threads of torch that wait for each other do so by spinning, and two teams of them on two cores are 5 times slower.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 browser: $(STAMP)
 	@$(BIN)/python -m tests.e2e.browser
