@@ -155,10 +155,10 @@ def _measurement(reductions: Sequence[Reduction]) -> str | None:
 def _check_services(request: MergeRequest, out: Output | None, checkpoint: Output | None) -> None:
     """Whether what the merge writes to can be reached. Raises StoreError or RegistryError."""
     if request.register_as:
-        from infra.registry import runs as registry
+        from infra.registry import runs
         from infra.registry.models import check_model
 
-        registry.check()
+        runs.check()
         check_model(request.register_as, request.register_as, REGISTERED_KIND)
     if request.store:
         Store.from_env().check()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from infra.artifacts.manifests import canonical_json
 from infra.errors import ConfigError
-from infra.registry import runs as registry
+from infra.registry import runs
 from infra.registry.aliases import promote
 from infra.registry.lineage import Ancestor, Lineage
 from infra.registry.models import RegisteredAdapter, register, registered_as, reuse, split_place
@@ -39,14 +39,14 @@ def register_merge(checked: Checked) -> str:
             promote(store, name, known, "registered by hand")
         return f"registered as models:/{name}/{known} (it was already)"
     candidate = checked.candidate
-    run_id = registry.start_run(name, f"{name}-{candidate.method}", {"kind": "merge by hand"}, candidate.params)
+    run_id = runs.start_run(name, f"{name}-{candidate.method}", {"kind": "merge by hand"}, candidate.params)
     status = "FAILED"
     try:
         version, made = register(replace(model, run_id=run_id))
         promote(store, name, version, "registered by hand")
         status = "FINISHED"
     finally:
-        registry.finish_run(run_id, status)
+        runs.finish_run(run_id, status)
     return f"registered as models:/{name}/{version}" + ("" if made else " (it was already)")
 
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from infra.errors import ConfigError, FactoryError
-from infra.registry import runs as registry
+from infra.registry import runs
 from infra.store.layout import base_file
 from infra.store.s3 import Store
 from merge.methods.catalogue import METHODS
@@ -57,12 +57,12 @@ def check_services(config: PipelineConfig, store: Store) -> None:
     """Names, candidates, object store and MLflow: cheap checks that need no data."""
     check_names(config)
     store.check()
-    registry.check()
+    runs.check()
 
 
 def check_names(config: PipelineConfig) -> None:
     """Names of tasks and models, and merge candidates: what needs no service."""
-    registry.model_names(config.suite, [*config.held_in, MERGED, CHECKPOINT])
+    runs.model_names(config.suite, [*config.held_in, MERGED, CHECKPOINT])
     list_candidates(config)
 
 
