@@ -150,6 +150,8 @@ def _plan_lines(checked: Checked) -> list[str]:
         size, limit = _size(checkpoint_bytes(checked)), checked.request.shard_gib
         dtype = checked.request.dtype or _OWN_TYPES
         lines.append(f"checkpoint: {checked.checkpoint.given}, {dtype}, {size} in files of at most {limit:g} GiB")
+    if checked.request.register_as:
+        lines.append(f"registered: {checked.request.register_as}, prompts stand in {checked.wrapper!r}")
     return lines + _warnings(checked)
 
 

@@ -17,7 +17,7 @@ from merge.by_hand.checks import REGISTERED_KIND, Checked, record_of
 from merge.by_hand.inputs import Expert, source_sha256
 from merge.by_hand.outputs import recipe_key
 from workers.base.prepare import upload_base
-from workers.text.prompt import DEFAULT_TARGET_TOKENS, DEFAULT_WRAPPER
+from workers.text.prompt import DEFAULT_TARGET_TOKENS
 
 
 def register_merge(checked: Checked) -> str:
@@ -37,7 +37,7 @@ def register_merge(checked: Checked) -> str:
     if known is not None:
         if champion(name) is None:
             promote(store, name, known, "registered by hand")
-        return f"registered as models:/{name}/{known} (it was already)"
+        return _line(checked, known, made=False)
     candidate = checked.candidate
     run_id = runs.start_run(name, f"{name}-{candidate.method}", {"kind": "merge by hand"}, candidate.params)
     status = "FAILED"
@@ -47,7 +47,12 @@ def register_merge(checked: Checked) -> str:
         status = "FINISHED"
     finally:
         runs.finish_run(run_id, status)
-    return f"registered as models:/{name}/{version}" + ("" if made else " (it was already)")
+    return _line(checked, version, made)
+
+
+def _line(checked: Checked, version: int, made: bool) -> str:
+    which = f"models:/{checked.request.register_as}/{version}" + ("" if made else " (it was already)")
+    return f"registered as {which}; prompts stand in {checked.wrapper!r}"
 
 
 def _model(checked: Checked, name: str, uri: str, sha256: str) -> RegisteredAdapter:
@@ -62,7 +67,7 @@ def _model(checked: Checked, name: str, uri: str, sha256: str) -> RegisteredAdap
         adapter_sha256=sha256,
         base_sha256=base.sha256,
         base_name=base.name,
-        prompt_wrapper=DEFAULT_WRAPPER,
+        prompt_wrapper=checked.wrapper,
         prompt_template="{input}",
         max_new_tokens=DEFAULT_TARGET_TOKENS,
         dtype="float32",

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from infra.artifacts.manifests import Recipe, publish
 from infra.digests import file_sha256
 from infra.errors import MergeError
-from infra.registry import runs
+from infra.registry import runs, versions
 from infra.store.s3 import Store
 from infra.store.writer import StoreWriter
 from merge.by_hand import run
@@ -527,7 +527,14 @@ def test_s3_and_the_registry(merge: Callable[..., Result], folder: Path, store: 
     out, full = store.uri("merged.safetensors"), store.uri("full")
     said = succeeded(merge("run", "--out", out, "--checkpoint", full, "--register", name))
     version = f"models:/{name}/1"
-    assert f"registered as {version}" in said
+    assert f"registered as {version}; prompts stand in '{{prompt}}\\n'" in said, "the base has no chat template"
+    registered = versions.find_version(name, 1)
+    assert registered
+    assert versions.told(registered.source)["prompt_wrapper"] == "{prompt}\n"
+    shown = succeeded(
+        merge("plan", "--expert", f"x={version}", "--out", store.uri("more"), "--register", f"{name}-more", count=0)
+    )
+    assert f"registered: {name}-more, prompts stand in '{{prompt}}\\n'" in shown
     mlflow = runs.client()
     experiment = mlflow.get_experiment_by_name(name)
     assert experiment is not None
