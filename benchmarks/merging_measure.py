@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infra.stack import services as stack
+from infra.stack import services
 from infra.store.s3 import Store
 
 SAMPLE_SECONDS = 0.02
@@ -197,13 +197,13 @@ class Server:
 @contextlib.contextmanager
 def local_s3(home: Path) -> Iterator[Server]:
     """Start the local stack's object store alone, in a fresh folder that is removed at the end."""
-    stack.down(home)  # left by a run that was killed
+    services.down(home)  # left by a run that was killed
     shutil.rmtree(home, ignore_errors=True)
-    state = stack.up(home, only=("s3",))
+    state = services.up(home, only=("s3",))
     try:
         yield Server(state.services["s3"].pid, state.env(), home / "s3")
     finally:
-        stack.down(home)
+        services.down(home)
         shutil.rmtree(home, ignore_errors=True)
 
 

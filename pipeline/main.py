@@ -13,7 +13,7 @@ if str(Path(__file__).resolve().parent.parent) not in sys.path:  # `python pipel
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from infra.ending import start
-from pipeline.commands.run import run as main
+from pipeline.commands.run import run
 
 if __name__ == "__main__":
-    start(main, "python pipeline/main.py")
+    start(run, "python pipeline/main.py")

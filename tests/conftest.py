@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from infra.stack import services as local_stack
+from infra.stack import services
 from infra.store import s3
 from infra.store.client import make_client
 from infra.store.s3 import Store
@@ -19,7 +19,7 @@ settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local_stack.StackState]:
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[services.StackState]:
     """A running stack in a home of its own, its variables in ``os.environ``; taken down whatever happens.
 
     One slot: two processes of pytest share this machine's cores, and every worker costs seconds of imports. What needs
@@ -28,17 +28,17 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local_stack.Stac
     home = tmp_path_factory.mktemp("stack")
     patch = pytest.MonkeyPatch()
     try:
-        state = local_stack.up(home, num_cpus=1, object_store_mib=256)
+        state = services.up(home, num_cpus=1, object_store_mib=256)
         for name, value in state.env().items():
             patch.setenv(name, value)
         yield state
     finally:
         patch.undo()
-        local_stack.down(home)
+        services.down(home)
 
 
 @pytest.fixture
-def real_store(stack: local_stack.StackState) -> Store:
+def real_store(stack: services.StackState) -> Store:
     """A fresh prefix in the stack's object store."""
     return Store(os.environ["FACTORY_S3_BUCKET"], os.environ["FACTORY_S3_ENDPOINT"], f"tests/{uuid.uuid4().hex}")
 

@@ -7,18 +7,15 @@ another server, are not "deleted": the caller decides. What runs used is `infra.
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
-import mlflow.artifacts
-import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 
 from infra.registry import lineage
-from infra.registry.models import ADAPTER_TAG, BASE_TAG, CHECKPOINT_TAG, HEADS_TAG, KEY_TAG, has_files
+from infra.registry.models import ADAPTER_TAG, BASE_TAG, CHECKPOINT_TAG, HEADS_TAG, KEY_TAG
 from infra.registry.runs import asking, client, pages
+from infra.registry.versions import told
 from infra.store.layout import attempt_of
 from infra.store.s3 import Store
 
@@ -111,11 +108,4 @@ def _name(store: Store, uri: str) -> str:
 
 def _heads(version: ModelVersion) -> list[str]:
     """Object names of the adapters whose heads a version uses; none if its files are gone: then it cannot be loaded."""
-    try:
-        text = mlflow.artifacts.load_text(f"{version.source}/MLmodel")
-    except MlflowException:
-        if has_files(version.source or ""):
-            raise
-        return []
-    config: dict[str, Any] = yaml.safe_load(text)["flavors"]["python_function"].get("config", {})
-    return [str(head["adapter"]) for head in config.get("heads", {}).values()]
+    return [str(head["adapter"]) for head in told(version.source or "").get("heads", {}).values()]

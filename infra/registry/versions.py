@@ -3,14 +3,17 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlflow.artifacts
+import yaml
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from infra.errors import RegistryError
 from infra.registry import lineage
+from infra.registry.answers import one_line
 from infra.registry.lineage import LINEAGE_FILE, Lineage
 from infra.registry.models import ADAPTER_TAG, CHECKPOINT_TAG, DIGEST_TAG, KEY_TAG, has_files
 from infra.registry.runs import asking, client, model_name, pages
@@ -180,6 +183,24 @@ def lineage_of(version: Version) -> Lineage | None:
         return Lineage.from_json(text)
     except (ValueError, KeyError, TypeError) as error:
         raise RegistryError(f"{version.source}/{LINEAGE_FILE} is damaged: {error}") from error
+
+
+def told(source: str) -> dict[str, Any]:
+    """What the code of a version with these files is told (`infra.registry.models.model_config`); nothing if its files
+    are gone: then it cannot be loaded. Raises RegistryError."""
+    if not source:
+        return {}
+    with asking(f"read what {source} was registered with"):
+        try:
+            text = mlflow.artifacts.load_text(f"{source}/MLmodel")
+        except MlflowException:
+            if has_files(source):
+                raise
+            return {}
+    try:
+        return dict(yaml.safe_load(text)["flavors"]["python_function"].get("config") or {})
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise RegistryError(f"{source}/MLmodel is damaged: {one_line(str(error))}") from error
 
 
 def gone(store: Store, version: Version) -> str | None:

@@ -311,17 +311,17 @@ def _packed(state: State) -> bytes:
 
 def mlflow_run(suite: str, submission: str) -> str | None:
     """Address of the MLflow page of a submission's latest run; None if there is none or the server does not say."""
-    from infra.registry import runs as registry
+    from infra.registry import runs
 
     try:
-        client = registry.client()
+        client = runs.client()
         experiment = client.get_experiment_by_name(suite)
         if experiment is None:
             return None
         found = client.search_runs(
             [experiment.experiment_id], f"tags.ray_submission_id = '{submission}'", max_results=1
         )
-        return registry.run_page(found[0].info.run_id) if found else None
+        return runs.run_page(found[0].info.run_id) if found else None
     except Exception as error:  # a link is worth nothing more than this line
         _LOG.info("no link to MLflow: %s", str(error).partition("\n")[0])
         return None

@@ -60,6 +60,8 @@ class Checked:
     checkpoint: Output | None
     fused: Fused
     """Rows of the parts of fused weights, where the candidate asks for them."""
+    wrapper: str = ""
+    """What prompts of the registered merge stand in."""
 
     @property
     def measurement(self) -> str | None:
@@ -145,7 +147,12 @@ def check(request: MergeRequest, scratch: Path) -> Checked:
     measured = find_measured(measured_places, kind, experts, base.sha256) if kind else {}
     shapes = {name: shape for expert in experts for name, shape in expert.shapes.items()}
     fused = fused_rows(base.path, shapes) if candidate.splits_fused else {}
-    return Checked(request, candidate, reductions, base, tuple(experts), measured, out, checkpoint, fused)
+    wrapper = ""
+    if request.register_as:
+        from merge.by_hand.prompts import find_wrapper  # MLflow: seconds of imports, for this flag only
+
+        wrapper = find_wrapper(places, base)
+    return Checked(request, candidate, reductions, base, tuple(experts), measured, out, checkpoint, fused, wrapper)
 
 
 def _measurement(reductions: Sequence[Reduction]) -> str | None:
@@ -155,10 +162,10 @@ def _measurement(reductions: Sequence[Reduction]) -> str | None:
 def _check_services(request: MergeRequest, out: Output | None, checkpoint: Output | None) -> None:
     """Whether what the merge writes to can be reached. Raises StoreError or RegistryError."""
     if request.register_as:
-        from infra.registry import runs as registry
+        from infra.registry import runs
         from infra.registry.models import check_model
 
-        registry.check()
+        runs.check()
         check_model(request.register_as, request.register_as, REGISTERED_KIND)
     if request.store:
         Store.from_env().check()

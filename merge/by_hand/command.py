@@ -37,7 +37,7 @@ from merge.by_hand.defaults import DEFAULT_SHARD_GIB
 from merge.by_hand.export import check_export
 from merge.by_hand.outputs import prepare
 from merge.by_hand.request import MergeRequest, read_request
-from merge.by_hand.run import Done, merge_flat, merge_stored, up_to_date
+from merge.by_hand.run import Done, merge_flat, merge_in_store, up_to_date
 from merge.by_hand.sources import name_experts
 from merge.methods.catalogue import METHODS, Method
 from merge.methods.specs import Candidate, Choice, Number, candidate_lift, describe_plan
@@ -150,6 +150,8 @@ def _plan_lines(checked: Checked) -> list[str]:
         size, limit = _size(checkpoint_bytes(checked)), checked.request.shard_gib
         dtype = checked.request.dtype or _OWN_TYPES
         lines.append(f"checkpoint: {checked.checkpoint.given}, {dtype}, {size} in files of at most {limit:g} GiB")
+    if checked.request.register_as:
+        lines.append(f"registered: {checked.request.register_as}, prompts stand in {checked.wrapper!r}")
     return lines + _warnings(checked)
 
 
@@ -196,7 +198,7 @@ def run(config: Path | None, **given: Any) -> None:
                     _print(console, f"{place.given}: holds exactly this merge already, nothing to do")
         else:
             with _progress(console) as report, _one_torch_thread():
-                done = (merge_stored if checked.request.store else merge_flat)(checked, scratch, report)
+                done = (merge_in_store if checked.request.store else merge_flat)(checked, scratch, report)
             _print_summary(console, checked, done, time.perf_counter() - started)
         if checked.request.register_as:
             from merge.by_hand.registration import register_merge  # MLflow: seconds of imports, for this flag only

@@ -27,9 +27,7 @@ from workers.base.layout import BaseLayout, read_layout, read_shapes
 from workers.base.prepare import PreparedBase
 from workers.conversion.companions import COMPANIONS, Read, compare_companions, in_folder, leftovers
 from workers.conversion.formats import peft_notices, unchanged_notices
-from workers.conversion.peft import CONFIG as PEFT_CONFIG
-from workers.conversion.peft import TENSORS as PEFT_TENSORS
-from workers.conversion.peft import peft_outline
+from workers.conversion.peft import PEFT_CONFIG, PEFT_TENSORS, peft_outline
 from workers.measuring.catalogue import MEASUREMENTS
 from workers.tensors.checkpoint import CheckpointFiles, weight_files
 from workers.tensors.quantised import read_settings, refuse_quantised, settings_of

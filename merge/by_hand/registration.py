@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from infra.artifacts.manifests import canonical_json
 from infra.errors import ConfigError
-from infra.registry import runs as registry
+from infra.registry import runs
 from infra.registry.aliases import promote
 from infra.registry.lineage import Ancestor, Lineage
 from infra.registry.models import RegisteredAdapter, register, registered_as, reuse, split_place
@@ -17,7 +17,7 @@ from merge.by_hand.checks import REGISTERED_KIND, Checked, record_of
 from merge.by_hand.inputs import Expert, source_sha256
 from merge.by_hand.outputs import recipe_key
 from workers.base.prepare import upload_base
-from workers.text.prompt import DEFAULT_TARGET_TOKENS, DEFAULT_WRAPPER
+from workers.text.prompt import DEFAULT_TARGET_TOKENS
 
 
 def register_merge(checked: Checked) -> str:
@@ -37,17 +37,22 @@ def register_merge(checked: Checked) -> str:
     if known is not None:
         if champion(name) is None:
             promote(store, name, known, "registered by hand")
-        return f"registered as models:/{name}/{known} (it was already)"
+        return _line(checked, known, made=False)
     candidate = checked.candidate
-    run_id = registry.start_run(name, f"{name}-{candidate.method}", {"kind": "merge by hand"}, candidate.params)
+    run_id = runs.start_run(name, f"{name}-{candidate.method}", {"kind": "merge by hand"}, candidate.params)
     status = "FAILED"
     try:
         version, made = register(replace(model, run_id=run_id))
         promote(store, name, version, "registered by hand")
         status = "FINISHED"
     finally:
-        registry.finish_run(run_id, status)
-    return f"registered as models:/{name}/{version}" + ("" if made else " (it was already)")
+        runs.finish_run(run_id, status)
+    return _line(checked, version, made)
+
+
+def _line(checked: Checked, version: int, made: bool) -> str:
+    which = f"models:/{checked.request.register_as}/{version}" + ("" if made else " (it was already)")
+    return f"registered as {which}; prompts stand in {checked.wrapper!r}"
 
 
 def _model(checked: Checked, name: str, uri: str, sha256: str) -> RegisteredAdapter:
@@ -62,7 +67,7 @@ def _model(checked: Checked, name: str, uri: str, sha256: str) -> RegisteredAdap
         adapter_sha256=sha256,
         base_sha256=base.sha256,
         base_name=base.name,
-        prompt_wrapper=DEFAULT_WRAPPER,
+        prompt_wrapper=checked.wrapper,
         prompt_template="{input}",
         max_new_tokens=DEFAULT_TARGET_TOKENS,
         dtype="float32",

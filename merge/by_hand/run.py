@@ -1,7 +1,7 @@
 """Merges that were checked (`merge.by_hand.checks`), made: flat on this machine, or as a stored tree.
 
-`merge_flat` streams every expert once per round into the outputs. `merge_stored` keeps every node in the object store,
-so that a later merge recomputes only what changed. Both leave the same files.
+`merge_flat` streams every expert once per round into the outputs. `merge_in_store` keeps every node in the object
+store, so that a later merge recomputes only what changed. Both leave the same files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from merge.files.task_mask import MaskWriter, write_task_mask
 from merge.methods.catalogue import METHODS
 from merge.methods.spectral import merge_device
 from merge.tree.jobs import Ref
-from merge.tree.local import merge_stored as merge_stored_tree
+from merge.tree.local import merge_stored
 from merge.tree.reduce import ROOT_VERSIONS, DeltaReader, ExpertChild, flat_merge
 from merge.tree.reduction import NODES
 from merge.tree.trie import DEFAULT_FAN_IN, build_tree, leaf_names
@@ -122,7 +122,7 @@ def merge_flat(checked: Checked, scratch: Path, report: Report | None = None) ->
     return Done(info.density, info.norm, info.rounding_loss, files, written)
 
 
-def merge_stored(checked: Checked, scratch: Path, report: Report | None = None) -> Done:
+def merge_in_store(checked: Checked, scratch: Path, report: Report | None = None) -> Done:
     """Merge as a tree whose nodes stay in the object store. Raises FactoryError."""
     store = Store.from_env()
     upload_base(store, checked.base)
@@ -132,7 +132,7 @@ def merge_stored(checked: Checked, scratch: Path, report: Report | None = None) 
     measured = {
         (name, str(kind)): _stored_measured(store, file, str(kind), scratch) for name, file in checked.measured.items()
     }
-    made = merge_stored_tree(
+    made = merge_stored(
         store,
         [checked.candidate],
         experts,

@@ -20,8 +20,7 @@ from infra.store.s3 import Store, split_uri
 from workers.base.cache import cache_dir
 from workers.base.downloads import HUB_WEIGHTS, fetch_hub, resolve_hub
 from workers.conversion.companions import COMPANIONS
-from workers.conversion.peft import CONFIG as PEFT_CONFIG
-from workers.conversion.peft import TENSORS as PEFT_TENSORS
+from workers.conversion.peft import PEFT_CONFIG, PEFT_TENSORS
 
 ACCEPTED = (
     "accepted are an adapter file (.safetensors), the folder of a PEFT adapter (adapter_config.json), the folder of a "
@@ -203,12 +202,12 @@ def _registered_version(name: str, version: str | None, alias: str | None) -> tu
     """Number of a registered model's version and the URI of its adapter or checkpoint."""
     from mlflow.exceptions import MlflowException  # seconds of imports, for this kind of source only
 
-    from infra.registry import runs as registry
+    from infra.registry import runs
     from infra.registry.models import ADAPTER_TAG, CHECKPOINT_TAG
 
-    mlflow = registry.client()
+    mlflow = runs.client()
     which = f"version {version}" if version else f"alias {alias!r}"
-    with registry.asking(f"look for {which} of {name!r}"):
+    with runs.asking(f"look for {which} of {name!r}"):
         try:
             found = (
                 mlflow.get_model_version_by_alias(name, alias)
@@ -219,7 +218,7 @@ def _registered_version(name: str, version: str | None, alias: str | None) -> tu
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
             raise RegistryError(
-                f"the MLflow server at {registry.tracking_uri()} has no {which} of {name!r}: {error}"
+                f"the MLflow server at {runs.tracking_uri()} has no {which} of {name!r}: {error}"
             ) from error
     uri = found.tags.get(ADAPTER_TAG) or found.tags.get(CHECKPOINT_TAG)
     if not uri:

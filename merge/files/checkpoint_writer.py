@@ -23,7 +23,7 @@ from merge.files.checkpoint import BaseCheckpoint
 from merge.files.delta import DeltaReader
 from merge.files.sink import Outline, squared_norm
 from workers.adapters.older_readers import for_older_readers
-from workers.adapters.support import SparseTensor
+from workers.adapters.support import SparseTensor, rounded_sum
 from workers.tensors.checkpoint import INDEX, WEIGHTS
 from workers.tensors.header import Row, header_bytes
 from workers.tensors.writer import PLAIN, raw_bytes
@@ -168,12 +168,11 @@ class CheckpointWriter:
         flat = self._base.weights.read(name).view(-1)
         own = flat if flat.dtype == torch.float64 else flat.float()
         full = tensor.indices.numel() == own.numel()
-        delta = tensor.values.float()
         before = own if full else own.index_select(0, tensor.indices)
         stored = self._stored(name)
-        after = (before + delta).to(stored)
+        after = rounded_sum(before, tensor.values, stored)
         self._check_finite(name, after)
-        self._tally(before, delta, after)
+        self._tally(before, tensor.values.float(), after)
         out = after if full else own.to(stored).index_copy_(0, tensor.indices, after)
         self._write(raw_bytes(out))
         self._next()

@@ -18,7 +18,7 @@ from infra.artifacts.gc import GcOutcome, collect, execute
 from infra.artifacts.gc_plan import GcPlan, summary
 from infra.ending import message
 from infra.errors import ConfigError
-from infra.registry import runs as registry
+from infra.registry import runs
 from infra.registry.roots import RunState, pipeline_runs, referred
 from infra.store.admin import server_time
 from infra.store.layout import RUNS, run_of
@@ -47,7 +47,7 @@ def gc(keep_days: float | None, min_age_hours: float, forget_unknown_runs: bool,
         store = Store.from_env()
         if remove:
             store.check()  # which writes
-        registry.check()
+        runs.check()
         roots = _roots(store, rule, console)
         plan, _ = collect(store, roots, rule.min_age_s)
     except Exception as error:
@@ -98,10 +98,10 @@ def _roots(store: Store, rule: Rule, console: Console) -> RootReader:
     asked = Registry(store, rule)
     reader = RootReader(store, asked)
     found = reader()
-    runs, present = asked.runs, {run_of(name)[0] for name in store.list(RUNS)}
-    if rule.forget_unknown and present and present.isdisjoint(runs):
+    present = {run_of(name)[0] for name in store.list(RUNS)}
+    if rule.forget_unknown and present and present.isdisjoint(asked.runs):
         raise ConfigError(
-            f"the MLflow server at {registry.tracking_uri()} knows none of the {len(present)} runs in {store.uri('')}: "
+            f"the MLflow server at {runs.tracking_uri()} knows none of the {len(present)} runs in {store.uri('')}: "
             "is it another one's? correct MLFLOW_TRACKING_URI, or leave --forget-unknown-runs out"
         )
     kept = found.runs & present
@@ -115,9 +115,9 @@ def _roots(store: Store, rule: Rule, console: Console) -> RootReader:
 
 def _reasons(present: set[str], kept: frozenset[str], asked: Registry) -> str:
     """Why runs are not kept, how many are kept because MLflow does not know them, and how many have been abandoned."""
-    gone, runs, rule = present - kept, asked.runs, asked.rule
-    deleted = sum(run in runs and runs[run].deleted for run in gone)
-    unknown_gone, unknown_kept = sum(run not in runs for run in gone), sum(run not in runs for run in kept)
+    gone, known, rule = present - kept, asked.runs, asked.rule
+    deleted = sum(run in known and known[run].deleted for run in gone)
+    unknown_gone, unknown_kept = sum(run not in known for run in gone), sum(run not in known for run in kept)
     days = ABANDONED_S / DAY_S
     old = len(gone) - deleted - unknown_gone
     parts = [

@@ -223,12 +223,14 @@ class MergeConfig(Section):
 
     fan_in: Literal[2, 4, 8, 16] = DEFAULT_FAN_IN
     """Radix of the merge tree: most children of a node."""
-    candidates: Annotated[list[CandidateConfig], Field(min_length=1)] = [
-        CandidateConfig(method="mean"),
-        CandidateConfig(method="ties"),
-        CandidateConfig(method="iso_c", params={"lambda": [0.45, 0.9]}),
-        CandidateConfig(method="spectral_power", params={"p": -0.75, "lambda": [0.8, 1, 1.5], "floor": 0.01}),
-    ]
+    candidates: Annotated[list[CandidateConfig], Field(min_length=1)] = Field(
+        default_factory=lambda: [
+            CandidateConfig(method="mean"),
+            CandidateConfig(method="ties"),
+            CandidateConfig(method="iso_c", params={"lambda": [0.45, 0.9]}),
+            CandidateConfig(method="spectral_power", params={"p": -0.75, "lambda": [0.8, 1, 1.5], "floor": 0.01}),
+        ]
+    )
     """Methods tried; the one with the best mean validation score is chosen, ties to the earlier. The default has one or
     two of each family: few experts are best averaged, many by their singular values."""
     search: SearchConfig = SearchConfig()

@@ -7,9 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from infra.registry import aliases as model_aliases
-from infra.registry import models as model_registry
-from infra.registry import runs as registry
+from infra.registry import aliases, models, runs
 from infra.registry.aliases import Conclusion, Decision, Standing
 from infra.registry.models import DIGEST_TAG, KEY_TAG, Registration, identity
 from infra.registry.versions import CHAMPION, Model, Version, barred, former_champion
@@ -54,15 +52,15 @@ class Register:
 
     def __call__(self, store: Store) -> Registered:
         model = self.model
-        version, made = model_registry.reuse(model), False
+        version, made = models.reuse(model), False
         if version is None:
-            model = replace(model, run_id=registry.run_of_suite(model.run_id, self.suite_run, model.task))
+            model = replace(model, run_id=runs.run_of_suite(model.run_id, self.suite_run, model.task))
             if self.metrics:  # before there is a version: a call that is repeated must not miss them
-                registry.log_history(model.run_id, [{"step": 0, **self.metrics}])
-            version, made = model_registry.register(model)
+                runs.log_history(model.run_id, [{"step": 0, **self.metrics}])
+            version, made = models.register(model)
             if made and self.metrics:
-                registry.describe_run(model.run_id, model_registry.numbered(model.description, version))
-        return Registered(model_aliases.enter(store, model.name, version), made)
+                runs.describe_run(model.run_id, models.numbered(model.description, version))
+        return Registered(aliases.enter(store, model.name, version), made)
 
     def expected(self, known: Registry) -> Registered:
         """Where the version stands once it is registered: a version with these bytes, asked in this way, is reused."""
@@ -132,7 +130,7 @@ class Judge:
         found = replace(found, reason=found.reason + self.remark)
         decision = Decision(found.promoted, found.reason, str(self.against), self.run_id)
         version = self.version
-        return found, model_aliases.conclude(store, version.name, version.version, self.against.version, decision)
+        return found, aliases.conclude(store, version.name, version.version, self.against.version, decision)
 
     def expected(self, known: Any) -> None:
         """Nothing is decided."""
@@ -153,7 +151,7 @@ class Note:
         return f"gate {self.task}"
 
     def __call__(self, store: Store) -> None:
-        model_aliases.note(store, self.model, self.version, self.reason)
+        aliases.note(store, self.model, self.version, self.reason)
 
     def expected(self, known: Any) -> None:
         """Nothing is said."""
@@ -172,7 +170,7 @@ class Follow:
         return "gate checkpoint"
 
     def __call__(self, store: Store) -> int | None:
-        return model_aliases.follow(store, self.leader, self.follower, strict=False)
+        return aliases.follow(store, self.leader, self.follower, strict=False)
 
     def expected(self, known: Any) -> None:
         """Nothing moves."""

@@ -13,8 +13,7 @@ from infra.engine.once import every
 from infra.engine.step import Engine
 from merge.methods.specs import Candidate
 from merge.tree.reduction import Merges
-from pipeline.flow import experts, promotion
-from pipeline.flow import scoring as scores
+from pipeline.flow import experts, promotion, scoring
 from pipeline.flow.choice import best_per_task, choose
 from pipeline.flow.context import Flow
 from pipeline.flow.merges import merges_of
@@ -31,13 +30,13 @@ async def run(flow: Flow, merges: Merges | None = None) -> None:
 
 async def _experts_and_base(flow: Flow) -> None:
     """All that needs no merge."""
-    await every(scores.base_tests(flow), *(_expert(flow, task) for task in flow.inputs.config.held_in))
+    await every(scoring.base_tests(flow), *(_expert(flow, task) for task in flow.inputs.config.held_in))
 
 
 async def _expert(flow: Flow, task: str) -> None:
     """One expert: made, tested, and compared once the base's score stands beside its own on its card."""
     manifest = await experts.expert(flow, task)
-    await every(scores.score(flow, "expert", "test", task, manifest), scores.base_test(flow, task, "base", 0))
+    await every(scoring.score(flow, "expert", "test", task, manifest), scoring.base_test(flow, task, "base", 0))
     await promotion.promote_expert(flow, task)
 
 
@@ -55,7 +54,7 @@ async def _tested_per_task(flow: Flow, merges: Merges) -> None:
     """Methods that need the task at inference: the best parameters of each are tested, never chosen."""
 
     async def test(engine: Engine, candidate: Candidate) -> None:
-        await scores.test_per_task(flow.on(engine), candidate)
+        await scoring.test_per_task(flow.on(engine), candidate)
 
     for group in await best_per_task(flow, merges):
         await flow.engine.alternatives(group, test)
@@ -66,7 +65,7 @@ async def _finish(flow: Flow, engine: Engine, chosen: Candidate) -> None:
     flow = flow.on(engine)
     flow.outcome.chosen = chosen
     alone = flow.once("alone", lambda: _experts_and_base(flow))
-    await every(scores.test_merge(flow, flow.outcome.merged[chosen]), _export(flow, chosen), alone)
+    await every(scoring.test_merge(flow, flow.outcome.merged[chosen]), _export(flow, chosen), alone)
     await promotion.promote_merge(flow, chosen)
 
 

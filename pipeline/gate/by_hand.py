@@ -13,9 +13,7 @@ from rich.text import Text
 
 from infra.ending import message
 from infra.errors import ConfigError, FactoryError, RegistryError
-from infra.registry import aliases as model_aliases
-from infra.registry import runs as registry
-from infra.registry import versions as model_versions
+from infra.registry import aliases, runs, versions
 from infra.registry.runs import CHECKPOINT, MERGED, model_name
 from infra.registry.versions import (
     BY_HAND,
@@ -56,12 +54,12 @@ def promote(suite: str, version: int, task: str, reason: str) -> None:
 
     def change() -> None:
         store, name = _model(suite, task)
-        chosen = model_versions.find_version(name, version)
+        chosen = versions.find_version(name, version)
         if chosen is None:
             raise ConfigError(f"there is no version {version} of {name!r}; see: python -m pipeline models {suite}")
-        if (uri := model_versions.gone(store, chosen)) is not None:
+        if (uri := versions.gone(store, chosen)) is not None:
             raise ConfigError(f"version {version} of {name!r}: {uri} is gone, so it cannot serve")
-        before = model_aliases.promote(store, name, version, reason)
+        before = aliases.promote(store, name, version, reason)
         if before is not None and before.version == version:
             console.print(f"{name}: version {version} is champion already", markup=False)
         else:
@@ -81,10 +79,10 @@ def rollback(suite: str, version: int | None, task: str, reason: str) -> None:
 
     def change() -> None:
         store, name = _model(suite, task)
-        leads = model_versions.champion(name)
+        leads = versions.champion(name)
         goes = version or (leads.version if leads else None)
         try:
-            former, present = model_aliases.rollback(store, name, reason, goes)
+            former, present = aliases.rollback(store, name, reason, goes)
             console.print(
                 f"{name}: version {former.version} is champion again; version {present.version} is rolled back, and "
                 "no gate promotes its bytes again",
@@ -104,7 +102,7 @@ def rollback(suite: str, version: int | None, task: str, reason: str) -> None:
 def _has_gone(name: str, version: int) -> bool:
     """Whether the champion of a model may have just been rolled back from this version to the one before."""
     try:
-        found, now = model_versions.find_version(name, version), model_versions.champion(name)
+        found, now = versions.find_version(name, version), versions.champion(name)
     except FactoryError:
         return True
     if found is None or now is None:
@@ -117,8 +115,8 @@ def _follow(console: Console, store: Store, suite: str, task: str, strict: bool)
     if task != MERGED:
         return
     leader, follower = model_name(suite, MERGED), model_name(suite, CHECKPOINT)
-    before = model_versions.champion(follower)
-    now = model_aliases.follow(store, leader, follower, strict=strict)
+    before = versions.champion(follower)
+    now = aliases.follow(store, leader, follower, strict=strict)
     if now is not None:
         console.print(f"{follower}: version {now} is champion", markup=False)
     elif before is not None:
@@ -130,17 +128,17 @@ def _model(suite: str, task: str) -> tuple[Store, str]:
     """The store and the registered name. Raises ConfigError, StoreError or RegistryError."""
     if task == CHECKPOINT:
         raise ConfigError(f"the full checkpoint follows the merge: leave out --task {CHECKPOINT}")
-    name = registry.model_names(suite, [task])[task]
+    name = runs.model_names(suite, [task])[task]
     store = Store.from_env()
     store.check()
-    registry.check()
+    runs.check()
     return store, name
 
 
 def _models(suite: str) -> list[Model]:
-    registry.model_names(suite, [MERGED])
-    registry.check()
-    if found := model_versions.models_of(suite):
+    runs.model_names(suite, [MERGED])
+    runs.check()
+    if found := versions.models_of(suite):
         return found
     raise ConfigError(f"there are no registered models of a suite {suite!r}")
 
@@ -164,10 +162,10 @@ def _versions(model: Model) -> Table:
     """A row for each version of a model."""
     table = Table("version", "registered", "aliases", "gate", "against", "why", title=model.name, box=None)
     for version in model.versions:
-        aliases = ", ".join(alias for alias, number in model.aliases.items() if number == version.version)
+        named = ", ".join(alias for alias, number in model.aliases.items() if number == version.version)
         made = time.strftime("%Y-%m-%d %H:%M", time.gmtime(version.created))
         tags = version.tags
-        cells = [version.version, made, aliases, tags.get(DECISION, ""), tags.get(OPPONENT, ""), _why(version)]
+        cells = [version.version, made, named, tags.get(DECISION, ""), tags.get(OPPONENT, ""), _why(version)]
         table.add_row(*(Text(str(cell)) for cell in cells))
     return table
 

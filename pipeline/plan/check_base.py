@@ -54,10 +54,9 @@ def base_tokenizer(config: PipelineConfig, base: PreparedBase) -> Any:
         return load_classifier_tokenizer(base.path) if classifies else load_tokenizer(base.path)
 
 
-def settle_prompt(config: PipelineConfig, base: PreparedBase, console: Console) -> PipelineConfig:
+def settle_prompt(config: PipelineConfig, base: PreparedBase, tokenizer: Any, console: Console) -> PipelineConfig:
     """The configuration with its wrapper as text, which keys are made of. ConfigError if the base cannot read it."""
     classifies = config.objective == "classification"
-    tokenizer = base_tokenizer(config, base)
     with by_name(base):
         stops = stop_ids(base.path, tokenizer)
     wrapper = settled_wrapper(tokenizer, config.prompt.wrapper, stops, classifies)
@@ -85,14 +84,20 @@ def check_adapted(base: PreparedBase, targets: Mapping[str, Target]) -> None:
 
 
 def check_rows(
-    config: PipelineConfig, base: PreparedBase, model: Any, tasks: Mapping[str, TaskData], caps: Mapping[str, int]
+    config: PipelineConfig,
+    base: PreparedBase,
+    tokenizer: Any,
+    model: Any,
+    tasks: Mapping[str, TaskData],
+    caps: Mapping[str, int],
 ) -> dict[str, list[int]]:
     """Lengths of each task's training examples in tokens. Every row of every split is encoded as workers encode it.
 
-    `caps`: by task, most tokens of an answer. ConfigError if a text is longer than the model has positions, or has a
-    token that its embedding has no row for; DataError for a row that cannot be classified.
+    `model`: the base without values; `caps`: by task, most tokens of an answer. ConfigError if a text is longer than
+    the model has positions, or has a token that its embedding has no row for; DataError for a row that cannot be
+    classified.
     """
-    tokenizer, positions = base_tokenizer(config, base), most_positions(model)
+    positions = most_positions(model)
     lengths = {}
     for name, data in tasks.items():
         lengths[name], longest, largest = _extent(config, tokenizer, data, caps[name])
@@ -128,11 +133,6 @@ def most_positions(model: Any) -> int | None:
             before = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from behind padding
             found.append(module.num_embeddings - before)
     return min(found, default=None)
-
-
-def training_lengths(config: PipelineConfig, tokenizer: Any, data: TaskData) -> list[int]:
-    """Tokens of each training example of a task."""
-    return [len(ids) for ids in _encoded(config, tokenizer, data, data.splits["train"])[0]]
 
 
 def _encoded(

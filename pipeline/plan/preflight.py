@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from infra.errors import ConfigError, FactoryError
-from infra.registry import runs as registry
+from infra.registry import runs
 from infra.store.layout import base_file
 from infra.store.s3 import Store
 from merge.methods.catalogue import METHODS
@@ -28,14 +28,7 @@ from pipeline.data.counting import check_shares, rows_lines, with_cuts
 from pipeline.data.tasks import TaskData, learned_elsewhere, load_tasks
 from pipeline.flow.recipes import train_spec
 from pipeline.flow.registration import CHECKPOINT, MERGED
-from pipeline.plan.check_base import (
-    base_tokenizer,
-    check_adapted,
-    check_rows,
-    empty_base,
-    settle_prompt,
-    training_lengths,
-)
+from pipeline.plan.check_base import base_tokenizer, check_adapted, check_rows, empty_base, settle_prompt
 from pipeline.plan.cluster import slots_of
 from pipeline.plan.figures import given, needed, there_is
 from pipeline.plan.node_memory import largest_node
@@ -57,12 +50,12 @@ def check_services(config: PipelineConfig, store: Store) -> None:
     """Names, candidates, object store and MLflow: cheap checks that need no data."""
     check_names(config)
     store.check()
-    registry.check()
+    runs.check()
 
 
 def check_names(config: PipelineConfig) -> None:
     """Names of tasks and models, and merge candidates: what needs no service."""
-    registry.model_names(config.suite, [*config.held_in, MERGED, CHECKPOINT])
+    runs.model_names(config.suite, [*config.held_in, MERGED, CHECKPOINT])
     list_candidates(config)
 
 
@@ -174,9 +167,10 @@ def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Pr
     cache = cache_dir()
     console.print(f"base {config.base}", highlight=False)
     base = prepare_base(config.base, cache)
-    config = settle_prompt(config, base, console)
+    tokenizer = base_tokenizer(config, base)
+    config = settle_prompt(config, base, tokenizer, console)
     console.print(f"{len(config.held_in)} held-in and {len(config.held_out)} held-out tasks", highlight=False)
-    tasks = _load_tasks(config, base, console)
+    tasks = _load_tasks(config, tokenizer, console)
     for name, count in learned_elsewhere(tasks, config.held_in).items():
         text = f"{count} of its {len(tasks[name].splits['test'])} test rows are training rows of another held-in task"
         console.print(f"warning: {name}: {text}, so a merge knows them", style="yellow", highlight=False, markup=False)
@@ -184,23 +178,23 @@ def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Pr
     find_targets(model, config.mask.modules)
     caps = dict.fromkeys(tasks, 1)
     if config.objective == "language_modelling":
-        tokenizer, limit = base_tokenizer(config, base), config.prompt.max_target_tokens
+        limit = config.prompt.max_target_tokens
         caps = {
             name: min(limit, data.config.max_new_tokens or target_token_cap(tokenizer, data.splits["train"]))
             for name, data in tasks.items()
         }
-    cost = expected_cost(config, base, tasks, model, check_rows(config, base, model, tasks, caps))
+    lengths = check_rows(config, base, tokenizer, model, tasks, caps)
+    cost = expected_cost(config, base, tasks, model, lengths)
     check_room(config, cost)
     listed = list_candidates(config, {name: len(tasks[name].splits["train"]) for name in config.held_in})
     console.print(merge_plan(config, listed), highlight=False, markup=False)
     return Prepared(config, store, base, tasks, caps, listed, cost, _fused_rows(config, model, listed))
 
 
-def _load_tasks(config: PipelineConfig, base: PreparedBase, console: Console) -> dict[str, TaskData]:
+def _load_tasks(config: PipelineConfig, tokenizer: Any, console: Console) -> dict[str, TaskData]:
     """The tasks' rows; says what is lost of them. DataError if that is more than the configuration tolerates."""
     read = load_tasks({**config.held_in, **config.held_out}, cache_dir(), config.splits.model_dump(), config.seed)
     classifies, limits = config.objective == "classification", config.prompt
-    tokenizer = base_tokenizer(config, base)
     target_tokens = None if classifies else limits.max_target_tokens
     tasks = with_cuts(read, config.held_in, tokenizer, limits.max_input_tokens, target_tokens)
     for line in rows_lines(tasks):
@@ -234,26 +228,22 @@ def upload_inputs(prepared: Prepared) -> None:
 def expected_cost(
     config: PipelineConfig,
     base: PreparedBase,
-    tasks: dict[str, TaskData],
-    empty: Any = None,
-    lengths: Mapping[str, Sequence[int]] | None = None,
+    tasks: Mapping[str, TaskData],
+    model: Any,
+    lengths: Mapping[str, Sequence[int]],
 ) -> Cost:
-    """Sizes and tokens of a run: of the base without values, `empty`, and of training examples of these `lengths`.
-    Raises ConfigError if modules, blocks or labels do not fit the base."""
+    """Sizes and tokens of a run: of the base without values, `model`, and of training examples of these `lengths` in
+    tokens, by task. Raises ConfigError if modules, blocks or labels do not fit the base."""
     classifies = config.objective == "classification"
-    model = empty_base(config, base) if empty is None else empty
     if not classifies:
         check_adapted(base, find_targets(model, config.mask.modules))
     trainable, adapted, state_bytes = _trained(config, model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    tokenizer = None if lengths else base_tokenizer(config, base)
     tokens, longest = {}, 0
     for name in config.held_in:
-        data = tasks[name]
-        sizes = lengths[name] if lengths else training_lengths(config, tokenizer, data)
-        train = train_spec(config, data)
-        tokens[name] = round(train.steps * train.batch_size * sum(sizes) / len(sizes))
-        longest = max(longest, *sizes)
+        train = train_spec(config, tasks[name])
+        tokens[name] = round(train.steps * train.batch_size * sum(lengths[name]) / len(lengths[name]))
+        longest = max(longest, *lengths[name])
     width = torch.finfo(getattr(torch, config.train.compute_dtype)).bits // 8
     hidden, inner, layers = _sizes(model)
     one_layer = 8 * hidden + 4 * inner

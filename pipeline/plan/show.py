@@ -17,7 +17,7 @@ from rich.text import Text
 
 from infra.artifacts.snapshot import Snapshot
 from infra.ending import message
-from infra.registry import runs as registry
+from infra.registry import runs
 from infra.registry.history import results_of_runs
 from infra.registry.versions import models_of
 from infra.store.layout import MANIFESTS
@@ -61,7 +61,7 @@ def plan(config_path: str, as_json: bool, overrides: tuple[str, ...]) -> None:
         store = Store.from_env()
         # First of all, because a store that does not answer, or lacks the bucket, is refused here.
         listed = frozenset(store.list(MANIFESTS))
-        registry.check()
+        runs.check()
         found = make_plan(prepare_inputs(config, store, console), listed)
     except Exception as error:
         console.print(f"error: {message(error)}", style="bold red", markup=False, highlight=False)

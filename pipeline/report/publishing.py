@@ -13,13 +13,12 @@ from pathlib import Path
 from rich.console import Console
 
 from infra.ending import summary
-from infra.registry import runs as registry
+from infra.registry import runs
 from infra.store.layout import RESULTS, run_file
 from infra.store.s3 import Store
 from pipeline.config.model import PipelineConfig, dump_config
 from pipeline.records.results import Results
-from pipeline.report import mlflow_page as run_page
-from pipeline.report import plots
+from pipeline.report import mlflow_page, plots
 from pipeline.report.candidates import candidates_csv
 from pipeline.report.html import render
 from pipeline.report.markdown import report_markdown
@@ -64,14 +63,14 @@ def publish_report(
     try:
         with tempfile.TemporaryDirectory(prefix="factory-report-") as scratch:
             write_files(Path(scratch), files)
-            registry.log_folder(run_id, Path(scratch), "report")
+            runs.log_folder(run_id, Path(scratch), "report")
     except OSError as error:
         warn("the run's page in MLflow has no report", error)
-    registry.log_history(run_id, [{"step": 0, **run_page.metrics(results)}])
-    registry.set_tags(run_id, run_page.tags(results))
-    registry.describe_run(run_id, run_page.description(results, registry.run_path(run_id), files))
+    runs.log_history(run_id, [{"step": 0, **mlflow_page.metrics(results)}])
+    runs.set_tags(run_id, mlflow_page.tags(results))
+    runs.describe_run(run_id, mlflow_page.description(results, runs.run_path(run_id), files))
     console.print(f"report: {stored}" + (f" and {folder}/" if folder else ""), markup=False)
-    console.print(f"MLflow: {registry.run_page(run_id)}", markup=False, highlight=False)
+    console.print(f"MLflow: {runs.run_page(run_id)}", markup=False, highlight=False)
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -88,8 +87,8 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def _curves(results: Results) -> dict[str, plots.Curve]:
     """Loss curves by task, from the runs that made the experts; those of runs that MLflow no longer has are missing."""
-    runs = {task: row.expert_run_id for task, row in results.held_in.items() if row.expert_run_id}
-    drawn = dict(list(runs.items())[: plots.MOST_CURVES])
-    read = registry.histories(drawn.values(), (TRAINING_LOSS, VALIDATION_LOSS))
+    made_by = {task: row.expert_run_id for task, row in results.held_in.items() if row.expert_run_id}
+    drawn = dict(list(made_by.items())[: plots.MOST_CURVES])
+    read = runs.histories(drawn.values(), (TRAINING_LOSS, VALIDATION_LOSS))
     curves = {task: plots.Curve(read[run, TRAINING_LOSS], read[run, VALIDATION_LOSS]) for task, run in drawn.items()}
     return {task: curve for task, curve in curves.items() if curve.training}

@@ -20,13 +20,13 @@ from infra.ending import message
 from infra.environment import code_version
 from infra.errors import FactoryError, RegistryError
 from infra.outputs import check_output
-from infra.registry import runs as registry
+from infra.registry import runs
 from infra.store.s3 import Store
 from pipeline.config.model import dump_config, load_config
 from pipeline.plan.cluster import submission_id
 from pipeline.plan.preflight import Prepared, check_services, prepare_inputs, upload_inputs
 from pipeline.records.outcome import Inputs, Outcome
-from pipeline.report import mlflow_page as run_page
+from pipeline.report import mlflow_page
 from pipeline.report.display import Display
 from pipeline.report.publishing import publish_report
 from pipeline.report.replicates import combine
@@ -98,7 +98,7 @@ def run(
     config, status = prepared.config, "FAILED"
     try:
         console.print(f"run {run_id} in MLflow experiment {config.suite!r}", highlight=False)
-        console.print(registry.run_page(run_id), highlight=False, markup=False)
+        console.print(runs.run_page(run_id), highlight=False, markup=False)
         seeds, found = config.seeds or [config.seed], []
         replicates, announced = prepared.replicates(run_id), Announcements(prepared.store, run_id)
         announced.plan(replicates)  # before anything is looked for: garbage collection spares what is announced
@@ -123,15 +123,15 @@ def run(
         said = message(error)
         _print_error(console, said)
         with contextlib.suppress(FactoryError):  # the services themselves may be what failed
-            registry.describe_run(run_id, run_page.failure(said))
+            runs.describe_run(run_id, mlflow_page.failure(said))
             if not isinstance(error, FactoryError):  # a job's driver may have been on a machine that goes away
-                registry.log_text(run_id, "".join(traceback.format_exception(error)), "report/traceback.txt")
+                runs.log_text(run_id, "".join(traceback.format_exception(error)), "report/traceback.txt")
         return FAILED
     finally:
         with site.heeding(signal.SIG_IGN):  # a second one does not keep the run from being marked
             for tidy in (
-                partial(registry.finish_run, run_id, status),
-                partial(registry.kill_running_children, run_id),  # of workers that were lost
+                partial(runs.finish_run, run_id, status),
+                partial(runs.kill_running_children, run_id),  # of workers that were lost
             ):
                 try:
                     tidy()
@@ -146,14 +146,14 @@ def start_run(prepared: Prepared) -> str:
         "suite": suite,
         "kind": "pipeline",
         **({"ray_submission_id": job} if (job := submission_id()) else {}),
-        **run_page.source(_user(), code_version().get("git_commit"), submitted=bool(job)),
+        **mlflow_page.source(_user(), code_version().get("git_commit"), submitted=bool(job)),
     }
-    run_id = registry.start_run(suite, time.strftime("%Y%m%d-%H%M%S"), tags, prepared.parameters())
+    run_id = runs.start_run(suite, time.strftime("%Y%m%d-%H%M%S"), tags, prepared.parameters())
     try:  # now, and not after hours of training, it is seen whether the server can store files
-        registry.log_text(run_id, dump_config(prepared.config), "report/config.yaml")
-        registry.describe_experiment(suite, run_page.experiment(suite))
+        runs.log_text(run_id, dump_config(prepared.config), "report/config.yaml")
+        runs.describe_experiment(suite, mlflow_page.experiment(suite))
     except BaseException as error:
-        registry.finish_run(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        runs.finish_run(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     return run_id
 

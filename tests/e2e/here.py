@@ -21,7 +21,7 @@ from rich.console import Console
 
 from infra.artifacts.claims import Busy, Claim
 from infra.engine.step import Answer, Query, Step
-from pipeline.__main__ import main as pipeline
+from pipeline.__main__ import main
 from pipeline.plan.preflight import Prepared
 from pipeline.records.outcome import Inputs
 from pipeline.running.driver import Site
@@ -47,7 +47,7 @@ def command(*arguments: str) -> Finished:
     code = 1
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
-            pipeline.main(args=list(arguments), prog_name="python -m pipeline")
+            main.main(args=list(arguments), prog_name="python -m pipeline")
         except SystemExit as ended:
             code = int(ended.code or 0)
         except Exception:

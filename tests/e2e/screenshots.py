@@ -15,7 +15,7 @@ from pathlib import Path
 from mlflow.entities import Run
 
 from infra.errors import FactoryError
-from infra.registry import runs as registry
+from infra.registry import runs
 from tests.e2e.browser import NoBrowser, Pages, chromium, window
 
 LARGEST = 300_000
@@ -36,36 +36,36 @@ class Stop:
 
 def find_run(run_id: str | None, experiment: str | None) -> Run:
     """The run with this id, else the latest finished run of the experiment. Raises FactoryError."""
-    client = registry.client()
+    client = runs.client()
     if run_id:
         return client.get_run(run_id)
     found = client.get_experiment_by_name(str(experiment))
     where = "tags.kind = 'pipeline' and attributes.status = 'FINISHED'"
-    runs = client.search_runs([found.experiment_id], where, max_results=1) if found else []
-    if not runs:
+    latest = client.search_runs([found.experiment_id], where, max_results=1) if found else []
+    if not latest:
         raise FactoryError(f"the experiment {experiment!r} has no finished run")
-    return runs[0]
+    return latest[0]
 
 
 def stops(run: Run) -> list[Stop]:
     """Where somebody goes who wants to know what a run did."""
-    client = registry.client()
+    client = runs.client()
     experiment, parent, name = run.info.experiment_id, run.info.run_id, run.info.run_name
     suite = client.get_experiment(experiment).name
     expert = _an_expert(run)
-    task, runs = expert.info.run_name, f"experiments/{experiment}/runs"
+    task, listed = expert.info.run_name, f"experiments/{experiment}/runs"
     maker = client.get_run(expert.data.tags["mlflow.parentRunId"]).info.run_name
-    merged, single = registry.model_name(suite, registry.MERGED), registry.model_name(suite, task)
+    merged, single = runs.model_name(suite, runs.MERGED), runs.model_name(suite, task)
     version = max(int(each.version) for each in client.search_model_versions(f"name = '{merged}'"))
     first = max(int(each.version) for each in client.search_model_versions(f"name = '{single}'"))
-    curve, report = ".js-plotly-plot .scatterlayer path.js-line", f"{runs}/{parent}/artifacts/report"
+    curve, report = ".js-plotly-plot .scatterlayer path.js-line", f"{listed}/{parent}/artifacts/report"
     return [
         Stop("experiments", "experiments", (suite, "Each run makes or reuses an expert")),
-        Stop("runs", runs, (name, task, "matching run"), press='[data-component-id*="runnamecellrenderer"]'),
-        Stop("run", f"{runs}/{parent}", ("Merged", "report.html", "held_in/merged", "main.py")),
-        Stop("run-metrics", f"{runs}/{parent}/model-metrics", ("held_in", "merged"), ready=".js-plotly-plot .bars"),
-        Stop("expert", f"{runs}/{expert.info.run_id}", (f"expert for {task}", "loss/training", maker, "Train")),
-        Stop("expert-loss", f"{runs}/{expert.info.run_id}/model-metrics", ("training", "validation"), ready=curve),
+        Stop("runs", listed, (name, task, "matching run"), press='[data-component-id*="runnamecellrenderer"]'),
+        Stop("run", f"{listed}/{parent}", ("Merged", "report.html", "held_in/merged", "main.py")),
+        Stop("run-metrics", f"{listed}/{parent}/model-metrics", ("held_in", "merged"), ready=".js-plotly-plot .bars"),
+        Stop("expert", f"{listed}/{expert.info.run_id}", (f"expert for {task}", "loss/training", maker, "Train")),
+        Stop("expert-loss", f"{listed}/{expert.info.run_id}/model-metrics", ("training", "validation"), ready=curve),
         Stop("report", f"{report}/report.html", ("report/report.html", "loss.png"), ready="iframe.mlflow-html-iframe"),
         Stop("scores", f"{report}/scores.png", ("report/scores.png",), ready="img[alt='report/scores.png']"),
         Stop("models", f"models?searchInput={suite}", (merged, single, "champion")),
@@ -77,7 +77,7 @@ def stops(run: Run) -> list[Stop]:
 
 def _an_expert(run: Run) -> Run:
     """An expert that this run made, else the latest of the experiment."""
-    client, experiment = registry.client(), [run.info.experiment_id]
+    client, experiment = runs.client(), [run.info.experiment_id]
     for where in (f"tags.`mlflow.parentRunId` = '{run.info.run_id}'", "tags.kind = 'expert'"):
         found = client.search_runs(experiment, f"{where} and attributes.status = 'FINISHED'", max_results=1)
         if found:
@@ -99,7 +99,7 @@ def visit(pages: Pages, address: str, stop: Stop, picture: Path | None = None, s
 def take(pages: Pages, run: Run, folder: Path) -> None:
     """A picture of every page, `<name>.png`, where nothing moves any more. Raises FactoryError for one too large."""
     for stop in stops(run):
-        visit(pages, registry.tracking_uri(), stop)
+        visit(pages, runs.tracking_uri(), stop)
         picture, content = folder / f"{stop.name}.png", still(pages)
         if len(content) > LARGEST:
             raise FactoryError(f"{picture} would have {len(content)} bytes; {LARGEST} are the most for a document")

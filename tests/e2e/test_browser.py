@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from infra.registry import runs as registry
+from infra.registry import runs
 from infra.stack.services import StackState
 from tests.e2e.browser import Pages
 
 
 def test_a_run_is_where_a_person_looks_for_it(stack: StackState, pages: Pages, tmp_path: Path) -> None:
     experiment = f"browser-{uuid.uuid4().hex[:6]}"
-    run_id = registry.start_run(experiment, "the-named-run", {"kind": "pipeline"}, {"learning_rate": 0.25})
-    registry.log_history(run_id, [{"step": step, "train_loss": 1 / (step + 1)} for step in range(20)])
-    registry.finish_run(run_id, "FINISHED")
-    found = registry.client().get_experiment_by_name(experiment)
+    run_id = runs.start_run(experiment, "the-named-run", {"kind": "pipeline"}, {"learning_rate": 0.25})
+    runs.log_history(run_id, [{"step": step, "train_loss": 1 / (step + 1)} for step in range(20)])
+    runs.finish_run(run_id, "FINISHED")
+    found = runs.client().get_experiment_by_name(experiment)
     assert found is not None
     address = f"{stack.urls()['mlflow']}/#/experiments/{found.experiment_id}"
     texts = (experiment, "the-named-run", "1 matching run")

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from mlflow.entities import Run
 
-from infra.stack import services as local_stack
+from infra.stack import services
 from infra.store.layout import manifest_name
 from infra.store.s3 import Store
 from tests.e2e.background import Factory, start, wait_for
@@ -96,16 +96,16 @@ def test_a_restart_of_the_object_store_costs_nothing(stack: Any, tiny_config: CO
     process = start(config, tmp_path, factory.env)
     try:
         wait_for(lambda: re.search(r"in\d: training", log.read_text()), process, tmp_path)
-        before = local_stack.load(stack.home)
+        before = services.load(stack.home)
         assert before
         os.kill(before.services["s3"].pid, signal.SIGKILL)
         time.sleep(8)  # it is away for longer than boto3 itself asks again, which is a second
-        after = local_stack.up(stack.home)
+        after = services.up(stack.home)
         assert after.services["s3"] != before.services["s3"]
         assert process.wait(timeout=600) == 0, log.read_text()[-3000:]
     finally:
         process.kill()
-        local_stack.up(stack.home)
+        services.up(stack.home)
     results = json.loads((tmp_path / "report" / "results.json").read_text())
     assert results["made"]["experts"] == 2
     assert sorted(status for _, status in factory.trainings("restarted")) == ["FINISHED"] * 2

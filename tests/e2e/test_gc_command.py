@@ -18,7 +18,7 @@ import pytest
 from infra.artifacts.announcements import announce
 from infra.artifacts.leases import holding
 from infra.artifacts.manifests import peek
-from infra.registry import runs as registry
+from infra.registry import runs
 from infra.registry.roots import referred
 from infra.store.admin import list_uploads
 from infra.store.s3 import Store
@@ -131,7 +131,7 @@ def test_nothing_goes_while_both_runs_are_kept(scene: Scene) -> None:
 
 
 def test_a_deleted_run_goes_but_for_what_registered_versions_were_made_of(scene: Scene) -> None:
-    client = registry.client()
+    client = runs.client()
     client.delete_run(scene.first["run_id"])
     before = scene.names()
 
@@ -157,13 +157,13 @@ def test_a_deleted_run_goes_but_for_what_registered_versions_were_made_of(scene:
 
 
 def test_exactly_what_only_the_first_run_reached_goes(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> None:
-    store, client, before = scene.store, registry.client(), scene.hashes()
+    store, client, before = scene.store, runs.client(), scene.hashes()
     kept, only_first = scene.said[1], scene.said[0] - scene.said[1]
     in2 = scene.first["held_in"]["in2"]["expert_key"]
     assert in2 in only_first
     for version in client.search_model_versions(f"run_id = '{scene.first['run_id']}'"):
         client.delete_model_version(version.name, version.version)
-    client.delete_model_version(registry.model_name(SUITE, "in2"), "1")
+    client.delete_model_version(runs.model_name(SUITE, "in2"), "1")
     expert = scene.second["held_in"]["in0"]["expert_key"]
     lost = [f"objects/{expert}/{'0' * 32}/adapter", f"objects/{'a' * 64}/{'1' * 32}/w", f"checkpoints/{in2}.json"]
     for name in lost:
@@ -173,7 +173,7 @@ def test_exactly_what_only_the_first_run_reached_goes(scene: Scene, tmp_path_fac
 
     # Spared for the time being: what is being made, and what a run in progress announced.
     merged, (node, *_) = scene.first["chosen"]["key"], scene.only_first("node")
-    running = registry.start_run(SUITE, "in progress", {"kind": "pipeline"}, {})
+    running = runs.start_run(SUITE, "in progress", {"kind": "pipeline"}, {})
     announce(store, running, {merged})
     with holding(store, node):
         output = collected()
@@ -181,7 +181,7 @@ def test_exactly_what_only_the_first_run_reached_goes(scene: Scene, tmp_path_fac
     assert {merged, in2, node} <= scene.hashes()  # a merge with all that it was made of
     assert scene.only_first("evaluation") == set()
     assert {row["expert_key"] for row in scene.first["held_in"].values()} <= scene.hashes()
-    registry.finish_run(running, "FINISHED")
+    runs.finish_run(running, "FINISHED")
     client.delete_run(running)
 
     output = collected(collect_in_its_own_process)
@@ -203,10 +203,10 @@ def test_exactly_what_only_the_first_run_reached_goes(scene: Scene, tmp_path_fac
 
 
 def test_registered_versions_load_and_predict_afterwards(scene: Scene) -> None:
-    versions = registry.client().search_model_versions(f"run_id = '{scene.second['run_id']}'")
+    versions = runs.client().search_model_versions(f"run_id = '{scene.second['run_id']}'")
     assert {version.tags["factory.task"] for version in versions} == {"merged", "merged-checkpoint"}
-    for name in (*(v.name for v in versions), *(registry.model_name(SUITE, task) for task in scene.config["held_in"])):
-        (newest, *_) = registry.client().search_model_versions(f"name = '{name}'", order_by=["version_number DESC"])
+    for name in (*(v.name for v in versions), *(runs.model_name(SUITE, task) for task in scene.config["held_in"])):
+        (newest, *_) = runs.client().search_model_versions(f"name = '{name}'", order_by=["version_number DESC"])
         model = mlflow.pyfunc.load_model(f"models:/{name}/{newest.version}")
         assert len(model.predict(["red cat"])) == 1
     assert referred(scene.store).versions >= 5

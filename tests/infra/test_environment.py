@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from infra import environment as module
-from infra.environment import STOP_VARIABLES, STORE_VARIABLES, environment, git_commit, job_variables, source_sha256
+from infra import environment
+from infra.environment import STOP_VARIABLES, STORE_VARIABLES, git_commit, job_variables, source_sha256
 from infra.store.s3 import Store
 
 
@@ -54,10 +54,10 @@ def test_a_copy_believes_its_submitter(checkout: Path, monkeypatch: pytest.Monke
     commit = git_commit(checkout)
 
     def found(root: Path, variable: str) -> dict[str, str]:
-        monkeypatch.setattr(module, "ROOT", root)
+        monkeypatch.setattr(environment, "ROOT", root)
         monkeypatch.setenv("FACTORY_GIT_COMMIT", variable)
-        module.code_version.cache_clear()
-        return module.code_version()
+        environment.code_version.cache_clear()
+        return environment.code_version()
 
     try:
         assert found(checkout, "")["git_commit"] == commit
@@ -67,7 +67,7 @@ def test_a_copy_believes_its_submitter(checkout: Path, monkeypatch: pytest.Monke
         assert found(copy, "") == {"source_sha256": source_sha256(checkout)}
         assert job_variables() == STOP_VARIABLES
     finally:
-        module.code_version.cache_clear()
+        environment.code_version.cache_clear()
 
 
 def test_a_job_works_in_the_factory_of_the_shell_that_submits_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +85,6 @@ def test_a_job_works_in_the_factory_of_the_shell_that_submits_it(monkeypatch: py
 
 def test_an_environment_names_versions_device_and_host() -> None:
     """Without Ray there is no node; tests/e2e/test_loads_anywhere.py sees those of workers."""
-    found = environment(["cpu", "cpu"])
+    found = environment.environment(["cpu", "cpu"])
     assert {"python", "machine", "torch", "ray", "mlflow", "device", "host", "source_sha256"} <= set(found)
     assert found["device"] == "cpu, cpu"

@@ -19,8 +19,8 @@ import yaml
 
 from infra.schedule import rayjob
 from infra.schedule.rayjob import Cluster, scheduled, tick_of_job
+from pipeline.commands.run import run
 from pipeline.config.model import load_config
-from pipeline.main import main as pipeline_main
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFESTS = ROOT / "infra/kubernetes"
@@ -207,7 +207,7 @@ def test_the_entrypoint_is_one_that_the_main_job_takes() -> None:
     python, script, *arguments = shlex.split(job["spec"]["entrypoint"])
     assert python == "python"
     assert (ROOT / script.removeprefix("/app/")).is_file()
-    given = pipeline_main.make_context("main", list(arguments)).params
+    given = run.make_context("main", list(arguments)).params
     config = load_config(ROOT / given["config_path"].removeprefix("/app/"), list(given["overrides"]))
     assert config.suite == job["metadata"]["labels"][rayjob.SUITE_LABEL]
     head, worker = (

@@ -14,7 +14,7 @@ import pytest
 from boto3.exceptions import RetriesExceededError
 
 from infra.errors import StoreError
-from infra.store import s3 as store_module
+from infra.store import s3
 from infra.store.client import passes
 from infra.store.s3 import Store
 
@@ -109,7 +109,7 @@ def test_a_restart_of_the_server_is_waited_for(stub: Stub, store: Store, monkeyp
     stub.start()
     reader.join(60)
     assert outcome == [b"before"]
-    monkeypatch.setattr(store_module, "OUTAGE_S", 0.0)
+    monkeypatch.setattr(s3, "OUTAGE_S", 0.0)
     stub.stop()
     hasty = Store("bucket", store.endpoint, credentials=("name", "secret"))
     hasty._answered = True
@@ -144,7 +144,7 @@ def test_who_never_answered_is_not_waited_for() -> None:
     began = time.monotonic()
     with pytest.raises(StoreError, match="is unreachable"):
         Store("bucket", f"http://127.0.0.1:{port}", credentials=("name", "secret")).get("x")
-    assert time.monotonic() - began < store_module.OUTAGE_S / 2
+    assert time.monotonic() - began < s3.OUTAGE_S / 2
 
 
 def test_a_hasty_request_is_made_once(stub: Stub, store: Store) -> None:

@@ -13,11 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from infra.errors import AdapterError, BaseModelError, FactoryError, TensorFileError
-from tests.workers.tiny import tiny_model, tiny_tokenizer
+from tests.workers.tiny import tiny_base
 from workers.adapters.support import SparseTensor
 from workers.adapters.writer import AdapterMeta, AdapterReader, LowRank, save_adapter
-from workers.base.layout import BaseLayout, read_layout
-from workers.base.prepare import prepare_base
+from workers.base.layout import BaseLayout
 from workers.conversion.formats import (
     from_checkpoint,
     from_delta,
@@ -41,15 +40,12 @@ EMBEDDING = "model.embed_tokens.weight"
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the base in `model` and the cache in `cache`."""
-    folder = tmp_path_factory.mktemp("convert")
-    tiny_model().save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    return folder
+    return tmp_path_factory.mktemp("convert")
 
 
 @pytest.fixture(scope="module")
 def base(home: Path) -> BaseLayout:
-    return read_layout(prepare_base(f"path:{home / 'model'}", home / "cache"))
+    return tiny_base(home)
 
 
 def fresh(base: BaseLayout) -> Any:

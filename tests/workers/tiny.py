@@ -1,8 +1,13 @@
 """A tiny random Llama and a tiny random BERT, with tiny word-level tokenizers, made in memory."""
 
+from pathlib import Path
+
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from workers.base.layout import BaseLayout, read_layout
+from workers.base.prepare import prepare_base
 
 WORDS = [f"w{at}" for at in range(50)] + list("abcdefghijklmnopqrstuvwxyz?.:;{}") + ["\n", " "]
 WRAPPER = "<s>{prompt}</s>"
@@ -32,6 +37,13 @@ def tiny_model(tied: bool = True, seed: int = 0) -> LlamaForCausalLM:
         pad_token_id=0, initializer_range=0.3,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+def tiny_base(home: Path) -> BaseLayout:
+    """The tiny Llama, its head tied, as a base: its checkpoint is in `home/model`, the cache is `home/cache`."""
+    tiny_model().save_pretrained(home / "model")
+    tiny_tokenizer().save_pretrained(home / "model")
+    return read_layout(prepare_base(f"path:{home / 'model'}", home / "cache"))
 
 
 def tiny_encoder_tokenizer() -> PreTrainedTokenizerFast:

@@ -54,6 +54,13 @@ class SparseTensor:
         _check_sorted(idx, self.numel, name)
 
 
+def rounded_sum(base: torch.Tensor, delta: torch.Tensor, stored: torch.dtype | None = None) -> torch.Tensor:
+    """round(base + delta) in the type ``stored`` (default: that of ``base``): the sum in fp32 (fp64 for fp64 weights),
+    rounded once. What every join of a base and an adapter writes."""
+    wide = torch.promote_types(base.dtype, torch.float32)
+    return (base.to(wide) + delta.to(wide)).to(stored or base.dtype)
+
+
 class LazyTensors(Mapping[str, SparseTensor]):
     """Sparse tensors by name, each made when it is asked for, and again each time."""
 

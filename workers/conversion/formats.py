@@ -16,7 +16,7 @@ from torch import Tensor
 
 from infra.errors import AdapterError
 from workers.adapters.older_readers import for_older_readers
-from workers.adapters.support import LazyTensors, SparseTensor
+from workers.adapters.support import LazyTensors, SparseTensor, rounded_sum
 from workers.adapters.writer import AdapterMeta, AdapterReader, check_base, save_adapter
 from workers.base.cache import cache_dir
 from workers.base.layout import BaseLayout, read_layout
@@ -29,7 +29,6 @@ from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles, small_files, we
 from workers.tensors.quantised import read_settings, refuse_quantised
 from workers.tensors.source import FileSource
 from workers.tensors.writer import raw_bytes, write_tensors
-from workers.training.in_place import rounded_sum
 
 
 def from_peft(

@@ -29,8 +29,8 @@ from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles, resized
 from workers.tensors.reader import TensorReader
 from workers.tensors.source import FileSource
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+PEFT_TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 OWN_POSITIONS = "own_positions"
 MAX_ALPHA = 2.0**30
@@ -82,8 +82,8 @@ class _Keys:
 def read_peft(folder: Path, base: BaseLayout) -> Imported:
     """The adapter in ``folder``, checked against ``base``. ``AdapterError`` for anything that cannot be kept."""
     config = _read_config(folder)
-    file = _open(folder / TENSORS)
-    keys_of = _sort_keys(file, config, base, folder / TENSORS)
+    file = _open(folder / PEFT_TENSORS)
+    keys_of = _sort_keys(file, config, base, folder / PEFT_TENSORS)
     own = _own_positions(file.metadata)
     tensors: dict[str, SparseTensor | LowRank] = {}
     for module, keys in sorted(keys_of.modules.items()):
@@ -103,7 +103,7 @@ def peft_outline(folder: Path, base: BaseLayout) -> PeftOutline:
     """What the adapter in ``folder`` changes, checked as by :func:`read_peft`, but for its contents: of them only what
     might be a tensor of the base, saved along, is read."""
     config = _read_config(folder)
-    keys = _sort_keys(_open(folder / TENSORS), config, base, folder / TENSORS)
+    keys = _sort_keys(_open(folder / PEFT_TENSORS), config, base, folder / PEFT_TENSORS)
     names = sorted(f"{module}.weight" for module in keys.modules)
     shapes = {name: base.shapes[name] for name in names}
     return PeftOutline(shapes, tuple(sorted(keys.head)), tuple(sorted(keys.unchanged)))
@@ -137,7 +137,7 @@ def _open(path: Path) -> TensorReader:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
+    path = folder / PEFT_CONFIG
     try:
         config = json.loads(path.read_text())
     except OSError as error:
@@ -169,7 +169,7 @@ def _sort_keys(file: TensorReader, config: Mapping[str, Any], base: BaseLayout, 
     pattern = re.compile(rf"{re.escape(PREFIX)}(.+)\.({'|'.join(parts)})" + (r"\.weight" if "lora_A" in parts else ""))
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(module, str) for module in saved):
-        raise AdapterError(f"{path}: {CONFIG} has modules_to_save {saved!r}; a list of names is accepted")
+        raise AdapterError(f"{path}: {PEFT_CONFIG} has modules_to_save {saved!r}; a list of names is accepted")
     modules: dict[str, dict[str, str]] = {}
     head: dict[str, str] = {}
     unchanged: list[str] = []
@@ -243,7 +243,7 @@ def _of_pattern(patterns: Any, module: str, default: Any) -> Any:
             (r for pattern, r in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), default
         )
     except (re.error, AttributeError) as error:
-        raise AdapterError(f"{CONFIG}: rank_pattern and alpha_pattern map regular expressions: {error}") from error
+        raise AdapterError(f"{PEFT_CONFIG}: rank_pattern and alpha_pattern map regular expressions: {error}") from error
 
 
 def _own_positions(metadata: Mapping[str, str]) -> dict[str, int]:
@@ -252,7 +252,7 @@ def _own_positions(metadata: Mapping[str, str]) -> dict[str, int]:
     except (ValueError, RecursionError):
         own = None
     if not isinstance(own, dict) or any(type(count) is not int or count < 0 for count in own.values()):
-        raise AdapterError(f"{TENSORS}: its metadata {OWN_POSITIONS} is not a table of counts")
+        raise AdapterError(f"{PEFT_TENSORS}: its metadata {OWN_POSITIONS} is not a table of counts")
     return own
 
 

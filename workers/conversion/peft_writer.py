@@ -22,7 +22,7 @@ from workers.adapters.reader import AdapterReader
 from workers.adapters.support import SparseTensor
 from workers.base.layout import BaseLayout
 from workers.conversion.low_rank import EXACT, factorise, factorise_exactly, relative_error
-from workers.conversion.peft import OWN_POSITIONS, PREFIX, TENSORS
+from workers.conversion.peft import OWN_POSITIONS, PEFT_TENSORS, PREFIX
 from workers.tensors.writer import PLAIN, save_tensors
 
 
@@ -46,7 +46,7 @@ def write_peft(reader: AdapterReader, base: BaseLayout, folder: Path, rank: int 
     if reader.head_names:
         config |= {"task_type": "SEQ_CLS", "modules_to_save": _head_modules(reader.head_names, base)}
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / TENSORS, data, {**PLAIN, **metadata})
+    save_tensors(folder / PEFT_TENSORS, data, {**PLAIN, **metadata})
     _peft_config(config, base).save_pretrained(str(folder))
     return said
 

@@ -23,7 +23,7 @@ from infra.artifacts.manifests import Manifest, Recipe, find, publish
 from infra.engine.step import Made, Place
 from infra.environment import environment
 from infra.errors import ExpertError, RegistryError, StoreError
-from infra.registry import runs as registry
+from infra.registry import runs
 from infra.store.s3 import Store
 from workers.adapters.writer import AdapterMeta, save_adapter
 from workers.base.cache import cache_dir
@@ -111,13 +111,13 @@ def make_expert(
     if found is not None:  # made meanwhile, or by a try that was lost between publishing and answering
         drop_checkpoint(store, job.recipe.key)
         return found, False
-    run_id = registry.start_run(
+    run_id = runs.start_run(
         job.experiment, job.task, {**job.tags, "kind": "expert", "expert_key": job.recipe.key},
         _parameters(job), parent_run_id=job.parent_run_id,
     )  # fmt: skip
     status = "FAILED"
     try:
-        registry.log_data(run_id, job.task, Path(job.train_rows).stem, job.tags.get("source", ""), "train")
+        runs.log_data(run_id, job.task, Path(job.train_rows).stem, job.tags.get("source", ""), "train")
         with _algorithms(job.deterministic):
             trained = _train(store, job, devices, on_step)
         untold = _untold(run_id, _curves(as_rows(trained.history)))
@@ -137,7 +137,7 @@ def make_expert(
         numbers = {"best_validation_loss": meta["validation_loss"], **{name: meta[name] for name in final}}
         untold = _untold(run_id, [*untold, {f"result/{name}": value for name, value in numbers.items()}])
         with contextlib.suppress(RegistryError):
-            registry.set_tags(
+            runs.set_tags(
                 run_id, {"adapter_uri": store.uri(manifest.files["adapter"].name), "adapter_digest": manifest.digest}
             )
         if untold:
@@ -145,7 +145,7 @@ def make_expert(
         return manifest, made
     except ExpertError as error:
         with contextlib.suppress(RegistryError):
-            registry.describe_run(run_id, f"**Failed**: {error}")
+            runs.describe_run(run_id, f"**Failed**: {error}")
         raise ExpertError(f"expert {job.task!r}: {error}") from error
     except (SystemExit, KeyboardInterrupt):
         status = "KILLED"
@@ -154,7 +154,7 @@ def make_expert(
         with contextlib.suppress(
             RegistryError
         ):  # the driver sweeps runs that are left open; the cause must not be hidden
-            registry.finish_run(run_id, status)
+            runs.finish_run(run_id, status)
         if devices[0].startswith("cuda"):
             torch.cuda.empty_cache()
 
@@ -162,7 +162,7 @@ def make_expert(
 def _untold(run_id: str, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Log metrics; returns them if MLflow did not take them, which must not cost a finished training."""
     try:
-        registry.log_history(run_id, history)
+        runs.log_history(run_id, history)
     except RegistryError:
         return history
     return []

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from infra.errors import AdapterError, ConfigError, FactoryError
-from workers.adapters.support import Block, LazyTensors, SparseTensor, SupportSpec, block_runs
+from workers.adapters.support import Block, LazyTensors, SparseTensor, SupportSpec, block_runs, rounded_sum
 from workers.base.hooks import check_module, swap_forward
 from workers.base.tying import tied_names
 from workers.masks.sparse_linear import ObservedLinear, Part, Slot
@@ -31,12 +31,6 @@ class Snapshot:
 
     values: torch.Tensor
     parts: Mapping[str, list[Part]]
-
-
-def rounded_sum(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """round(base + delta) in the dtype of ``base``: the sum in fp32 (fp64 for fp64 weights), rounded once."""
-    wide = torch.promote_types(base.dtype, torch.float32)
-    return (base.to(wide) + delta.to(wide)).to(base.dtype)
 
 
 class InPlaceAdapter:
@@ -362,7 +356,7 @@ def apply_delta(
             undo.keep(flat, indices, originals)
             changed = rounded_sum(originals, tensor.values.to(flat.device))
             if round_to is not None:
-                changed = rounded_sum(originals.float(), tensor.values.to(flat.device)).to(round_to).to(flat.dtype)
+                changed = rounded_sum(originals.float(), tensor.values.to(flat.device), round_to).to(flat.dtype)
             _put(flat, indices, changed)
     except BaseException:
         undo.restore()

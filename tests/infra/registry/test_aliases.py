@@ -14,8 +14,7 @@ import pytest
 
 from infra.artifacts.leases import Watcher, holding
 from infra.errors import RegistryError
-from infra.registry import aliases as model_aliases
-from infra.registry import runs as registry
+from infra.registry import runs
 from infra.registry.aliases import Conclusion, Decision, conclude, enter, follow, lease_key, note, promote, rollback
 from infra.registry.models import CONFIG_TAG
 from infra.registry.versions import (
@@ -42,23 +41,23 @@ MAKE = Callable[..., int]
 @pytest.fixture
 def name(stack: StackState) -> str:
     task = uuid.uuid4().hex
-    name = registry.model_name("aliases", task)
-    registry.client().create_registered_model(name, tags={"factory.task": task})
+    name = runs.model_name("aliases", task)
+    runs.client().create_registered_model(name, tags={"factory.task": task})
     return name
 
 
 @pytest.fixture(scope="module")
 def run_id(stack: StackState) -> str:
     """A run with the files of versions."""
-    made = registry.start_run("aliases", "run", {}, {})
-    registry.log_text(made, "x", "model/MLmodel")
+    made = runs.start_run("aliases", "run", {}, {})
+    runs.log_text(made, "x", "model/MLmodel")
     return made
 
 
 @pytest.fixture(scope="module")
 def source(run_id: str) -> str:
     """Where they are."""
-    return f"{registry.client().get_run(run_id).info.artifact_uri}/model"
+    return f"{runs.client().get_run(run_id).info.artifact_uri}/model"
 
 
 @pytest.fixture
@@ -67,19 +66,19 @@ def make(name: str, source: str, run_id: str) -> MAKE:
 
     def version(digest: str = "", model: str = name, files: str = source, **tags: str) -> int:
         tags |= {"factory.key": "1" * 64, "factory.digest": digest or uuid.uuid4().hex}
-        made = registry.client().create_model_version(model, files, run_id, tags, description="A card.")
+        made = runs.client().create_model_version(model, files, run_id, tags, description="A card.")
         return int(made.version)
 
     return version
 
 
 def aliases(name: str) -> dict[str, int]:
-    found = registry.client().get_registered_model(name).aliases
+    found = runs.client().get_registered_model(name).aliases
     return {alias: int(version) for alias, version in found.items()}
 
 
 def tags(name: str, version: int) -> dict[str, str]:
-    return dict(registry.client().get_model_version(name, str(version)).tags)
+    return dict(runs.client().get_model_version(name, str(version)).tags)
 
 
 def judge(store: Store, name: str, version: int, decision: Decision) -> Conclusion:
@@ -157,8 +156,8 @@ def test_two_runs_with_the_same_version_agree(store: Store, name: str, make: MAK
     version = make()
     enter(store, name, version)
     with ThreadPoolExecutor(2) as pool:
-        runs = [replace(YES, run_id=run) for run in ("run1", "run2")]
-        found = list(pool.map(lambda decision: conclude(store, name, version, None, decision), runs))
+        decisions = [replace(YES, run_id=run) for run in ("run1", "run2")]
+        found = list(pool.map(lambda decision: conclude(store, name, version, None, decision), decisions))
     assert sorted(each.how for each in found) == ["known", "recorded"]
     assert all(each.standing.leads for each in found)
     assert tags(name, version)[PREVIOUS] == ""
@@ -278,14 +277,14 @@ def test_what_was_rolled_back_stays_so_when_its_version_is_deleted(store: Store,
     for version in (first, second):
         judge(store, name, version, YES)
     rollback(store, name, "it swears")
-    registry.client().delete_model_version(name, str(second))
+    runs.client().delete_model_version(name, str(second))
     third = make("d" * 64)
     assert not enter(store, name, third).is_open
     assert tags(name, third)[ROLLED_BACK].endswith("it swears")
     assert conclude(store, name, third, first, YES).how == "known"
     promote(store, name, third, "it does not")
     assert aliases(name)["champion"] == third
-    registry.client().delete_model_version(name, str(third))
+    runs.client().delete_model_version(name, str(third))
     assert ROLLED_BACK not in enter(store, name, make("d" * 64)).version.tags
 
 
@@ -297,9 +296,9 @@ def test_a_champion_that_was_removed_by_hand_is_not_replaced_unseen(
     for version in (first, second):
         judge(store, name, version, YES)
     if what == "version":
-        registry.client().delete_model_version(name, str(second))
+        runs.client().delete_model_version(name, str(second))
     else:
-        registry.client().delete_registered_model_alias(name, "champion")
+        runs.client().delete_registered_model_alias(name, "champion")
     standing = enter(store, name, third)
     assert standing.former == second
     assert conclude(store, name, third, None, YES).how == "changed"
@@ -310,7 +309,7 @@ def test_a_champion_that_was_removed_by_hand_is_not_replaced_unseen(
 
 def test_an_only_champion_that_was_deleted_does_not_come_back_by_itself(store: Store, name: str, make: MAKE) -> None:
     judge(store, name, make("d" * 64), YES)
-    registry.client().delete_model_version(name, "1")
+    runs.client().delete_model_version(name, "1")
     again = enter(store, name, make("d" * 64))
     assert (again.champion, again.former) == (None, 1)
     assert conclude(store, name, again.version.version, None, YES).how == "changed"
@@ -321,7 +320,7 @@ def test_a_champion_from_before_there_was_a_record_of_it_is_recorded(store: Stor
     """Of an earlier release, or of a run that was killed between alias and record."""
     version = make()
     judge(store, name, version, YES)
-    mlflow = registry.client()
+    mlflow = runs.client()
     mlflow.delete_registered_model_tag(name, LEADER)
     mlflow.delete_model_version_tag(name, str(version), DECISION)
     standing = enter(store, name, version)
@@ -336,7 +335,7 @@ def test_what_took_its_twins_place_needs_no_gate_when_that_is_deleted(store: Sto
     old, new = (make("d" * 64, **{CONFIG_TAG: letter * 64}) for letter in "ab")
     judge(store, name, old, YES)
     assert enter(store, name, new).replaced == old
-    registry.client().delete_model_version(name, str(old))
+    runs.client().delete_model_version(name, str(old))
     judge(store, name, make(), YES)
     assert not enter(store, name, new).is_open
 
@@ -349,7 +348,7 @@ def test_a_promotion_unbars_the_bytes_whichever_version_was_rolled_back(store: S
     assert enter(store, name, new).leads
     rollback(store, name, "it swears")
     promote(store, name, old, "it does not")
-    mlflow = registry.client()
+    mlflow = runs.client()
     assert barred("d" * 64) not in mlflow.get_registered_model(name).tags
     mlflow.set_registered_model_tag(name, barred("d" * 64), "by an earlier release")
     assert enter(store, name, old).leads
@@ -368,7 +367,7 @@ def test_a_rollback_of_a_named_version_may_be_repeated(
     former, gone = rollback(store, name, "", third)
     assert (former.version, gone.version) == (second, third)
     assert aliases(name) == {"champion": second}
-    assert registry.client().get_registered_model(name).tags[LEADER] == str(second)
+    assert runs.client().get_registered_model(name).tags[LEADER] == str(second)
     with pytest.raises(RegistryError, match=rf"version {first} of '{name}' is not its champion; version {second} is"):
         rollback(store, name, "", first)
     assert aliases(name) == {"champion": second}
@@ -439,7 +438,7 @@ def test_rollback_says_what_to_do_where_it_cannot(store: Store, name: str, make:
     with pytest.raises(RegistryError, match=r"has no champion"):
         rollback(store, name, "")
     first, second = make(), make()
-    client = registry.client()
+    client = runs.client()
     client.set_registered_model_alias(name, "champion", str(first))  # on MLflow's pages
     with pytest.raises(RegistryError, match=r"without a record of the one before"):
         rollback(store, name, "")
@@ -461,7 +460,7 @@ def test_going_back_to_what_was_rolled_back_itself_is_refused(store: Store, name
 
 
 def test_the_verdict_stands_in_the_description_once(store: Store, name: str, make: MAKE) -> None:
-    client, version = registry.client(), make()
+    client, version = runs.client(), make()
     card = "A card.\n\n**Scores**: 1\n\n```python\ncode\n```\n\n- facts"
     client.update_model_version(name, str(version), card)
     note(store, name, version, "could not decide")
@@ -478,7 +477,7 @@ def test_the_verdict_stands_in_the_description_once(store: Store, name: str, mak
 def test_a_checkpoint_follows_its_merge(store: Store, name: str, make: MAKE) -> None:
     follower = f"{name}-checkpoint"
     assert follow(store, name, follower, strict=True) is None, "there is none"
-    registry.client().create_registered_model(follower)
+    runs.client().create_registered_model(follower)
     first, second, third = make("a" * 64), make("b" * 64), make("c" * 64)
     one, two = (make("", follower, **{MERGE_TAG: letter * 64}) for letter in "ab")
     promote(store, name, first, "")
@@ -504,7 +503,7 @@ def test_a_change_waits_for_another_and_a_dead_one_is_overtaken(
         def __init__(self, expiry_s: float) -> None:
             super().__init__(expiry_s, clock=lambda: next(looks) * expiry_s)
 
-    monkeypatch.setattr(model_aliases, "Watcher", Hurried)
+    monkeypatch.setattr("infra.registry.aliases.Watcher", Hurried)
     version = make()
     with ThreadPoolExecutor(1) as pool:
         with holding(store, lease_key(name), beat_s=0.01):
@@ -520,13 +519,13 @@ def test_a_change_waits_for_another_and_a_dead_one_is_overtaken(
 
 
 def test_the_models_of_a_suite_are_not_those_of_another(store: Store, name: str, make: MAKE) -> None:
-    client = registry.client()
+    client = runs.client()
     suite = f"s_{uuid.uuid4().hex[:8]}"
     for owner, task in ((suite, "a/b"), (suite, "merged"), (f"{suite}.more", "a"), (suite.replace("_", "-"), "a")):
-        model = registry.model_name(owner, task)
+        model = runs.model_name(owner, task)
         client.create_registered_model(model, tags={"factory.task": task})
         make("", model)
-    make("", registry.model_name(suite, "merged"))
+    make("", runs.model_name(suite, "merged"))
     client.set_registered_model_alias(f"{suite}.merged", "champion", "2")
     found = models_of(suite)
     assert [(model.name, model.task) for model in found] == [(f"{suite}.a-b", "a/b"), (f"{suite}.merged", "merged")]

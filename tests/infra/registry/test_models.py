@@ -16,7 +16,7 @@ import torch
 
 from infra.artifacts.manifests import Recipe, publish
 from infra.errors import BaseModelError, RegistryError, StoreError
-from infra.registry import runs as registry
+from infra.registry import runs
 from infra.registry.lineage import Ancestor, Lineage
 from infra.registry.models import (
     RegisteredAdapter,
@@ -35,14 +35,14 @@ from workers.serving.checkpoint_model import fetch_checkpoint
 
 @pytest.fixture
 def run_id(stack: StackState) -> str:
-    return registry.start_run("tests", "run", {"a": "b"}, {"lr": 1e-3})
+    return runs.start_run("tests", "run", {"a": "b"}, {"lr": 1e-3})
 
 
 @pytest.fixture
 def adapter(run_id: str) -> RegisteredAdapter:
     task = uuid.uuid4().hex
     return RegisteredAdapter(
-        name=registry.model_name("tests", task),
+        name=runs.model_name("tests", task),
         task=task,
         key="1" * 64,
         digest="2" * 64,
@@ -64,7 +64,7 @@ def test_registration_is_idempotent(adapter: RegisteredAdapter) -> None:
     assert register(adapter) == (1, True)
     assert register(adapter) == (1, False)
     assert register(replace(adapter, digest="4" * 64, description="Better.")) == (2, True)
-    client = registry.client()
+    client = runs.client()
     second = client.get_model_version(adapter.name, "2")
     assert second.tags["factory.digest"] == "4" * 64
     assert second.tags["metric"] == "exact_match"
@@ -84,7 +84,7 @@ def test_what_is_asked_in_another_way_is_another_version(adapter: RegisteredAdap
 def test_a_version_without_files_is_registered_anew(adapter: RegisteredAdapter, store: Store) -> None:
     """`mlflow gc` removes the files of deleted runs, whatever the registry says of them."""
     register(adapter)
-    client = registry.client()
+    client = runs.client()
     uri = client.get_model_version(adapter.name, "1").source
     files = Store("mlflow", store.endpoint, f"artifacts/{uri.removeprefix('mlflow-artifacts:/')}")
     for name in list(files.list()):
@@ -97,7 +97,7 @@ def test_a_version_without_files_is_registered_anew(adapter: RegisteredAdapter, 
 def test_a_description_that_was_not_finished_is_finished_later(adapter: RegisteredAdapter) -> None:
     card = replace(adapter, description="Load models:/x/<version>.")
     register(card)
-    client = registry.client()
+    client = runs.client()
     client.update_model_version(adapter.name, "1", card.description)  # as if killed before the number was known
     assert register(card) == (1, False)
     assert client.get_model_version(adapter.name, "1").description == "Load models:/x/1."
@@ -107,7 +107,7 @@ def test_a_version_has_its_card_and_the_model_says_what_all_versions_are(adapter
     card = f"Load models:/{adapter.name}/<version>."
     for letter, about in (("a", "Expert for a task."), ("b", "Something else.")):
         register(replace(adapter, digest=letter * 64, description=card, about=about))
-    client = registry.client()
+    client = runs.client()
     for number in ("1", "2"):
         assert client.get_model_version(adapter.name, number).description == f"Load models:/{adapter.name}/{number}."
     about = client.get_registered_model(adapter.name).description
@@ -123,7 +123,7 @@ def test_concurrent_registrations(adapter: RegisteredAdapter) -> None:
     assert [version for version, _ in results] == [1] * 6
     assert [made for _, made in results[:3]].count(True) == 1
     assert [made for _, made in results[3:]] == [True] * 3
-    assert len(registry.client().search_model_versions(f"name = '{adapter.name}'")) == 1
+    assert len(runs.client().search_model_versions(f"name = '{adapter.name}'")) == 1
 
 
 def test_a_model_of_another_task_is_not_taken_over(adapter: RegisteredAdapter) -> None:
@@ -134,7 +134,7 @@ def test_a_model_of_another_task_is_not_taken_over(adapter: RegisteredAdapter) -
 
 def test_the_registry_holds_only_code_and_configuration(adapter: RegisteredAdapter, tmp_path: Path) -> None:
     register(adapter)
-    folder = Path(registry.client().download_artifacts(adapter.run_id, "models", str(tmp_path)))
+    folder = Path(runs.client().download_artifacts(adapter.run_id, "models", str(tmp_path)))
     sizes = {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     assert "adapter_model.py" in sizes
     assert "code.zip" in sizes
@@ -222,7 +222,7 @@ def test_a_merge_carries_what_it_was_made_of(adapter: RegisteredAdapter, tmp_pat
     weights = {"lambda": 1.0, "weights": {f"task {at}": 1 / experts for at in range(experts)}}
     made_of = lineage(experts, weights)
     version, _ = register(replace(adapter, description="A merge. " + "x" * 4000, lineage=made_of))
-    client = registry.client()
+    client = runs.client()
     found = client.get_model_version(adapter.name, str(version))
     assert found.tags["factory.lineage.method"] == "ties"
     assert found.tags["factory.lineage.key"] == "9" * 64
@@ -255,7 +255,7 @@ def test_a_merge_carries_what_it_was_made_of(adapter: RegisteredAdapter, tmp_pat
 
 def test_a_model_without_lineage_has_none(adapter: RegisteredAdapter) -> None:
     version, _ = register(adapter)
-    found = registry.client().get_model_version(adapter.name, str(version))
+    found = runs.client().get_model_version(adapter.name, str(version))
     assert not [tag for tag in found.tags if "lineage" in tag]
     assert found.description == "An expert for tests."
     registered = find_version(adapter.name, version)
@@ -325,7 +325,7 @@ def test_a_registered_checkpoint_answers_as_the_adapter_does(
     assert register(whole) == (1, False)
     assert register(replace(whole, checkpoint_uri=f"{whole.checkpoint_uri}x")) == (2, True)
     assert register(whole) == (1, False)
-    found = registry.client().get_model_version(whole.name, "1")
+    found = runs.client().get_model_version(whole.name, "1")
     assert found.tags["factory.checkpoint_uri"] == whole.checkpoint_uri
     assert found.tags["factory.lineage.method"] == "ties"
     monkeypatch.setenv("FACTORY_CACHE", str(tmp_path / "cache"))

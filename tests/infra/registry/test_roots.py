@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from infra.registry import runs as registry
+from infra.registry import runs
 from infra.registry.lineage import Ancestor, Lineage
 from infra.registry.models import HEADS_TAG, RegisteredAdapter, RegisteredCheckpoint, register
 from infra.registry.roots import pipeline_runs, referred
@@ -20,13 +20,13 @@ def key() -> str:
 
 @pytest.fixture
 def run_id(stack: StackState) -> str:
-    return registry.start_run("roots", "run", {"kind": "pipeline"}, {})
+    return runs.start_run("roots", "run", {"kind": "pipeline"}, {})
 
 
 def adapter(store: Store, run_id: str, artifact: str, attempt: str = "a") -> RegisteredAdapter:
     task = uuid.uuid4().hex
     return RegisteredAdapter(
-        name=registry.model_name("roots", task), task=task, key=artifact, digest=key(),
+        name=runs.model_name("roots", task), task=task, key=artifact, digest=key(),
         adapter_uri=store.uri(f"objects/{artifact}/{attempt}/adapter"), base_sha256=key(), base_name="tiny",
         prompt_wrapper="{prompt}", prompt_template="{input}", max_new_tokens=4, dtype="float32", run_id=run_id,
         description="For tests.",
@@ -55,8 +55,8 @@ def test_versions_refer_to_keys_bytes_bases_and_heads(store: Store, run_id: str)
     register(whole)
     elsewhere = replace(own, name=f"{own.name}-x", task=f"{own.task}-x", adapter_uri=f"s3://other/objects/{head}/z/w")
     register(elsewhere)
-    registry.client().create_registered_model(foreign := f"foreign-{uuid.uuid4().hex}")
-    registry.client().create_model_version(foreign, "s3://anywhere/model")
+    runs.client().create_registered_model(foreign := f"foreign-{uuid.uuid4().hex}")
+    runs.client().create_model_version(foreign, "s3://anywhere/model")
 
     found = referred(store)
     assert found.versions - before.versions == 4
@@ -64,8 +64,8 @@ def test_versions_refer_to_keys_bytes_bases_and_heads(store: Store, run_id: str)
     assert found.attempts - before.attempts == {
         f"objects/{expert}/replaced", f"objects/{merged}/a", f"objects/{head}/h", f"objects/{checkpoint}/c"
     }  # fmt: skip
-    registry.client().delete_model_version(own.name, "1")
-    registry.client().delete_model_version(elsewhere.name, "1")
+    runs.client().delete_model_version(own.name, "1")
+    runs.client().delete_model_version(elsewhere.name, "1")
     assert found.keys - referred(store).keys == {expert, own.base_sha256}
 
 
@@ -76,7 +76,7 @@ def test_heads_are_read_unless_the_version_says_that_it_has_none(store: Store, r
     monkeypatch.setattr("infra.registry.roots._heads", lambda version: [f"objects/{head}/of-{version.name}/adapter"])
     pinned = f"objects/{head}/of-{model.name}"
     assert pinned not in referred(store).attempts
-    registry.client().delete_model_version_tag(model.name, "1", HEADS_TAG)  # registered before there was the tag
+    runs.client().delete_model_version_tag(model.name, "1", HEADS_TAG)  # registered before there was the tag
     assert pinned in referred(store).attempts
 
 
@@ -86,7 +86,7 @@ def test_a_version_whose_files_are_gone_keeps_what_its_tags_name(store: Store, r
                    "prompt_template": "{input}"}}  # fmt: skip
     model = replace(adapter(store, run_id, merged), lineage=Lineage("mean", {}, merged, ()), heads=heads)
     register(model)
-    version = registry.client().get_model_version(model.name, "1")
+    version = runs.client().get_model_version(model.name, "1")
     name = str(version.source).partition("mlflow-artifacts:/")[2]
     files = Store("mlflow", store.endpoint, "artifacts")
     gone = list(files.list(f"{name}/"))
@@ -97,26 +97,26 @@ def test_a_version_whose_files_are_gone_keeps_what_its_tags_name(store: Store, r
 
 
 def test_runs_are_known_with_their_state(stack: StackState) -> None:
-    client = registry.client()
+    client = runs.client()
     ids = {
-        name: registry.start_run(f"roots-{name}", name, {"kind": "pipeline"}, {})
+        name: runs.start_run(f"roots-{name}", name, {"kind": "pipeline"}, {})
         for name in ("running", "finished", "deleted", "experiment")
     }
-    child = registry.start_run("roots-running", "expert", {"kind": "expert"}, {}, ids["running"])
-    registry.finish_run(ids["finished"], "FINISHED")
+    child = runs.start_run("roots-running", "expert", {"kind": "expert"}, {}, ids["running"])
+    runs.finish_run(ids["finished"], "FINISHED")
     client.delete_run(ids["deleted"])
     client.delete_experiment(client.get_run(ids["experiment"]).info.experiment_id)
-    runs = pipeline_runs()
-    states = {name: (runs[run].deleted, runs[run].running) for name, run in ids.items()}
+    known = pipeline_runs()
+    states = {name: (known[run].deleted, known[run].running) for name, run in ids.items()}
     assert states == {
         "running": (False, True), "finished": (False, False), "deleted": (True, True), "experiment": (True, True)
     }  # fmt: skip
     info = client.get_run(ids["finished"]).info
-    assert runs[ids["finished"]].last == info.end_time / 1000
-    assert child not in runs
+    assert known[ids["finished"]].last == info.end_time / 1000
+    assert child not in known
 
 
 def test_all_pages_are_read(monkeypatch: pytest.MonkeyPatch, stack: StackState) -> None:
-    ids = {registry.start_run("roots-pages", str(number), {"kind": "pipeline"}, {}) for number in range(5)}
+    ids = {runs.start_run("roots-pages", str(number), {"kind": "pipeline"}, {}) for number in range(5)}
     monkeypatch.setattr("infra.registry.roots._PAGE", 2)
     assert ids <= pipeline_runs().keys()

@@ -17,8 +17,7 @@ import pytest
 import requests
 
 from infra.errors import ConfigError
-from infra.registry import runs as registry
-from infra.schedule import scheduler as schedule
+from infra.registry import runs
 from infra.schedule import webhook
 from infra.schedule.job import Scheduled, check_reachable, job_entrypoint, read_scheduled
 from infra.schedule.scheduler import JobApiError, RayJobs, Scheduler, mlflow_run
@@ -26,7 +25,7 @@ from infra.schedule.ticks import ACTIVE, Cron, Job, submission_id
 from infra.stack.services import StackState
 from infra.store.client import is_loopback
 from infra.store.s3 import Store
-from pipeline.commands.schedule import schedule as command
+from pipeline.commands.schedule import schedule
 from tests.infra.schedule.receiver import SECRET, Receiver, receiving
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -146,8 +145,8 @@ def test_kills_overlap_and_missed_ticks(
 
     # Nobody was there when the first job ended; the next night's tick is due, and not skipped because of it.
     is_now(NIGHT + DAY + timedelta(seconds=5))
-    run_id = registry.start_run(suite, "run", {"ray_submission_id": first}, {})
-    registry.finish_run(run_id, "FAILED")
+    run_id = runs.start_run(suite, "run", {"ray_submission_id": first}, {})
+    runs.finish_run(run_id, "FAILED")
     ends(first, 3)
     until(lambda: ended(first), "the end of the first job")
     scheduler = start()
@@ -334,7 +333,7 @@ def test_unreachable_webhook() -> None:
 
 
 def test_a_ray_that_hangs_or_is_away_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "_REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr("infra.schedule.scheduler._REQUEST_SECONDS", 0.3)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://elsewhere:1")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -456,7 +455,7 @@ def test_wrong_options_are_refused_at_once(
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with pytest.raises(SystemExit, match="2"):
-            command.main([word for pair in options.items() for word in pair])
+            schedule.main([word for pair in options.items() for word in pair])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

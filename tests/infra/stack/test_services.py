@@ -9,19 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from infra.stack import command, processes
-from infra.stack import services as local_stack
+from infra.stack import command, processes, services
 from infra.stack.home import StackError, marker, other_factory
 
 
-def test_up_again_leaves_running_services_alone(stack: local_stack.StackState) -> None:
-    before = local_stack.load(stack.home)  # other tests may have killed a service and started it again
-    assert local_stack.up(stack.home) == before == local_stack.load(stack.home)
+def test_up_again_leaves_running_services_alone(stack: services.StackState) -> None:
+    before = services.load(stack.home)  # other tests may have killed a service and started it again
+    assert services.up(stack.home) == before == services.load(stack.home)
     assert before is not None
     assert all(before.running().values())
 
 
-def test_credentials_are_private(stack: local_stack.StackState) -> None:
+def test_credentials_are_private(stack: services.StackState) -> None:
     for name in ("credentials.json", "s3.json", "stack.json"):
         assert stat.S_IMODE((Path(stack.home) / name).stat().st_mode) == 0o600
     secret = stack.env()["AWS_SECRET_ACCESS_KEY"]
@@ -29,25 +28,25 @@ def test_credentials_are_private(stack: local_stack.StackState) -> None:
         assert secret not in " ".join(process.cmdline())
 
 
-def test_a_dead_service_is_restarted_and_keeps_its_data(stack: local_stack.StackState) -> None:
+def test_a_dead_service_is_restarted_and_keeps_its_data(stack: services.StackState) -> None:
     from infra.store.s3 import Store
 
     store = Store("factory", stack.urls()["s3"], "survives")
     store.put("x", b"still here")
-    before = local_stack.load(stack.home)
+    before = services.load(stack.home)
     assert before is not None
     os.kill(before.services["s3"].pid, 9)
-    after = local_stack.up(stack.home)
+    after = services.up(stack.home)
     assert after.services["s3"] != before.services["s3"]
     assert after.services["ray"] == before.services["ray"]
     assert after.ports == before.ports
     assert store.get("x") == b"still here"
 
 
-def test_second_stack_beside_the_first_leaves_no_process(stack: local_stack.StackState, tmp_path: Path) -> None:
+def test_second_stack_beside_the_first_leaves_no_process(stack: services.StackState, tmp_path: Path) -> None:
     home = tmp_path / ("long" * 30)  # Ray's sockets must not be below this
     mark = marker(home, "")
-    state = local_stack.up(home, num_cpus=1, object_store_mib=100)
+    state = services.up(home, num_cpus=1, object_store_mib=100)
     try:
         assert not set(state.ports.values()) & set(stack.ports.values())
         stack_command = [sys.executable, "-m", "infra.stack"]
@@ -69,12 +68,12 @@ def test_second_stack_beside_the_first_leaves_no_process(stack: local_stack.Stac
         assert job.returncode == 0
         assert len(processes.marked([mark])) > 5
     finally:
-        local_stack.down(home)
+        services.down(home)
     assert processes.marked([mark]) == []
     assert all(map(processes.port_free, state.ports.values()))
     assert not any(state.running().values())
-    local_stack.down(home)
-    first = local_stack.load(stack.home)
+    services.down(home)
+    first = services.load(stack.home)
     assert first is not None
     assert all(first.running().values())
 
@@ -82,9 +81,9 @@ def test_second_stack_beside_the_first_leaves_no_process(stack: local_stack.Stac
 def test_a_recycled_pid_is_not_killed(tmp_path: Path) -> None:
     bystander = subprocess.Popen(["sleep", "60"])
     try:
-        service = local_stack.Service(bystander.pid, "another start")
-        local_stack._save(local_stack.StackState(str(tmp_path), dict.fromkeys(_all_ports(), 1), {"s3": service}))
-        local_stack.down(tmp_path)
+        service = services.Service(bystander.pid, "another start")
+        services._save(services.StackState(str(tmp_path), dict.fromkeys(_all_ports(), 1), {"s3": service}))
+        services.down(tmp_path)
         assert bystander.poll() is None
     finally:
         bystander.kill()
@@ -92,23 +91,23 @@ def test_a_recycled_pid_is_not_killed(tmp_path: Path) -> None:
 
 
 def _all_ports() -> list[str]:
-    return [name for ports in local_stack._PORTS.values() for name in ports]
+    return [name for ports in services._PORTS.values() for name in ports]
 
 
 def test_failure_shows_the_log_and_stops_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = local_stack._command
+    real = services._command
 
-    def broken(state: local_stack.StackState, name: str) -> list[str]:
+    def broken(state: services.StackState, name: str) -> list[str]:
         failing = [sys.executable, "-c", "raise SystemExit('no database today')"]
         return failing if name == "mlflow" else real(state, name)
 
-    monkeypatch.setattr(local_stack, "_command", broken)
+    monkeypatch.setattr(services, "_command", broken)
     try:
         with pytest.raises(StackError, match=r"mlflow ended while starting(.|\n)*no database today"):
-            local_stack.up(tmp_path, num_cpus=1, object_store_mib=100)
+            services.up(tmp_path, num_cpus=1, object_store_mib=100)
         assert processes.marked([marker(tmp_path, "")]) == []
     finally:
-        local_stack.down(tmp_path)
+        services.down(tmp_path)
 
 
 def test_ports_stay_clear_of_ray_and_of_each_other() -> None:
@@ -125,7 +124,7 @@ def test_down_and_status_without_a_stack(tmp_path: Path, capsys: pytest.CaptureF
     assert "start it with" in capsys.readouterr().err
     (tmp_path / "stack.json").write_text(json.dumps({"nonsense": 1}))
     with pytest.raises(StackError, match="unreadable"):
-        local_stack.load(tmp_path)
+        services.load(tmp_path)
     shutil.rmtree(tmp_path)
 
 

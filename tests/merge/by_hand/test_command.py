@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from infra.artifacts.manifests import Recipe, publish
 from infra.digests import file_sha256
 from infra.errors import MergeError
-from infra.registry import runs as registry
+from infra.registry import runs, versions
 from infra.store.s3 import Store
 from infra.store.writer import StoreWriter
-from merge.by_hand import run as merge_run
+from merge.by_hand import run
 from merge.by_hand.command import methods_markdown
 from merge.commands import main
 from merge.files.checkpoint_writer import CheckpointWriter
@@ -418,14 +418,14 @@ def test_a_claimed_recipe_names_no_bytes(
     edited = claiming(folder, base, "edited", recipe.key, 1)
     publish(store, recipe, {"adapter": own}, {}, {})
     found: dict[str, list[str]] = {}
-    make = merge_run.merge_stored_tree
+    make = run.merge_stored
 
     def note(store: Store, candidates: Any, experts: dict[str, Ref], *more: Any, **named: Any) -> Any:
         for name, ref in experts.items():
             found.setdefault(name, []).append(ref.key)
         return make(store, candidates, experts, *more, **named)
 
-    monkeypatch.setattr(merge_run, "merge_stored_tree", note)
+    monkeypatch.setattr(run, "merge_stored", note)
     for method in ("mean", "dare_linear"):
         given = [item for file in (own, edited) for item in ("--expert", str(file))]
         succeeded(merge("run", "--store", *given, "--out", "stored", method=method, count=0))
@@ -527,8 +527,15 @@ def test_s3_and_the_registry(merge: Callable[..., Result], folder: Path, store: 
     out, full = store.uri("merged.safetensors"), store.uri("full")
     said = succeeded(merge("run", "--out", out, "--checkpoint", full, "--register", name))
     version = f"models:/{name}/1"
-    assert f"registered as {version}" in said
-    mlflow = registry.client()
+    assert f"registered as {version}; prompts stand in '{{prompt}}\\n'" in said, "the base has no chat template"
+    registered = versions.find_version(name, 1)
+    assert registered
+    assert versions.told(registered.source)["prompt_wrapper"] == "{prompt}\n"
+    shown = succeeded(
+        merge("plan", "--expert", f"x={version}", "--out", store.uri("more"), "--register", f"{name}-more", count=0)
+    )
+    assert f"registered: {name}-more, prompts stand in '{{prompt}}\\n'" in shown
+    mlflow = runs.client()
     experiment = mlflow.get_experiment_by_name(name)
     assert experiment is not None
     again = succeeded(merge("run", "--out", out, "--checkpoint", full, "--register", name))

@@ -16,8 +16,7 @@ from infra.artifacts.manifests import Recipe, publish
 from infra.errors import AdapterError, BaseModelError, ConfigError, FactoryError, MergeError, TensorFileError
 from infra.store.s3 import Store
 from merge.by_hand.checks import Checked, check, fingerprint
-from merge.by_hand.inputs import Expert, hash_experts, locate_experts, open_checkpoint
-from merge.by_hand.inputs import find_experts as read_experts
+from merge.by_hand.inputs import Expert, find_experts, hash_experts, locate_experts, open_checkpoint
 from merge.by_hand.outputs import output, prepare
 from merge.by_hand.request import MergeRequest, read_request
 from merge.by_hand.sources import locate, name_experts, split_expert
@@ -76,8 +75,8 @@ def experts(tmp_path: Path, base: PreparedBase, count: int = 2) -> dict[str, str
     return {f"e{at}": str(adapter(tmp_path / f"e{at}.safetensors", base, at)) for at in range(count)}
 
 
-def find_experts(sources: dict[str, str], base: PreparedBase, scratch: Path) -> list[Expert]:
-    return read_experts(locate_experts(sources), base, scratch)
+def read_experts(sources: dict[str, str], base: PreparedBase, scratch: Path) -> list[Expert]:
+    return find_experts(locate_experts(sources), base, scratch)
 
 
 def request(model: Path, experts: dict[str, str], tmp_path: Path, **fields: Any) -> MergeRequest:
@@ -136,7 +135,7 @@ def test_local_sources(tmp_path: Path, base: PreparedBase, model: Path) -> None:
         "peft",
         "checkpoint",
     ]
-    found = find_experts({"file": str(file), "lora": str(tmp_path / "lora"), "all": str(model)}, base, tmp_path)
+    found = read_experts({"file": str(file), "lora": str(tmp_path / "lora"), "all": str(model)}, base, tmp_path)
     counts = {expert.name: sum(expert.counts.values()) for expert in found}
     weights = load_file(model / "model.safetensors")
     assert counts == {"file": 80, "lora": 2 * 64 * 64, "all": sum(w.numel() for w in weights.values())}
@@ -144,12 +143,12 @@ def test_local_sources(tmp_path: Path, base: PreparedBase, model: Path) -> None:
 
 def test_sharded_checkpoint(tmp_path: Path, base: PreparedBase, model: Path) -> None:
     AutoModelForCausalLM.from_pretrained(model).save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
-    (expert,) = find_experts({"sharded": str(tmp_path / "sharded")}, base, tmp_path)
+    (expert,) = read_experts({"sharded": str(tmp_path / "sharded")}, base, tmp_path)
     assert expert.shapes == {n: tuple(w.shape) for n, w in load_file(model / "model.safetensors").items()}
     shard = sorted((tmp_path / "sharded").glob("model-*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(TensorFileError, match=f"{shard.name} missing"):
-        find_experts({"sharded": str(tmp_path / "sharded")}, base, tmp_path)
+        read_experts({"sharded": str(tmp_path / "sharded")}, base, tmp_path)
 
 
 @pytest.mark.parametrize("case", ["pytorch_model", "leftovers", "head written out in the base", "and in both"])
@@ -175,7 +174,7 @@ def test_conversion_reads_the_same_checkpoint(case: str, tmp_path: Path, base: P
         save_file({name: tensor + 9 for name, tensor in tuned.items()}, folder / "model-00001-of-00003.safetensors")
     from_checkpoint(folder, read_layout(base), 1.0, tmp_path / "converted", every_tensor=True)
     converted = AdapterReader(FileSource(tmp_path / "converted"))
-    (expert,) = read_experts(locate_experts({"tuned": str(folder)}), base, tmp_path)
+    (expert,) = find_experts(locate_experts({"tuned": str(folder)}), base, tmp_path)
     merged = open_checkpoint("tuned", expert.place, BaseCheckpoint.in_folder(base.path, base.sha256))
     heads = {"lm_head.weight"} & set(merged.names)
     assert set(converted.names) == {Q, TABLE} | heads == {n for n in merged.names if merged.load(n).values.any()}
@@ -196,11 +195,11 @@ def test_sources_in_s3(tmp_path: Path, base: PreparedBase, model: Path, store: S
         "artifact": store.uri(manifest.files["adapter"].name),
         "full": store.uri("models/full/"),
     }
-    found = {expert.name: expert for expert in hash_experts(find_experts(sources, base, tmp_path))}
+    found = {expert.name: expert for expert in hash_experts(read_experts(sources, base, tmp_path))}
     assert {name: expert.place.kind for name, expert in found.items()} == {
         "plain": "adapter", "artifact": "adapter", "full": "checkpoint",
     }  # fmt: skip
-    (local,) = hash_experts(find_experts({"e": str(file)}, base, tmp_path))
+    (local,) = hash_experts(read_experts({"e": str(file)}, base, tmp_path))
     assert found["plain"].sha256 == local.sha256
     assert found["artifact"].place.sha256 == manifest.files["adapter"].sha256, "known without reading the file"
     with pytest.raises(ConfigError, match="no such object"):
@@ -335,7 +334,7 @@ def write_fisher(
 
 def test_fisher_files_are_checked(tmp_path: Path, base: PreparedBase, model: Path) -> None:
     given = experts(tmp_path, base, 1)
-    (expert,) = hash_experts(find_experts(given, base, tmp_path))
+    (expert,) = hash_experts(read_experts(given, base, tmp_path))
     good = write_fisher(tmp_path / "good", base, expert.sha256)
     found = checked(model, given, tmp_path, method="fisher_on_support", fisher={"e0": good})
     assert found.measured["e0"].sha256
@@ -353,7 +352,7 @@ def test_fisher_files_are_checked(tmp_path: Path, base: PreparedBase, model: Pat
 
 def test_gram_files_are_checked(tmp_path: Path, base: PreparedBase, model: Path) -> None:
     given = experts(tmp_path, base, 1)
-    (expert,) = hash_experts(find_experts(given, base, tmp_path))
+    (expert,) = hash_experts(read_experts(given, base, tmp_path))
     for side, fits in ((64, True), (32, False)):
         file = tmp_path / f"gram{side}"
         with GramWriter(file, MeasuredOn(base.sha256, expert.sha256, 8), (Q,)) as writer:

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from infra.errors import MergeError
 from merge.methods import statistics
-from merge.methods.lift import LiftInput
-from merge.methods.lift import lift as lift_input
+from merge.methods.lift import LiftInput, lift
 from merge.methods.specs import LiftSpec
 from merge.methods.statistic_table import STATISTICS, count_dtype, values_at
 from merge.methods.statistics import Accumulator, TensorStatistics, combine, empty
@@ -32,8 +31,8 @@ ALL = LiftSpec(OF_THE_VALUES)
 SHAPE = (4, 6)
 
 
-def lift(tensor: SparseTensor, spec: LiftSpec, weight: float = 1.0) -> TensorStatistics:
-    return lift_input(LiftInput(tensor, "w", "e", weight), spec)
+def lift_tensor(tensor: SparseTensor, spec: LiftSpec, weight: float = 1.0) -> TensorStatistics:
+    return lift(LiftInput(tensor, "w", "e", weight), spec)
 
 
 def expert(positions: dict[int, float], shape: tuple[int, ...] = SHAPE) -> SparseTensor:
@@ -68,7 +67,7 @@ def random_tree(items: list[TensorStatistics], rng: random.Random) -> TensorStat
 @given(experts)
 @settings(max_examples=60, deadline=None)
 def test_commutative_monoid(tensors):
-    lifted = [lift(t, ALL) for t in tensors]
+    lifted = [lift_tensor(t, ALL) for t in tensors]
     a, b, c = (lifted * 3)[:3]
     assert same(combine([a, b]), combine([b, a]))
     assert same(combine([combine([a, b]), c]), combine([a, combine([b, c])]))
@@ -79,7 +78,7 @@ def test_commutative_monoid(tensors):
 @given(experts, st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
 def test_any_tree_equals_the_flat_join_on_dyadic_values(tensors, seed):
-    lifted = [lift(t, ALL) for t in tensors]
+    lifted = [lift_tensor(t, ALL) for t in tensors]
     assert same(random_tree(lifted, random.Random(seed)), combine(lifted))
 
 
@@ -91,7 +90,7 @@ def test_any_tree_is_within_the_rounding_bound_on_floats(n, seed):
     for _ in range(n):
         indices = torch.randperm(200, generator=g)[:60].sort().values
         tensors.append(SparseTensor((10, 20), indices, torch.randn(60, generator=g)))
-    lifted = [lift(t, ALL) for t in tensors]
+    lifted = [lift_tensor(t, ALL) for t in tensors]
     flat, tree = combine(lifted), random_tree(lifted, random.Random(seed))
     bound = torch.zeros(200)
     for t in tensors:
@@ -106,7 +105,7 @@ def test_any_tree_is_within_the_rounding_bound_on_floats(n, seed):
 @given(experts)
 @settings(max_examples=40, deadline=None)
 def test_joining_sorted_indices_and_the_dense_scratch_give_the_same_bits(tensors):
-    lifted = [lift(t, ALL) for t in tensors]
+    lifted = [lift_tensor(t, ALL) for t in tensors]
     results = []
     for threshold in (0, 10**9):  # always compact, always dense
         before, statistics._COMPACT_BELOW = statistics._COMPACT_BELOW, threshold
@@ -119,7 +118,7 @@ def test_joining_sorted_indices_and_the_dense_scratch_give_the_same_bits(tensors
 
 def test_each_statistic():
     one, other = expert({0: 1.0, 1: -2.0, 2: 0.0}), expert({0: 3.0, 1: 0.5, 2: -0.0, 5: -1.0})
-    total = combine([lift(one, ALL), lift(other, ALL)])
+    total = combine([lift_tensor(one, ALL), lift_tensor(other, ALL)])
     assert total.indices.tolist() == [0, 1, 2, 5]
     assert {n: total.arrays[n].tolist() for n in ALL.statistics} == {
         "sum": [4.0, -1.5, 0.0, -1.0],
@@ -138,7 +137,7 @@ def test_each_statistic():
 def test_weighted_counts_are_sums_of_weights():
     spec = LiftSpec(OF_THE_VALUES, weights=())
     one, other = expert({0: 1.0, 1: -2.0, 2: 0.0}), expert({0: 3.0, 1: 0.5, 2: -1.0})
-    total = combine([lift(one, spec, 0.5), lift(other, spec, 0.25)])
+    total = combine([lift_tensor(one, spec, 0.5), lift_tensor(other, spec, 0.25)])
     assert total.weighted
     assert all(array.dtype == torch.float32 for array in total.arrays.values())
     assert {
@@ -152,7 +151,7 @@ def test_weighted_counts_are_sums_of_weights():
     }
     assert same(combine([total, empty(SHAPE, OF_THE_VALUES, True)]), total)
     with pytest.raises(MergeError, match="weighted statistics with unweighted"):
-        combine([lift(one, spec, 0.5), lift(other, ALL)])
+        combine([lift_tensor(one, spec, 0.5), lift_tensor(other, ALL)])
 
 
 @given(st.lists(st.booleans(), min_size=2, max_size=5), st.integers(0, 2**32))
@@ -164,7 +163,7 @@ def test_full_supports_join_as_sparse_ones_do(kinds, seed):
         expert({i: float(torch.randint(-64, 65, (), generator=g)) / 64 for i in range(0, 24, 1 if full else 3)})
         for full in kinds
     ]
-    total = combine([lift(t, ALL) for t in tensors])
+    total = combine([lift_tensor(t, ALL) for t in tensors])
     dense = torch.zeros(len(tensors), 24)
     for row, tensor in zip(dense, tensors, strict=True):
         row[tensor.indices] = tensor.values
@@ -172,7 +171,7 @@ def test_full_supports_join_as_sparse_ones_do(kinds, seed):
     assert torch.equal(total.arrays["negative_max"], (-dense).clamp(min=0).amax(0)[total.indices])
     assert total.indices.numel() == (24 if any(kinds) else 8)
     shuffled = random.Random(seed).sample(tensors, len(tensors))
-    assert same(combine([lift(t, ALL) for t in shuffled]), total)
+    assert same(combine([lift_tensor(t, ALL) for t in shuffled]), total)
 
 
 def test_matrices_are_summed_beside_the_support_and_an_empty_one_is_neutral():
@@ -197,7 +196,7 @@ def test_values_at_positions(positions, wanted):
 
 
 def test_counts_do_not_wrap_above_255_experts():
-    one = lift(expert({3: 1.0}), ALL)
+    one = lift_tensor(expert({3: 1.0}), ALL)
     half = combine([one] * 200)
     assert half.arrays["count"].dtype == torch.uint8
     total = combine([half, half])
@@ -207,7 +206,7 @@ def test_counts_do_not_wrap_above_255_experts():
 
 
 def test_carriers_are_counts_that_are_zero_where_the_statistic_is():
-    total = combine([lift(expert({0: 1.0, 1: -2.0, 2: 0.0}), ALL), lift(expert({1: 3.0, 4: -1.0}), ALL)])
+    total = combine([lift_tensor(expert({0: 1.0, 1: -2.0, 2: 0.0}), ALL), lift_tensor(expert({1: 3.0, 4: -1.0}), ALL)])
     carried = [s for s in STATISTICS.values() if s.carrier]
     assert len(carried) == 4
     for statistic in carried:
@@ -217,16 +216,16 @@ def test_carriers_are_counts_that_are_zero_where_the_statistic_is():
 
 
 def test_misuse_is_refused():
-    one = lift(expert({3: 1.0}), ALL)
+    one = lift_tensor(expert({3: 1.0}), ALL)
     with pytest.raises(MergeError, match="no statistics"):
         combine([])
     with pytest.raises(MergeError, match=r"shapes \[4, 6\] and \[6, 4\]"):
-        combine([one, lift(expert({3: 1.0}, (6, 4)), ALL)])
+        combine([one, lift_tensor(expert({3: 1.0}, (6, 4)), ALL)])
     with pytest.raises(MergeError, match="cannot combine statistics"):
-        combine([one, lift(expert({3: 1.0}), LiftSpec(("sum",)))])
+        combine([one, lift_tensor(expert({3: 1.0}), LiftSpec(("sum",)))])
     narrow = Accumulator(SHAPE, ("sum",), 1, 1)
-    narrow.add(lift(expert({3: 1.0}), LiftSpec(("sum",))))
+    narrow.add(lift_tensor(expert({3: 1.0}), LiftSpec(("sum",))))
     with pytest.raises(MergeError, match="more experts than announced"):
-        narrow.add(lift(expert({3: 1.0}), LiftSpec(("sum",))))
+        narrow.add(lift_tensor(expert({3: 1.0}), LiftSpec(("sum",))))
     with pytest.raises(MergeError, match="65535"):
         count_dtype(70_000)

@@ -9,20 +9,20 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from infra.artifacts.announcements import announce
-from infra.registry import runs as registry
+from infra.registry import runs
 from infra.registry.models import RegisteredAdapter, register
 from infra.stack.services import StackState
 from infra.store.admin import server_time
 from infra.store.s3 import Store
-from pipeline.collection import command as gc_command
+from pipeline.collection import command
 from pipeline.collection.retention import DAY_S, Rule
 from pipeline.commands.gc import gc
 
 
-def roots_of(store: Store, rule: Rule) -> tuple[gc_command.RootReader, str]:
+def roots_of(store: Store, rule: Rule) -> tuple[command.RootReader, str]:
     """The reader, and what was printed."""
     console = Console(file=io.StringIO(), soft_wrap=True, width=120)
-    reader = gc_command._roots(store, rule, console)
+    reader = command._roots(store, rule, console)
     return reader, console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -38,11 +38,11 @@ def test_without_remove_it_only_looks(store: Store, stack: StackState, monkeypat
 
 
 def test_a_version_registered_and_a_run_finished_meanwhile_are_seen(store: Store, stack: StackState) -> None:
-    run = registry.start_run("gc-command", "run", {"kind": "pipeline"}, {})
+    run = runs.start_run("gc-command", "run", {"kind": "pipeline"}, {})
     reader, _ = roots_of(store, Rule(keep_days=30))
     task, key, base = uuid.uuid4().hex, uuid.uuid4().hex * 2, uuid.uuid4().hex * 2
     model = RegisteredAdapter(
-        name=registry.model_name("gc-command", task), task=task, key=key, digest=uuid.uuid4().hex * 2,
+        name=runs.model_name("gc-command", task), task=task, key=key, digest=uuid.uuid4().hex * 2,
         adapter_uri=store.uri(f"objects/{key}/a/adapter"), base_sha256=base, base_name="tiny",
         prompt_wrapper="{prompt}", prompt_template="{input}", max_new_tokens=4, dtype="float32", run_id=run,
         description="For tests.",
@@ -58,7 +58,7 @@ def test_a_version_registered_and_a_run_finished_meanwhile_are_seen(store: Store
 def test_a_run_whose_driver_was_killed_ends_after_days_of_silence(
     store: Store, stack: StackState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = registry.start_run("gc-command", "killed", {"kind": "pipeline"}, {})
+    run = runs.start_run("gc-command", "killed", {"kind": "pipeline"}, {})
     announce(store, run, {"a"})
     now = server_time(store)
 

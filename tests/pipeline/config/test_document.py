@@ -247,9 +247,7 @@ def test_a_dumped_configuration_loads_to_the_same_one(tmp_path_factory: pytest.T
 
 def test_the_property_covers_every_section_and_field() -> None:
     """A field that is added is added to the strategy too: none is left at its default only."""
-    import tests.pipeline.config.test_document as here
-
-    source = Path(here.__file__).read_text(encoding="utf-8")
+    source = Path(__file__).read_text(encoding="utf-8")
     # fields that a value of depends on others, which test_model.py covers
     apart = {"objective", "registers", "labels", "length_normalised", "criterion", "keep", "budget", "score_batches",
              "reselect_every", "reselect_rounds", "shared", "mask", "resources"}  # fmt: skip

@@ -14,18 +14,17 @@ from pydantic import ValidationError
 
 from infra.errors import DataError
 from infra.store.layout import rows_name
-from pipeline.data import tasks as pipeline_tasks
 from pipeline.data.distinct import normalised
 from pipeline.data.sources import source_license
-from pipeline.data.tasks import TaskConfig, TaskData, learned_elsewhere, load_tasks
+from pipeline.data.tasks import TaskConfig, TaskData, learned_elsewhere, load_tasks, make_splits
 from workers.text.rows import Row, fingerprint, load_rows, rows_from_jsonl, rows_to_jsonl
 
 SIZES = {"train": 16, "validation": 4, "gate": 5, "test": 6}
 texts = st.lists(st.text(min_size=1, max_size=12).filter(lambda t: bool(normalised(t))), min_size=23, max_size=60)
 
 
-def make_splits(rows: list[Row], sizes: dict[str, int], seed: int, **how: Any) -> dict[str, tuple[Row, ...]]:
-    return pipeline_tasks.make_splits(rows, sizes, seed, **how)[0]
+def splits_of(rows: list[Row], sizes: dict[str, int], seed: int, **how: Any) -> dict[str, tuple[Row, ...]]:
+    return make_splits(rows, sizes, seed, **how)[0]
 
 
 def rows_of(inputs: list[str]) -> list[Row]:
@@ -42,9 +41,9 @@ def test_splits_are_disjoint_and_independent_of_order(inputs: list[str], random,
     rows = rows_of(inputs)
     if len(set(inputs)) < 23:
         with pytest.raises(DataError, match="distinct rows"):
-            make_splits(rows, SIZES, seed)
+            splits_of(rows, SIZES, seed)
         return
-    splits = make_splits(rows, SIZES, seed)
+    splits = splits_of(rows, SIZES, seed)
     ids = [row.id for split in splits.values() for row in split]
     assert len(ids) == len(set(ids))
     assert [len(splits[name]) for name in ("test", "gate", "validation")] == [6, 5, 4]
@@ -52,7 +51,7 @@ def test_splits_are_disjoint_and_independent_of_order(inputs: list[str], random,
     assert len(seen) == len(set(seen)) == sum(map(len, splits.values()))
     shuffled = list(rows)
     random.shuffle(shuffled)
-    again = make_splits(shuffled, SIZES, seed)
+    again = splits_of(shuffled, SIZES, seed)
     assert {name: fingerprint(split) for name, split in splits.items()} == {
         name: fingerprint(split) for name, split in again.items()
     }
@@ -102,9 +101,9 @@ def test_splits_are_those_of_their_definition(rows: list[Row], seed: int) -> Non
     expected = plain_splits(rows, sizes, seed)
     if sum(map(len, expected.values())) < sum(sizes.values()):
         with pytest.raises(DataError, match="distinct rows"):
-            make_splits(rows, sizes, seed, by="words")
+            splits_of(rows, sizes, seed, by="words")
         return
-    found = make_splits(rows, sizes, seed, by="words")
+    found = splits_of(rows, sizes, seed, by="words")
     assert {name: list(split) for name, split in found.items()} == expected
     assert {name: fingerprint(split) for name, split in found.items()} == {
         name: fingerprint(split) for name, split in expected.items()
@@ -114,18 +113,18 @@ def test_splits_are_those_of_their_definition(rows: list[Row], seed: int) -> Non
 def test_adding_rows_moves_few_and_seed_moves_many() -> None:
     inputs = [f"question {at}" for at in range(1000)]
     sizes = {"train": 512, "validation": 24, "gate": 24, "test": 48}
-    before = make_splits(rows_of(inputs), sizes, 0)
-    after = make_splits(rows_of([*inputs, *(f"new {at}" for at in range(20))]), sizes, 0)
+    before = splits_of(rows_of(inputs), sizes, 0)
+    after = splits_of(rows_of([*inputs, *(f"new {at}" for at in range(20))]), sizes, 0)
     assert len(inputs_of(before["test"]) & inputs_of(after["test"])) >= 45
     assert not inputs_of(before["train"]) & (inputs_of(after["test"]) | inputs_of(after["gate"]))
     assert not inputs_of(before["validation"]) & (inputs_of(after["test"]) | inputs_of(after["gate"]))
-    other = make_splits(rows_of(inputs), sizes, 1)
+    other = splits_of(rows_of(inputs), sizes, 1)
     assert len(inputs_of(before["test"]) & inputs_of(other["test"])) < 15
 
 
 def test_duplicates_become_one_row_with_all_references() -> None:
     rows = [*rows_of([f"q {at}" for at in range(23)]), Row("x", "Q  3 ", ("another",))]
-    splits = make_splits(rows, SIZES, 0, by="words")
+    splits = splits_of(rows, SIZES, 0, by="words")
     row = next(row for split in splits.values() for row in split if normalised(row.input) == "q 3")
     assert set(row.targets) == {"answer q 3", "another"}
 

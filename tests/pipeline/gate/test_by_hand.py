@@ -7,8 +7,8 @@ from click.testing import CliRunner
 
 from infra.errors import RegistryError
 from infra.registry.versions import PREVIOUS, ROLLED_BACK, Version
-from pipeline.commands import models as commands
-from pipeline.gate import by_hand as models_command
+from pipeline.commands import models
+from pipeline.gate import by_hand
 
 HINT = "to go on, and take no other version away: python -m pipeline rollback mine --version 3"
 
@@ -35,16 +35,16 @@ def rolled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         def follow(*_: object, **__: object) -> None:
             raise RegistryError("the aliases of 'mine.merged-checkpoint' are being changed by somebody else")
 
-        monkeypatch.setattr(models_command, "_model", lambda suite, task: (None, f"{suite}.{task}"))
-        monkeypatch.setattr(models_command, "_follow", follow)
-        monkeypatch.setattr(models_command.model_aliases, "rollback", rollback)
-        monkeypatch.setattr(models_command.model_versions, "champion", champion)
+        monkeypatch.setattr(by_hand, "_model", lambda suite, task: (None, f"{suite}.{task}"))
+        monkeypatch.setattr(by_hand, "_follow", follow)
+        monkeypatch.setattr(by_hand.aliases, "rollback", rollback)
+        monkeypatch.setattr(by_hand.versions, "champion", champion)
         monkeypatch.setattr(
-            models_command.model_versions,
+            by_hand.versions,
             "find_version",
             lambda name, n: Version(name, n, {PREVIOUS: str(n - 1), **gone}),
         )
-        done = CliRunner().invoke(commands.rollback, ["mine", *options])
+        done = CliRunner().invoke(models.rollback, ["mine", *options])
         assert done.exit_code == 2
         return done.output
 

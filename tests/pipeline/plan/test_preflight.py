@@ -18,7 +18,7 @@ from pipeline.config.model import PipelineConfig, WorkerResources
 from pipeline.data.tasks import TaskConfig, TaskData, fingerprint
 from pipeline.flow.recipes import expert_spec
 from pipeline.plan import preflight
-from pipeline.plan.check_base import empty_base
+from pipeline.plan.check_base import base_tokenizer, check_rows, empty_base
 from pipeline.plan.cluster import GIB, ray_options, slots_of
 from pipeline.plan.node_memory import NodeNeed, largest_node
 from pipeline.plan.preflight import (
@@ -72,7 +72,9 @@ def tasks() -> dict[str, TaskData]:
 
 
 def cost_of(chosen: PipelineConfig, base: PreparedBase, tasks: dict[str, TaskData]) -> Cost:
-    return preflight.expected_cost(chosen, base, tasks)
+    tokenizer, model = base_tokenizer(chosen, base), empty_base(chosen, base)
+    lengths = check_rows(chosen, base, tokenizer, model, tasks, dict.fromkeys(tasks, 1))
+    return preflight.expected_cost(chosen, base, tasks, model, lengths)
 
 
 # -- names --

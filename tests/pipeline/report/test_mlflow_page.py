@@ -4,7 +4,7 @@ import pytest
 from mlflow.utils.validation import MAX_TAG_VAL_LENGTH, _validate_metric_name
 
 from pipeline.records.results import Results
-from pipeline.report import mlflow_page as run_page
+from pipeline.report import mlflow_page
 from tests.pipeline.report.given import changed, held_in_row, held_out_row
 
 REPORT = ("report.html", "scores.png", "results.json")
@@ -34,7 +34,7 @@ def results(tasks: int = 3, held_out: int = 1, retention: float | None = 0.5) ->
 
 
 def test_metrics_have_every_score_under_its_model() -> None:
-    found = run_page.metrics(results())
+    found = mlflow_page.metrics(results())
     assert found["held_in/merged"] == 0.5
     assert found["held_out/base"] == 0.25
     assert found["run/total"] == 3.0
@@ -43,23 +43,23 @@ def test_metrics_have_every_score_under_its_model() -> None:
     assert found["test_merged/out 0"] == 0.5
     assert "test_expert/out 0" not in found
     assert "run/slot_utilisation" not in found  # nothing was trained
-    assert "held_in/retention" not in run_page.metrics(results(retention=None))
+    assert "held_in/retention" not in mlflow_page.metrics(results(retention=None))
 
 
 @pytest.mark.parametrize("task", ["a/b", "a:b (c) 'd' ü.x", "..", ".", "../../etc", "x" * 400, "a//b", "数学", "$%"])
 def test_any_task_gives_a_name_that_mlflow_takes(task: str) -> None:
-    names = run_page.metric_names([task, "plain_name.1"])
+    names = mlflow_page.metric_names([task, "plain_name.1"])
     assert names["plain_name.1"] == "plain_name.1"
     _validate_metric_name(f"test_base_few_shot/{names[task]}")
 
 
 def test_names_stay_apart() -> None:
-    names = run_page.metric_names(["a/b", "a-b", "a?b"])
+    names = mlflow_page.metric_names(["a/b", "a-b", "a?b"])
     assert len(set(names.values())) == 3
 
 
 def test_the_description_starts_with_the_scores_and_links_the_report() -> None:
-    text = run_page.description(results(), "#/experiments/3/runs/abc", REPORT)
+    text = mlflow_page.description(results(), "#/experiments/3/runs/abc", REPORT)
     first, second = text.split("\n\n")[:2]
     assert first.startswith("**Merged 0.500** (95 % interval 0.400 to 0.600), experts 0.750, base 0.250")
     assert "of 1 held-out tasks" in first
@@ -67,32 +67,32 @@ def test_the_description_starts_with_the_scores_and_links_the_report() -> None:
     assert "loss.png" not in second  # of no expert is there a history
     assert "[s.merged version 7](#/models/s.merged/versions/7)" in second
     assert "| task 2 | rouge_l | 0.25 | 0.30 | 0.75 | 0.50 |" in text
-    assert "held-out" not in run_page.description(results(held_out=0), "#", REPORT).split("\n\n")[0]
+    assert "held-out" not in mlflow_page.description(results(held_out=0), "#", REPORT).split("\n\n")[0]
 
 
 @pytest.mark.parametrize("tasks", [20, 100, 2000])
 def test_the_description_fits_and_loses_the_table_first(tasks: int) -> None:
-    text = run_page.description(results(tasks), "#/experiments/3/runs/abc", REPORT)
+    text = mlflow_page.description(results(tasks), "#/experiments/3/runs/abc", REPORT)
     assert len(text) <= min(5000, MAX_TAG_VAL_LENGTH)
     assert ("| task 19 |" in text) == (tasks == 20)
     assert f"means of {tasks} held-in tasks" in text
 
 
 def test_tags_tell_runs_apart() -> None:
-    assert run_page.tags(results()) == {"chosen": "ties lambda 0.5", "experts": "2 made, 1 reused"}
+    assert mlflow_page.tags(results()) == {"chosen": "ties lambda 0.5", "experts": "2 made, 1 reused"}
 
 
 def test_a_failure_fits_and_keeps_its_beginning() -> None:
-    text = run_page.failure("2 of 3 experts failed\n" + "  task: reason\n" * 1000)
+    text = mlflow_page.failure("2 of 3 experts failed\n" + "  task: reason\n" * 1000)
     assert "2 of 3 experts failed" in text
     assert text.endswith("\n```")
     assert len(text) <= 5000
-    assert len(run_page.failure("one line " * 2000)) <= 5000
+    assert len(mlflow_page.failure("one line " * 2000)) <= 5000
 
 
 def test_the_source_of_a_run() -> None:
-    found = run_page.source("me", "abc", submitted=True)
+    found = mlflow_page.source("me", "abc", submitted=True)
     assert found["mlflow.user"] == "me"
     assert found["mlflow.source.git.commit"] == "abc"
     assert found["mlflow.source.type"] == "JOB"
-    assert run_page.source("", None, submitted=False).keys() == {"mlflow.source.name", "mlflow.source.type"}
+    assert mlflow_page.source("", None, submitted=False).keys() == {"mlflow.source.name", "mlflow.source.type"}

@@ -21,9 +21,9 @@ def publish(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple[str, list
     asked: list[str] = []
     stored: dict[str, bytes] = {}
     for name in ("log_folder", "log_history", "set_tags", "describe_run"):
-        monkeypatch.setattr(publishing.registry, name, lambda *_, _name=name: asked.append(_name))
+        monkeypatch.setattr(publishing.runs, name, lambda *_, _name=name: asked.append(_name))
     for name in ("run_page", "run_path"):
-        monkeypatch.setattr(publishing.registry, name, lambda run: run)
+        monkeypatch.setattr(publishing.runs, name, lambda run: run)
     empty: dict[str, Any] = {
         "_curves": lambda results: {}, "candidates_csv": lambda results: "",
         "dump_config": lambda config: "", "report_markdown": lambda results, pictures: "# report",
@@ -33,7 +33,7 @@ def publish(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple[str, list
         monkeypatch.setattr(publishing, name, made)
     monkeypatch.setattr(publishing.plots, "draw", lambda *_: {"scores.png": b"png"})
     for name in ("metrics", "tags", "description"):
-        monkeypatch.setattr(publishing.run_page, name, lambda *_: {})
+        monkeypatch.setattr(publishing.mlflow_page, name, lambda *_: {})
     store = SimpleNamespace(put=stored.__setitem__, uri=lambda name: f"s3://bucket/{name}")
 
     def call(folder: Path) -> tuple[str, list[str], dict[str, bytes]]:
@@ -85,7 +85,7 @@ def test_scores_are_printed_before_mlflow_is_asked(
 
     seen: list[str] = []
     monkeypatch.setattr(publishing, "summary_table", lambda results: seen.append("table") or "the table")
-    monkeypatch.setattr(publishing.registry, "log_folder", gone)
+    monkeypatch.setattr(publishing.runs, "log_folder", gone)
     with pytest.raises(RegistryError, match="gone"):
         publish(tmp_path)
     assert seen == ["table"]

@@ -37,9 +37,9 @@ def test_a_start_that_is_broken_off_leaves_no_run_running(
     def fail(*_: Any) -> None:
         raise raised
 
-    monkeypatch.setattr(driver.registry, "start_run", lambda *_: "run")
-    monkeypatch.setattr(driver.registry, "log_text", fail)
-    monkeypatch.setattr(driver.registry, "finish_run", lambda *call: ended.append(call))
+    monkeypatch.setattr(driver.runs, "start_run", lambda *_: "run")
+    monkeypatch.setattr(driver.runs, "log_text", fail)
+    monkeypatch.setattr(driver.runs, "finish_run", lambda *call: ended.append(call))
     monkeypatch.setattr(driver, "dump_config", lambda config: "")
     prepared: Any = SimpleNamespace(config=SimpleNamespace(suite="suite"), parameters=dict)
     with pytest.raises(type(raised)):
@@ -61,8 +61,8 @@ def test_what_ends_a_run_outside_its_work(
     """Here while it announces itself, so before anything is made."""
     calls: dict[str, list[Any]] = {"finish_run": [], "describe_run": [], "kill_running_children": [], "log_text": []}
     for name, seen in calls.items():
-        monkeypatch.setattr(driver.registry, name, lambda *call, _seen=seen: _seen.append(call))
-    monkeypatch.setattr(driver.registry, "run_page", lambda run: run)
+        monkeypatch.setattr(driver.runs, name, lambda *call, _seen=seen: _seen.append(call))
+    monkeypatch.setattr(driver.runs, "run_page", lambda run: run)
 
     def announcements(*_: Any) -> None:
         raise raised

@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from infra.errors import AdapterError, BaseModelError
-from tests.workers.tiny import tiny_model, tiny_tokenizer
+from tests.workers.tiny import tiny_base
 from workers.adapters.support import SparseTensor
 from workers.adapters.writer import AdapterMeta, AdapterReader, LowRank, save_adapter
-from workers.base.layout import BaseLayout, read_layout
-from workers.base.prepare import prepare_base
+from workers.base.layout import BaseLayout
 from workers.conversion.formats import from_checkpoint, from_peft, to_peft
 from workers.conversion.peft import other_base
 from workers.tensors.source import FileSource
@@ -27,11 +26,7 @@ HEAD = "lm_head"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> BaseLayout:
-    """Its head is tied."""
-    folder = tmp_path_factory.mktemp("folders")
-    tiny_model().save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    return read_layout(prepare_base(f"path:{folder / 'model'}", folder / "cache"))
+    return tiny_base(tmp_path_factory.mktemp("folders"))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 
 from infra.artifacts.manifests import Recipe, find
 from infra.errors import RegistryError
-from infra.registry import runs as registry
+from infra.registry import runs
 from infra.store.layout import rows_name
 from infra.store.s3 import Store
 from tests.workers.tiny import tiny_model, tiny_tokenizer
@@ -79,7 +79,7 @@ def test_a_killed_worker_costs_only_the_steps_since_its_last_state(
     store: Store, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FACTORY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PARENT_RUN", registry.start_run("resume", "parent", {}, {}))
+    monkeypatch.setenv("PARENT_RUN", runs.start_run("resume", "parent", {}, {}))
     base = fill(store, tmp_path / "base")
     script = f"from tests.workers.jobs.test_expert import work; work({store.prefix!r}, {kind!r}, {base!r})"
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -110,8 +110,8 @@ def test_an_mlflow_that_does_not_answer_costs_no_training(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, away: str
 ) -> None:
     monkeypatch.setenv("FACTORY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PARENT_RUN", registry.start_run("outage", "parent", {}, {}))
-    calls, history = [0], registry.log_history
+    monkeypatch.setenv("PARENT_RUN", runs.start_run("outage", "parent", {}, {}))
+    calls, history = [0], runs.log_history
 
     def gone(*_: Any) -> None:
         raise RegistryError("MLflow does not answer")
@@ -122,17 +122,17 @@ def test_an_mlflow_that_does_not_answer_costs_no_training(
             gone()
         history(run_id, rows)
 
-    monkeypatch.setattr(registry, "log_history", log_history)
+    monkeypatch.setattr(runs, "log_history", log_history)
     if away == "to the end":
         for name in ("set_tags", "finish_run"):
-            monkeypatch.setattr(registry, name, gone)
+            monkeypatch.setattr(runs, name, gone)
     mine, threads = job("full", fill(store, tmp_path / "base")), torch.get_num_threads()
     manifest, made = make_expert(store, mine, ["cpu"], 1, lambda report: None)
     torch.set_num_threads(threads)
     assert made
     assert find(store, mine.recipe.key, {}) == manifest
     assert ("does not have all of its curves" in caplog.text) == (away == "to the end")
-    run = registry.client().get_run(manifest.meta["run_id"])
+    run = runs.client().get_run(manifest.meta["run_id"])
     assert ({TRAINING_LOSS, "result/best_step"} <= set(run.data.metrics)) == (away == "for a while")
 
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import workers.masks.sparse_linear as sparse_linear
 from workers.adapters.support import Block, SupportSpec
+from workers.masks import sparse_linear
 from workers.masks.sparse_linear import Part, Slot, block_gradient, dense_is_cheaper
 
 OUT, IN = 12, 8
