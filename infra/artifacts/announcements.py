@@ -51,16 +51,16 @@ def announce(store: Store, run: str, hashes: Iterable[str]) -> None:
     store.put(run_file(run, ANNOUNCED), json.dumps(sorted(hashes)).encode())
 
 
-def await_removals(store: Store, hashes: Collection[str], expiry_s: float = EXPIRY_S) -> None:
+def await_removals(store: Store, hashes: Collection[str]) -> None:
     """Wait until no living collection is removing any of these rows and bases: seconds, if at all.
 
     To be called after `announce` and before looking for them: from then on they stay. Raises StoreError.
     """
-    watcher, wanted = Watcher(expiry_s), frozenset(hashes)
+    watcher, wanted = Watcher(EXPIRY_S), frozenset(hashes)
     while any(not wanted.isdisjoint(_condemned(store, entry)) for entry in list_objects(store, SHARED_JOURNALS)):
         if watcher.observe(store, LEASE).state != "live":
             return  # it was killed: nobody removes anything now
-        time.sleep(min(_POLL_S, expiry_s / 6))
+        time.sleep(_POLL_S)
 
 
 def _condemned(store: Store, journal: StoredObject) -> set[str]:

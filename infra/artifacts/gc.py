@@ -77,13 +77,10 @@ class GcOutcome:
     """Removals left alone because something changed since the plan."""
 
 
-def collect(
-    store: Store, roots: Callable[[], Roots], min_age_s: float = MIN_AGE_S, remove: bool = False
-) -> tuple[GcPlan, GcOutcome | None]:
-    """Plan a collection and, only if asked to ``remove``, carry it out. Raises StoreError."""
-    inventory = take_inventory(store)
-    plan = plan_gc(roots(), inventory, min_age_s)
-    return plan, execute(store, plan, roots) if remove else None
+def plan_collection(store: Store, roots: Callable[[], Roots], min_age_s: float = MIN_AGE_S) -> GcPlan:
+    """What a collection would remove (`execute` does it). Changes nothing. Raises StoreError."""
+    inventory = take_inventory(store)  # before the roots are read: what is made between the two stands in no list
+    return plan_gc(roots(), inventory, min_age_s)
 
 
 def take_inventory(store: Store) -> Inventory:

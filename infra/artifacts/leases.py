@@ -281,7 +281,6 @@ def holding(
     takeover: str | None = None,
     expiry_s: float = EXPIRY_S,
     beat_s: float | None = None,
-    claim: str = "",
 ) -> Iterator[Lease | None]:
     """Hold a key while the block runs, a thread beating every ``beat_s`` (a sixth of the expiry); None if it is taken.
 
@@ -289,7 +288,7 @@ def holding(
     go on: what it publishes is put-if-absent. Raises StoreError if the store fails while acquiring; a release that
     fails leaves a lease that expires.
     """
-    lease = try_acquire(store, key, new_owner(), takeover, expiry_s, claim=claim)
+    lease = try_acquire(store, key, new_owner(), takeover, expiry_s)
     if lease is None:
         yield None
         return

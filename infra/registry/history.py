@@ -14,14 +14,14 @@ from infra.store.layout import RESULTS, run_file
 from infra.store.s3 import Store
 
 
-def results_of_runs(store: Store, suite: str, limit: int = 10) -> Iterator[bytes]:
-    """results.json of the suite's finished runs as stored, the latest first. Raises RegistryError, StoreError."""
+def results_of_runs(store: Store, suite: str) -> Iterator[bytes]:
+    """results.json of the suite's ten latest finished runs, the latest first. Raises RegistryError, StoreError."""
     mlflow = client()
     with asking(f"list the runs of {suite!r}"):
         experiment = mlflow.get_experiment_by_name(suite)
         runs = [] if experiment is None else mlflow.search_runs(
             [experiment.experiment_id], "tags.kind = 'pipeline' and attributes.status = 'FINISHED'",
-            max_results=limit, order_by=["attributes.start_time DESC"],
+            max_results=10, order_by=["attributes.start_time DESC"],
         )  # fmt: skip
     for run in runs:
         found = store.get_with_etag(run_file(run.info.run_id, RESULTS))

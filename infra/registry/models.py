@@ -12,7 +12,6 @@ import json
 import tempfile
 import uuid
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -173,26 +172,10 @@ def numbered(description: str, version: int | str) -> str:
     return description.replace(VERSION_MARK, str(version))
 
 
-def registered_versions(wanted: Mapping[str, tuple[str, str]]) -> dict[str, str]:
-    """``models:/<name>/<version>`` of each registered name whose (key, digest) is registered; the others are left out.
-
-    Of several versions of one key and digest the first is meant. Raises RegistryError.
-    """
-    mlflow = client()
-
-    def find(name: str) -> ModelVersion | None:
-        key, digest = wanted[name]
-        return _first(mlflow, key, {DIGEST_TAG: digest}, name)
-
-    with asking("look for registered versions"), ThreadPoolExecutor(max_workers=8) as pool:
-        found = dict(zip(wanted, pool.map(find, wanted), strict=True))
-    return {name: f"models:/{name}/{version.version}" for name, version in found.items() if version is not None}
-
-
 def registered_as(key: str, digest: str) -> str | None:
     """``models:/<name>/<version>`` of an artifact, whatever its name; the first of several. Raises RegistryError."""
     with asking("look for a registered version"):
-        found = _first(client(), key, {DIGEST_TAG: digest})
+        found = next(iter(_with(client(), key, {DIGEST_TAG: digest})), None)
     return f"models:/{found.name}/{found.version}" if found else None
 
 
@@ -279,11 +262,7 @@ def _find(mlflow: MlflowClient, model: Registration) -> ModelVersion | None:
     return next((version for version in found if has_files(version.source or "")), None)
 
 
-def _first(mlflow: MlflowClient, key: str, tags: Mapping[str, str], name: str | None = None) -> ModelVersion | None:
-    return next(iter(_with(mlflow, key, tags, name)), None)
-
-
-def _with(mlflow: MlflowClient, key: str, tags: Mapping[str, str], name: str | None) -> list[ModelVersion]:
+def _with(mlflow: MlflowClient, key: str, tags: Mapping[str, str], name: str | None = None) -> list[ModelVersion]:
     """The versions of this key that are ready and have these tags, the first one first; of the named model, or of
     any."""
     named = f"name = '{_quoted(name)}' and " if name else ""

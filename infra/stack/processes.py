@@ -148,12 +148,12 @@ def choose_ports(wanted: Mapping[str, int], paired: frozenset[str], taken: Itera
     return chosen
 
 
-def tail(log: Path, lines: int = 25) -> str:
-    """The last lines of a log file, or a note that there are none."""
+def tail(log: Path) -> str:
+    """The last 25 lines of a log file, or a note that there are none."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, os.path.getsize(log) - 16384))
             text = file.read().decode(errors="replace")
     except OSError:
         return "(no log)"
-    return "\n".join(text.splitlines()[-lines:]) or "(the log is empty)"
+    return "\n".join(text.splitlines()[-25:]) or "(the log is empty)"

@@ -217,13 +217,13 @@ class Join:
         shapes = dict(sorted(shapes.items()))
         return Join(spec, expected, tuple(seen), shapes, list(shapes), opened, reference)
 
-    def tensors(self, depth: int = 2) -> Generator[JoinedTensor]:
+    def tensors(self) -> Generator[JoinedTensor]:
         """Each tensor, by name. In memory are the joined statistics, the child's that is being added and
-        those that threads read ahead (`depth` at most)."""
+        those that threads read ahead."""
         holders = {name: [c for c in self._children if _has(c.names, name)] for name in self.names}
         references: deque[_Once[SparseTensor | None]] = deque()
         spec = self.spec
-        with closing(prefetch(self._loads(holders, references), depth)) as loaded:
+        with closing(prefetch(self._loads(holders, references))) as loaded:
             for name, having in holders.items():
                 entries = sum(child.count(name) for child in having)
                 total = Accumulator(self.shapes[name], spec.statistics, len(self.experts), entries, spec.weighted)

@@ -126,24 +126,21 @@ def reduce_node(
     out: Path,
     base_sha256: str | None = None,
     reference: DeltaReader | None = None,
-    progress: Progress | None = None,
 ) -> NodeInfo:
     """Join the children, in their order, into the statistics file `out`.
 
     `base_sha256` is the base they must be made for (default: the first child's); `reference` the merged adapter that
-    the reduction's lift reads. `progress(done, all)` is called after each tensor. Raises MergeError for inputs that do
-    not fit together, AdapterError for corrupted adapters; leaves no file behind then.
+    the reduction's lift reads. Raises MergeError for inputs that do not fit together, AdapterError for corrupted
+    adapters; leaves no file behind then.
     """
     join = Join.open(children, spec, base_sha256, reference)
     meta = NodeMeta.of(spec, join.base_sha256, join.experts)
     positions = 0
     shapes = {name: join.shapes[name] for name in join.names}
     with StatisticsWriter(out, meta, shapes) as writer, closing(join.tensors()) as tensors:
-        for done, tensor in enumerate(tensors, 1):
+        for tensor in tensors:
             writer.add(tensor.name, tensor.statistics)
             positions += tensor.statistics.indices.numel()
-            if progress:
-                progress(done, len(join.names))
         writer.close()
     return NodeInfo(join.experts, len(join.names), positions, Path(out).stat().st_size)
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from infra.artifacts.announcements import Registered, RootReader
-from infra.artifacts.gc import GcOutcome, collect, execute
+from infra.artifacts.gc import GcOutcome, execute, plan_collection
 from infra.artifacts.gc_plan import GcPlan, summary
 from infra.ending import message
 from infra.errors import ConfigError
@@ -49,7 +49,7 @@ def gc(keep_days: float | None, min_age_hours: float, forget_unknown_runs: bool,
             store.check()  # which writes
         runs.check()
         roots = _roots(store, rule, console)
-        plan, _ = collect(store, roots, rule.min_age_s)
+        plan = plan_collection(store, roots, rule.min_age_s)
     except Exception as error:
         _fail(console, error, 2)
     if plan.removals or plan.spared:

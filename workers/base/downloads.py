@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -219,8 +218,3 @@ def _unfetched(folder: Path) -> list[str]:
     except (ValueError, KeyError, AttributeError, TypeError):
         return []  # told by whoever reads the checkpoint
     return sorted(shard for shard in listed if isinstance(shard, str) and not (folder / shard).is_file())
-
-
-def free_bytes(path: Path) -> int:
-    """Free space of the file system that holds `path`."""
-    return shutil.disk_usage(path).free

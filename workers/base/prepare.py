@@ -121,17 +121,6 @@ def read_base(path: Path) -> PreparedBase:
         raise BaseModelError(f"base {path}: incomplete ({error}); remove the folder and run again") from error
 
 
-def verify_base(path: Path) -> PreparedBase:
-    """Like `read_base`, but re-reads every byte: file checksums and the identity."""
-    prepared = read_base(path)
-    for name, file in json.loads((path / IDENTITY).read_text())["files"].items():
-        if file_sha256(path / name) != file["sha256"]:
-            raise BaseModelError(f"base {path}: {name} fails its checksum; remove the folder and run again")
-    if not is_identified(path, prepared.sha256):
-        raise BaseModelError(f"base {path}: its contents are not {prepared.sha256}; remove the folder and run again")
-    return prepared
-
-
 # -- preparation --
 
 

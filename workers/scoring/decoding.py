@@ -19,7 +19,6 @@ from torch.nn.functional import pad
 
 from infra.errors import ConfigError
 from workers.scoring.reach import accepts, reach, rotary_reach
-from workers.text.prompt import tokenize
 
 _STATES = ("past_key_values", "cache_params", "state")
 """What models call what they keep of a text that they have read."""
@@ -250,19 +249,3 @@ def generate_ids(
         for i, ids in zip(rows, answers, strict=True):
             made[i] = ids
     return made
-
-
-def generate(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    batch_size: int = 24,
-    prefix: str | None = None,
-) -> list[str]:
-    """Greedy answers to rendered prompts, special tokens removed. `prefix` stands before every prompt and runs once."""
-    ids = [tokenize(tokenizer, prompt) for prompt in prompts]
-    made = generate_ids(
-        model, tokenizer, ids, max_new_tokens, batch_size, tokenize(tokenizer, prefix) if prefix else ()
-    )
-    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in made]

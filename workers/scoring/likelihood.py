@@ -32,7 +32,6 @@ from workers.text.prompt import (
     encode_prompt,
     encode_target,
     few_shot_ids,
-    tokenize,
 )
 from workers.text.rows import Row
 
@@ -65,18 +64,6 @@ class EvaluationResult:
     scores: tuple[float, ...]
     outputs: tuple[str, ...]
     format_free: tuple[float, ...]
-
-    @property
-    def n(self) -> int:
-        return len(self.scores)
-
-    @property
-    def mean(self) -> float:
-        return sum(self.scores) / max(1, self.n)
-
-    @property
-    def format_free_mean(self) -> float:
-        return sum(self.format_free) / max(1, self.n)
 
 
 @torch.inference_mode()
@@ -193,21 +180,6 @@ def _option_batch(
     for (row, option, _, _), value in zip(reads, picked.tolist(), strict=True):
         sums[row][option] += value
     return sums
-
-
-def option_logprobs(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    options: Sequence[Sequence[str]],
-    length_normalised: bool = False,
-    prefix: str | None = None,
-    batch_size: int = 24,
-) -> list[list[float]]:
-    """`option_logprobs_ids` for rendered prompts, with an optional prefix text before all of them."""
-    ids = [tokenize(tokenizer, prompt) for prompt in prompts]
-    before = tokenize(tokenizer, prefix) if prefix else ()
-    return option_logprobs_ids(model, tokenizer, ids, options, length_normalised, batch_size, before)
 
 
 def answer_rows(model: Any, tokenizer: Any, rows: Sequence[Row], spec: EvaluateSpec, batch_size: int = 24) -> list[str]:

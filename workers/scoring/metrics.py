@@ -146,9 +146,9 @@ def drawn_label_scores(scores: LabelScores, draws: NDArray[np.int64]) -> NDArray
 
 
 def bootstrap_interval(
-    task_row_scores: Sequence[Sequence[float] | LabelScores], seed: int, n: int = 2000, level: float = 0.95
+    task_row_scores: Sequence[Sequence[float] | LabelScores], seed: int, n: int = 2000
 ) -> tuple[float, float]:
-    """Percentile interval of the mean of task scores, rows resampled within each task (tasks are taken as given).
+    """95 % percentile interval of the mean of task scores, rows resampled within each task (tasks are taken as given).
 
     A task is the scores of its rows, whose mean is its score, or labels, whose metric is computed anew from each
     resample. Returns (low, high), equal when every row scores the same. ConfigError if there is no task or a task has
@@ -164,6 +164,6 @@ def bootstrap_interval(
             total += drawn_label_scores(rows, draws)
         else:
             total += np.asarray(rows, dtype=np.float64)[draws].mean(axis=1)
-    tail = (1.0 - level) / 2.0
+    tail = (1.0 - 0.95) / 2.0
     low, high = np.quantile(total / len(task_row_scores), [tail, 1.0 - tail])
     return float(low), float(high)

@@ -50,11 +50,6 @@ class TensorReader:
         except TensorFileError as error:
             raise self.bad(str(error)) from None
 
-    @property
-    def data_range(self) -> tuple[int, int]:
-        """First byte of the data and the end of the file: the pieces, without gaps."""
-        return self._data, self.source.size
-
     def piece(self, name: str) -> Piece:
         """The entry of that name. Raises the file's error where there is none."""
         if name not in self.pieces:

@@ -135,20 +135,17 @@ def encode_target(
     return ids if max_tokens is None else ids[:max_tokens]
 
 
-def encode_example(
-    tokenizer: Any, spec: PromptSpec, row: Row, target_index: int = 0, max_target_tokens: int | None = None
-) -> Example:
-    """Prompt and one of the row's targets (`target_index` modulo their number), tokenised apart and joined."""
+def encode_example(tokenizer: Any, spec: PromptSpec, row: Row, max_target_tokens: int | None = None) -> Example:
+    """Prompt and the row's first target, tokenised apart and joined."""
     prompt = encode_prompt(tokenizer, spec, row)
-    answer = row.targets[target_index % len(row.targets)]
-    target = encode_target(tokenizer, answer, max_target_tokens, answer_end(tokenizer, spec))
+    target = encode_target(tokenizer, row.targets[0], max_target_tokens, answer_end(tokenizer, spec))
     return Example(tuple(prompt + target), len(prompt))
 
 
 def encode_examples(
     tokenizer: Any, spec: PromptSpec, rows: Sequence[Row], max_target_tokens: int | None = None
 ) -> list[Example]:
-    """Every row with its first target as `encode_example` gives it, tokenised together."""
+    """Every row as `encode_example` gives it, tokenised together."""
     texts = truncate_all(tokenizer, [row.input for row in rows], spec.max_input_tokens)
     prompts = rendered_ids_all(
         tokenizer, [pieces(spec, text, row.options) for text, row in zip(texts, rows, strict=True)]
@@ -172,10 +169,10 @@ def few_shot_ids(tokenizer: Any, spec: PromptSpec, shots: Sequence[Row]) -> list
     return rendered_ids(tokenizer, turns)
 
 
-def target_token_cap(tokenizer: Any, rows: Sequence[Row], quantile: float = 0.95) -> int:
-    """Tokens (eos included) that hold the first target of `quantile` of the rows: the default `max_new_tokens`."""
+def target_token_cap(tokenizer: Any, rows: Sequence[Row]) -> int:
+    """Tokens (eos included) that hold the first target of 95 % of the rows: the default `max_new_tokens`."""
     lengths = sorted(len(ids) + 1 for ids in literal_ids_all(tokenizer, [row.targets[0] for row in rows]))
-    return lengths[max(0, math.ceil(quantile * len(lengths)) - 1)] if lengths else 1
+    return lengths[max(0, math.ceil(0.95 * len(lengths)) - 1)] if lengths else 1
 
 
 def length_bucketed_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -24,7 +24,6 @@ from infra.registry.models import (
     Registration,
     has_files,
     register,
-    registered_versions,
     split_place,
 )
 from infra.registry.versions import find_version, lineage_of
@@ -261,21 +260,6 @@ def test_a_model_without_lineage_has_none(adapter: RegisteredAdapter) -> None:
     registered = find_version(adapter.name, version)
     assert registered is not None
     assert lineage_of(registered) is None
-
-
-def test_versions_of_keys(adapter: RegisteredAdapter) -> None:
-    other = replace(adapter, name=f"{adapter.name}-other", task="other")
-    register(adapter)
-    register(replace(adapter, digest="4" * 64))
-    register(replace(adapter, key="6" * 64))
-    register(other)
-    assert registered_versions({adapter.name: ("1" * 64, "4" * 64), other.name: ("1" * 64, "2" * 64)}) == {
-        adapter.name: f"models:/{adapter.name}/2",
-        other.name: f"models:/{other.name}/1",
-    }
-    wanted = {adapter.name: ("6" * 64, "2" * 64), other.name: ("6" * 64, "2" * 64), "tests.none": ("1" * 64, "2" * 64)}
-    assert registered_versions(wanted) == {adapter.name: f"models:/{adapter.name}/3"}
-    assert registered_versions({}) == {}
 
 
 @pytest.mark.parametrize(

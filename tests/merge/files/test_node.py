@@ -252,9 +252,9 @@ def test_the_stream_writer_guards_its_header(tmp_path):
     for source in (Memory((tmp_path / "f").read_bytes()), FileSource(tmp_path / "f")):
         reader = TensorReader(source, damaged("f"))
         assert torch.equal(reader.read("w"), torch.ones(2, 3, dtype=torch.bfloat16))
-        assert (
-            b"".join(reader.chunks(*reader.data_range)) == torch.ones(6).bfloat16().view(torch.uint8).numpy().tobytes()
-        )
+        piece = reader.piece("w")
+        data = b"".join(reader.chunks(piece.start, piece.end))
+        assert data == torch.ones(6).bfloat16().view(torch.uint8).numpy().tobytes()
     assert reader.metadata == {"a": "b"}
     assert torch.equal(reader.read("w"), torch.ones(2, 3, dtype=torch.bfloat16))
     with pytest.raises(MergeError, match="no entry"):
@@ -283,7 +283,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path):
     with pytest.raises(MergeError, match="asked for 400 bytes, got 390"):
         reader.read("w")
     with pytest.raises(MergeError, match="ends at byte"):
-        list(reader.chunks(*reader.data_range))
+        list(reader.chunks(reader.piece("w").start, reader.piece("w").end))
 
 
 class _Counting:

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from infra.errors import BaseModelError, DataError, TensorFileError
 from tests.workers import tiny
 from workers.base import downloads
+from workers.base.identity import is_identified
 from workers.base.load import load_model, load_tokenizer, weights_file
-from workers.base.prepare import fetch_base, prepare_base, upload_base, verify_base
+from workers.base.prepare import fetch_base, prepare_base, read_base, upload_base
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,8 @@ def test_shared_through_the_store_once(prepared, tmp_path: Path) -> None:
     upload_base(store, prepared)
     assert store.uploads == uploads
     path = fetch_base(store, prepared.sha256, tmp_path / "node")
-    assert verify_base(path).name == prepared.name
+    assert read_base(path).name == prepared.name
+    assert is_identified(path, prepared.sha256)
     store.data.clear()
     assert fetch_base(store, prepared.sha256, tmp_path / "node") == path
     assert fetch_base(store, prepared.sha256, tmp_path / "cache") == prepared.path
@@ -132,7 +134,7 @@ def test_damage_is_noticed(prepared, tmp_path: Path) -> None:
     weights = prepared.path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
     with pytest.raises(BaseModelError, match=r"model\.safetensors"):
-        verify_base(prepared.path)
+        read_base(prepared.path)
 
 
 def test_sources_are_refused_with_a_reason(tmp_path: Path, checkpoint: Path) -> None:

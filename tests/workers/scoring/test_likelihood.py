@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from infra.errors import ConfigError, DataError
-from workers.scoring.decoding import batches, by_length, generate, generate_ids
-from workers.scoring.likelihood import EvaluateSpec, answer_rows, evaluate_rows, option_logprobs
+from workers.scoring.decoding import batches, by_length, generate_ids
+from workers.scoring.likelihood import EvaluateSpec, answer_rows, evaluate_rows, option_logprobs_ids
 from workers.text.prompt import encode_target, tokenize
 from workers.text.rows import Row
 
@@ -42,8 +42,6 @@ def test_greedy_equals_transformers_one_row_at_a_time(model, tokenizer, prefix: 
         expected.append(made[: made.index(2)] if 2 in made else made)
     ids = [tokenize(tokenizer, prompt) for prompt in PROMPTS]
     assert generate_ids(model, tokenizer, ids, 12, batch_size, tokenize(tokenizer, prefix)) == expected
-    texts = generate(model, tokenizer, PROMPTS, 12, batch_size, prefix or None)
-    assert texts == [tokenizer.decode(made, skip_special_tokens=True) for made in expected]
 
 
 def test_the_prompts_above_run_in_several_passes(tokenizer) -> None:
@@ -69,7 +67,8 @@ def test_rows_that_end_early_leave_the_batch(model, tokenizer) -> None:
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_options_equal_full_sequences(model, tokenizer, prefix: str, normalised: bool, batch_size: int) -> None:
-    scores = option_logprobs(model, tokenizer, PROMPTS, OPTIONS, normalised, prefix or None, batch_size)
+    prompts, first = [tokenize(tokenizer, prompt) for prompt in PROMPTS], tokenize(tokenizer, prefix)
+    scores = option_logprobs_ids(model, tokenizer, prompts, OPTIONS, normalised, batch_size, first)
     for prompt, options, row in zip(PROMPTS, OPTIONS, scores, strict=True):
         before = tokenize(tokenizer, prefix) + tokenize(tokenizer, prompt)
         for option, score in zip(options, row, strict=True):
@@ -109,7 +108,7 @@ def test_an_option_does_not_win_by_being_the_beginning_of_another(tokenizer, sho
 def test_evaluate_text_choice_and_format_free(model, tokenizer) -> None:
     rows = [Row(str(at), f"w{at}w3", ("w1w2",), ("w1w2", "w5")) for at in range(5)]
     choice = evaluate_rows(model, tokenizer, rows, EvaluateSpec("choice_accuracy", wrapper=tiny.WRAPPER))
-    assert choice.n == 5
+    assert len(choice.scores) == 5
     assert choice.format_free == choice.scores
     assert all((output == "w1w2") == bool(score) for output, score in zip(choice.outputs, choice.scores, strict=True))
     text = evaluate_rows(model, tokenizer, rows, EvaluateSpec("exact_match", wrapper=tiny.WRAPPER, max_new_tokens=4))
@@ -119,8 +118,9 @@ def test_evaluate_text_choice_and_format_free(model, tokenizer) -> None:
     spec = EvaluateSpec("rouge_l", wrapper=tiny.WRAPPER, max_new_tokens=4, few_shot=shots)
     shown = evaluate_rows(model, tokenizer, open_rows, spec)
     assert shown.format_free == shown.scores
-    answers = generate(model, tokenizer, [f"<s>{row.input}</s>" for row in rows], 4, prefix="<s>w8</s>w9</s>\n")
-    assert list(shown.outputs) == answers
+    prompts, before = [tokenize(tokenizer, f"<s>{row.input}</s>") for row in rows], "<s>w8</s>w9</s>\n"
+    answers = generate_ids(model, tokenizer, prompts, 4, prefix_ids=tokenize(tokenizer, before))
+    assert list(shown.outputs) == [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
 
 @pytest.mark.parametrize("batch_size", [2, 24])
@@ -146,6 +146,6 @@ def test_refusals(model, tokenizer) -> None:
     with pytest.raises(ConfigError, match="bleu"):
         evaluate_rows(model, tokenizer, [row], EvaluateSpec("bleu", wrapper=tiny.WRAPPER))
     with pytest.raises(DataError, match="token"):
-        option_logprobs(model, tokenizer, ["w1"], [["w1", ""]])
+        option_logprobs_ids(model, tokenizer, [[4]], [["w1", ""]])
     with pytest.raises(ConfigError, match="max_new_tokens"):
-        generate(model, tokenizer, ["w1"], 0)
+        generate_ids(model, tokenizer, [[4]], 0)
