@@ -1,4 +1,4 @@
-"""Keys of experts and scores: the one place that says what is in them and what is not. Those of merges:
+"""Keys of experts, refined merges and scores: the one place that says what is in them and what is not. Those of merges:
 `merge.tree.keys`.
 
 In a key: base identity, data fingerprints, prompt, mask, optimisation, compute dtype, seed, algorithm versions and the
@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from infra.artifacts.manifests import Recipe, canonical_json
+from merge.modelled.refining import REFINE_VERSION
 from pipeline.config.expert_kinds import EXPERT_KINDS, derived_seed, mask_spec
 from pipeline.config.model import PipelineConfig, TrainConfig
+from pipeline.config.refine import RefineConfig
 from pipeline.data.tasks import TaskData
+from workers.masks.spec import MaskSpec
 from workers.measuring.catalogue import MEASUREMENTS
 from workers.measuring.file import IMPORTANCE_FILE_VERSION
 from workers.scoring.classification import CLASSIFICATION_VERSION, ClassifySpec
@@ -97,6 +100,62 @@ def expert_recipe(config: PipelineConfig, base_sha256: str, data: TaskData, supp
     if config.objective == "classification":
         body |= {"labels": list(data.labels), "classification_version": CLASSIFICATION_VERSION}
     return Recipe("expert", TRAIN_VERSION, body, (support,) if support else ())
+
+
+def refine_mask(config: PipelineConfig) -> MaskSpec:
+    """Which positions refining trains where they are fresh: with a seed of their own, selected once."""
+    refine = refine_of(config)
+    mask = (refine.mask or config.mask).model_copy(update={"reselect_every": None, "reselect_rounds": None})
+    return mask.spec(derived_seed(_refine_seed(config), "refine", "mask"))
+
+
+def refine_train(config: PipelineConfig, steps: int) -> TrainSpec:
+    """The optimisation of a refined merge. No more rows run at a time than in an expert's training."""
+    refine, train = refine_of(config), config.train
+    rows = refine.rows_per_task * len(config.held_in)
+    return TrainSpec(
+        steps=steps,
+        batch_size=rows,
+        learning_rate=refine.learning_rate,
+        weight_decay=train.weight_decay,
+        warmup_ratio=train.warmup_ratio,
+        schedule=train.schedule,
+        clip_norm=train.clip_norm,
+        validate_every=None,
+        seed=derived_seed(_refine_seed(config), "refine", "rows"),
+        micro_batch_size=min(rows, train.micro_batch_size or train.batch_size),
+    )
+
+
+def refine_recipe(
+    config: PipelineConfig, base_sha256: str, tasks: Mapping[str, TaskData], steps: int, start: str
+) -> Recipe:
+    """A refined merge is a function of the merge (`start`: its key), the training rows and prompts of all held-in
+    tasks, the positions and the optimisation."""
+    refine = refine_of(config)
+    body = {
+        "base": base_sha256,
+        "tasks": [pooled(config, tasks[name]) for name in pooled_order(config, tasks)],
+        "max_target_tokens": config.prompt.max_target_tokens,
+        "rows_per_task": refine.rows_per_task,
+        "support": refine.support,
+        "mask": _plain(refine_mask(config)),
+        "train": _plain(refine_train(config, steps)),
+        "compute_dtype": refine.compute_dtype,
+        "train_version": TRAIN_VERSION,
+    }
+    return Recipe("refined", REFINE_VERSION, body, (start,))
+
+
+def refine_of(config: PipelineConfig) -> RefineConfig:
+    """The section of a configuration that refines."""
+    assert config.refine is not None
+    return config.refine
+
+
+def _refine_seed(config: PipelineConfig) -> int:
+    own = refine_of(config).seed
+    return config.seed if own is None else own
 
 
 def measured_rows(config: PipelineConfig, data: TaskData) -> int:

@@ -19,7 +19,7 @@ from infra.store.s3 import ObjectInfo
 from pipeline.flow.context import Flow
 from pipeline.flow.queries import Registry
 from pipeline.flow.run import run
-from pipeline.flow.steps import KINDS, SUPPORT, expert_step, support_step
+from pipeline.flow.steps import KINDS, REFINED, SUPPORT, expert_step, support_step
 from pipeline.records.outcome import Inputs, Outcome
 from pipeline.report.display import Display
 
@@ -76,6 +76,7 @@ def forecast(
         counts={
             kind: Count(tally.made[kind], tally.reused[kind], kind in doubtful and tally.made[kind] > 0)
             for kind in KINDS
+            if kind != REFINED or inputs.config.refine is not None
         },
         stale=tuple(task for task in inputs.config.held_in if outcome.experts[task].key in engine.lacking),
         found=tuple(engine.found),

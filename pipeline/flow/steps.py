@@ -4,12 +4,14 @@ The one place that knows how a configuration becomes work; plans, announcements 
 are `merge.tree.reduction`'s. What is in a key is `pipeline.flow.recipes`' business.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from infra.artifacts.manifests import Manifest
 from infra.engine.step import Needs, Step
 from merge.methods.specs import Candidate
 from merge.modelled.job import ModelledJob
+from merge.modelled.refining import RefineJob
 from merge.tree.export import export_job
 from merge.tree.jobs import Ref
 from merge.tree.keys import modelled_recipe
@@ -20,6 +22,7 @@ from pipeline.data.tasks import TaskData
 from pipeline.flow import recipes
 from pipeline.gate.opponent import Opponent
 from pipeline.records.outcome import Inputs
+from pipeline.records.refined import Refined
 from workers.jobs.evaluator import EvaluationJob
 from workers.jobs.expert import ExpertJob
 from workers.jobs.measurement import MeasurementJob, TrainingRows
@@ -28,12 +31,13 @@ from workers.scoring.classification import ClassifySpec
 from workers.scoring.likelihood import EvaluateSpec
 from workers.text.prompt import PromptSpec
 
-SUPPORT, EXPERTS, MEASUREMENTS, EVALUATIONS, CHECKPOINTS = (
-    "support", "experts", "importances", "evaluations", "checkpoints",
+SUPPORT, EXPERTS, MEASUREMENTS, REFINED, EVALUATIONS, CHECKPOINTS = (
+    "support", "experts", "importances", "refined", "evaluations", "checkpoints",
 )  # fmt: skip
 REGISTRATIONS = "registrations"
 KINDS = (
-    SUPPORT, EXPERTS, MEASUREMENTS, "merge_nodes", "merges", "task_masks", EVALUATIONS, CHECKPOINTS, REGISTRATIONS,
+    SUPPORT, EXPERTS, MEASUREMENTS, "merge_nodes", "merges", "task_masks", REFINED, EVALUATIONS, CHECKPOINTS,
+    REGISTRATIONS,
 )  # fmt: skip
 """What is counted, in the order of a run. Merge nodes count the roots too, and merges what roots are lowered to."""
 
@@ -52,9 +56,7 @@ def support_step(inputs: Inputs) -> Step | None:
     job = SupportJob(
         recipe=recipe,
         base_sha256=inputs.base.sha256,
-        tasks=tuple(
-            PooledTask(tasks[name].object_name("train"), recipes.prompt_spec(config, tasks[name])) for name in order
-        ),
+        tasks=pooled_tasks(inputs),
         max_target_tokens=config.prompt.max_target_tokens,
         mask=mask_spec(config, "shared"),
         batch_size=config.train.micro_batch_size or config.train.batch_size,
@@ -157,6 +159,50 @@ def modelled_step(inputs: Inputs, candidate: Candidate, reference: Ref) -> Step:
     )
     needs = Needs("evaluator", base=inputs.base.sha256)
     return Step(MERGES, f"merge {candidate}", (job.recipe,), job.inputs, job, needs, "adapter")
+
+
+def refine_step(inputs: Inputs, refined: Refined, start: Manifest, experts: Mapping[str, Manifest]) -> Step:
+    """Train on from the merge `start` of these experts."""
+    config, tasks = inputs.config, inputs.tasks
+    refine, train = recipes.refine_of(config), recipes.refine_train(config, refined.steps)
+    rows = train.steps * train.batch_size
+    own = (recipes.train_spec(config, tasks[name]) for name in config.held_in)
+    job = RefineJob(
+        name=str(refined),
+        recipe=recipes.refine_recipe(config, inputs.base.sha256, tasks, refined.steps, start.key),
+        base_sha256=inputs.base.sha256,
+        base_weights=inputs.base_weights,
+        candidate=refined.start,
+        start=Ref.of(start),
+        inputs={each.key: each.digest for each in (start, *(experts[name] for name in config.held_in))},
+        tasks=pooled_tasks(inputs),
+        max_target_tokens=config.prompt.max_target_tokens,
+        rows_per_task=refine.rows_per_task,
+        support=refine.support,
+        mask=recipes.refine_mask(config),
+        train=train,
+        compute_dtype=refine.compute_dtype,
+        recompute=config.train.gradient_checkpointing,
+        save_every=config.train.checkpoint_every,
+        deterministic=config.train.deterministic,
+        about={
+            "steps": train.steps,
+            "rows": rows,
+            "share": rows / sum(spec.steps * spec.batch_size for spec in own),
+            "start": start.key,
+        },
+        experts=tuple(sorted(config.held_in)),
+    )
+    return Step(REFINED, f"refine {refined}", (job.recipe,), job.inputs, job, Needs("refine"), "adapter")
+
+
+def pooled_tasks(inputs: Inputs) -> tuple[PooledTask, ...]:
+    """Training rows and prompts of all held-in tasks, in the order in which keys have them."""
+    config, tasks = inputs.config, inputs.tasks
+    return tuple(
+        PooledTask(tasks[name].object_name("train"), recipes.prompt_spec(config, tasks[name]))
+        for name in recipes.pooled_order(config, tasks)
+    )
 
 
 def base_models(config: PipelineConfig) -> tuple[tuple[str, int], ...]:

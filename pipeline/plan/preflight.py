@@ -36,6 +36,7 @@ from pipeline.plan.check_base import (
     settle_prompt,
     training_lengths,
 )
+from pipeline.plan.check_refine import RefineNeed, check_refine_room, check_refine_rows, refine_need
 from pipeline.plan.cluster import slots_of
 from pipeline.plan.figures import given, needed, there_is
 from pipeline.plan.node_memory import largest_node
@@ -80,6 +81,7 @@ class Cost:
     kind_bytes: Mapping[str, int]
     """Bytes in the object store by kind of artifact, and of the base."""
     cache_bytes: int
+    refine: RefineNeed | None = None
 
     @property
     def store_bytes(self) -> int:
@@ -177,6 +179,7 @@ def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Pr
     config = settle_prompt(config, base, console)
     console.print(f"{len(config.held_in)} held-in and {len(config.held_out)} held-out tasks", highlight=False)
     tasks = _load_tasks(config, base, console)
+    check_refine_rows(config, tasks)
     for name, count in learned_elsewhere(tasks, config.held_in).items():
         text = f"{count} of its {len(tasks[name].splits['test'])} test rows are training rows of another held-in task"
         console.print(f"warning: {name}: {text}, so a merge knows them", style="yellow", highlight=False, markup=False)
@@ -247,20 +250,24 @@ def expected_cost(
     trainable, adapted, state_bytes = _trained(config, model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tokenizer = None if lengths else base_tokenizer(config, base)
-    tokens, longest = {}, 0
+    tokens, means, longest = {}, {}, 0
     for name in config.held_in:
         data = tasks[name]
         sizes = lengths[name] if lengths else training_lengths(config, tokenizer, data)
         train = train_spec(config, data)
-        tokens[name] = round(train.steps * train.batch_size * sum(sizes) / len(sizes))
+        means[name] = sum(sizes) / len(sizes)
+        tokens[name] = round(train.steps * train.batch_size * means[name])
         longest = max(longest, *sizes)
     width = torch.finfo(getattr(torch, config.train.compute_dtype)).bits // 8
     hidden, inner, layers = _sizes(model)
     one_layer = 8 * hidden + 4 * inner
     saved = layers * hidden + one_layer if config.train.gradient_checkpointing else layers * one_layer
     rows = min(config.train.micro_batch_size or config.train.batch_size, config.train.batch_size)
-    activations = rows * longest * saved * width + (0 if classifies else 2 * 4 * CHUNK_LOGITS)
-    worker = PROCESS_GIB * GIB + parameters * width + state_bytes + activations
+
+    def activations(width: int) -> int:
+        return rows * longest * saved * width + (0 if classifies else 2 * 4 * CHUNK_LOGITS)
+
+    worker = PROCESS_GIB * GIB + parameters * width + state_bytes + activations(width)
     everywhere = EXPERT_KINDS[config.expert].everywhere
     union = adapted * (1 if everywhere else 1 - (1 - config.mask.density) ** len(config.held_in))
     listed = list_candidates(config).all
@@ -279,9 +286,15 @@ def expected_cost(
         "merges": merges,
         "checkpoints": parameters * 4 if config.merge.export else 0,
     }
+    refining = None
+    if config.refine is not None:
+        dense = everywhere or any(METHODS[candidate.method].matrix for candidate in listed)
+        changed = adapted if dense else round(union)
+        refining = refine_need(config, model, means, changed, PROCESS_GIB * GIB, activations)
+        stored["refined"] = refining.file_bytes * config.refine.merges * len(config.refine.steps)
     kind_bytes = {kind: int(size) for kind, size in stored.items()}
     cache_bytes = parameters * (2 + width) + merges
-    return Cost(trainable, adapted, parameters, tokens, int(worker), kind_bytes, int(cache_bytes))
+    return Cost(trainable, adapted, parameters, tokens, int(worker), kind_bytes, int(cache_bytes), refining)
 
 
 def _sizes(model: Any) -> tuple[int, int, int]:
@@ -341,6 +354,8 @@ def check_room(config: PipelineConfig, cost: Cost) -> None:
             f"need {needed(cost.worker_bytes / GIB)} GiB; raise it to that, or lower train.batch_size or "
             "prompt.max_input_tokens"
         )
+    if cost.refine is not None:
+        check_refine_room(config, cost.refine)
     free = shutil.disk_usage(cache_dir()).free
     if free < cost.cache_bytes:
         raise FactoryError(

@@ -160,6 +160,8 @@ class Counts(Part):
     """Task masks of merges that need the task at inference."""
     checkpoints: int
     """Full checkpoints."""
+    refined: Maybe[int] = None
+    """Merges that were trained on; left out without `refine`."""
 
 
 class Seconds(Part):
@@ -171,6 +173,8 @@ class Seconds(Part):
     """Of all merge nodes and task masks together."""
     evaluate: float
     """Of all evaluations together."""
+    refine: Maybe[float] = None
+    """Of all trainings of merges together; left out where there was none."""
     total: float
     """From the start of the run to its end, report left out."""
 

@@ -8,7 +8,7 @@ from rich.text import Text
 from pipeline.records.merge_results import Chosen
 from pipeline.records.results import Results, scores
 from pipeline.records.seed_results import Spread
-from pipeline.report.candidates import parameters_text
+from pipeline.report.candidates import parameters_text, rows_text, steps_text
 from pipeline.report.gate import gate_lines
 from pipeline.report.rows import lost_lines
 
@@ -77,10 +77,11 @@ def _merge_lines(results: Results) -> list[str]:
     held_in, chosen = results.summary.held_in, results.chosen
     low, high = held_in.merged_interval
     params = parameters_text(chosen)
+    steps = f"{steps_text(chosen)} ({rows_text(chosen.refined)})" if chosen.refined is not None else ""
     retention = "undefined" if held_in.retention is None else f"{held_in.retention:.0%}"
     lines = [
-        f"chosen on validation: {chosen.method}{f' ({params})' if params else ''}; the merge keeps {retention} of "
-        f"the experts' gain (merged {held_in.merged:.3f}, 95 % interval {low:.3f} to {high:.3f})",
+        f"chosen on validation: {chosen.method}{f' ({params})' if params else ''}{steps}; the merge keeps "
+        f"{retention} of the experts' gain (merged {held_in.merged:.3f}, 95 % interval {low:.3f} to {high:.3f})",
         f"experts above base: {held_in.experts_above_base} of {len(results.held_in)}",
         "format-free scores, held-in: "
         + ", ".join(f"{model} {held_in.format_free[model]:.3f}" for model in ("base", "expert", "merged")),
@@ -123,10 +124,10 @@ def _more_lines(results: Results) -> list[str]:
 def _work_lines(results: Results) -> list[str]:
     """What was made and found, and how long that took."""
     made, reused = (
-        ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts)
+        ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts if count is not None)
         for counts in (results.made, results.reused)
     )
-    seconds = ", ".join(f"{name} {value:.0f}" for name, value in results.seconds)
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in results.seconds if value is not None)
     used = results.slot_utilisation
     busy = f"; {results.slots} slots {used:.0%} busy with experts" if used is not None else ""
     return [f"made:   {made}", f"reused: {reused}", f"seconds: {seconds}{busy}"]

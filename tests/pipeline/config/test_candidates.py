@@ -157,3 +157,13 @@ def test_the_plan_in_words() -> None:
     assert merge_plan(lora, list_candidates(lora)).endswith("where it equals mean")
     with pytest.raises(MergeError):
         list_candidates(config([{"method": "men"}]))
+
+
+def test_what_is_refined_is_told_and_there_must_be_so_many() -> None:
+    entries = [{"method": "mean"}, {"method": "magmax"}, {"method": "emr"}]
+    chosen = config(entries, refine={"merges": 2, "steps": [10, 40], "rows_per_task": 3})
+    plan = merge_plan(chosen, list_candidates(chosen))
+    assert "refining: the best 2 of them, each by 10, 40 steps of 6 training rows; 8 further validation scores" in plan
+    assert "refining" not in merge_plan(config(entries), list_candidates(config(entries)))
+    with pytest.raises(ConfigError, match=r"refine.merges is 3, but merge.candidates lists 2 that can be chosen"):
+        list_candidates(config(entries, refine={"merges": 3}))
