@@ -44,7 +44,9 @@ def main(path: str, steps: int, threads: int, padding_only: bool) -> None:
     pools = [encoded(config, tokenizer, tasks[name]) for name in pooled_order(config, tasks)]
     lengths = [[len(example.input_ids) for example in pool] for pool in pools]
     flat = [length for pool in lengths for length in pool]
-    spec = refine_train(config, 100)
+    refine = config.refine
+    assert refine is not None
+    spec = refine_train(config, refine, 100)
     size = spec.micro_batch_size or spec.batch_size
     cut = mixed_batches(lengths, 1, spec.steps, spec.seed, size)
     ways: dict[str, list[Batch]] = {
@@ -69,7 +71,7 @@ def main(path: str, steps: int, threads: int, padding_only: bool) -> None:
         reports: list[StepReport] = []
         short = replace(spec, steps=steps + 1)  # the first one warms up
         train_expert(
-            model, objective, examples, [], refine_mask(config), short,
+            model, objective, examples, [], refine_mask(config, refine), short,
             batches=batches[: steps + 1], on_step=reports.append,
         )  # fmt: skip
         ends = [report.seconds for report in reports]

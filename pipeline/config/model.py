@@ -16,7 +16,7 @@ from merge.tree.trie import DEFAULT_FAN_IN
 from pipeline.config.document import overridden, read_yaml, write_yaml
 from pipeline.config.errors import explain
 from pipeline.config.mask import MaskConfig
-from pipeline.config.refine import RefineConfig
+from pipeline.config.refine import RefineConfig, YardsticksConfig
 from pipeline.config.resources import GIB, ResourcesConfig, WorkerResources
 from pipeline.config.section import DType, Section
 from pipeline.data.encoding import text_of
@@ -241,6 +241,8 @@ class PipelineConfig(Section):
     """How experts are merged."""
     refine: RefineConfig | None = None
     """A few steps on rows of all held-in tasks from the best merges; null: merges are taken as they are."""
+    yardsticks: YardsticksConfig = YardsticksConfig()
+    """What the merge is held against in the report."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """How models are scored."""
     gate: GateConfig = GateConfig()
@@ -296,18 +298,20 @@ class PipelineConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _can_refine(self) -> Self:
-        if self.refine is None:
-            return self
-        if self.objective == "classification":
-            raise ValueError(
-                "refine trains one model on rows of all tasks, but in a classification every task has a head of its "
-                "own: remove refine"
-            )
-        if self.refine.rows_per_task > self.splits.train:
-            raise ValueError(
-                f"refine.rows_per_task is more than a task's training rows (splits.train): at most {self.splits.train}"
-            )
+    def _can_mix_tasks(self) -> Self:
+        for name, section in (("refine", self.refine), ("yardsticks.multitask", self.yardsticks.multitask)):
+            if section is None:
+                continue
+            if self.objective == "classification":
+                raise ValueError(
+                    f"{name} trains one model on rows of all tasks, but in a classification every task has a head of "
+                    f"its own: remove {name}"
+                )
+            if section.rows_per_task > self.splits.train:
+                raise ValueError(
+                    f"{name}.rows_per_task is more than a task's training rows (splits.train): at most "
+                    f"{self.splits.train}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Training on after the merge: the section `refine` of a configuration (docs/refining.md)."""
+"""Training on rows of all tasks: the sections `refine` and `yardsticks` of a configuration (docs/refining.md)."""
 
 from typing import Annotated, Literal, Self
 
@@ -47,3 +47,40 @@ class RefineConfig(Section):
         if self.mask is not None and self.mask.reselect_every:
             raise ValueError("positions are chosen once: remove mask.reselect_every")
         return self
+
+
+class MultitaskConfig(Section):
+    """One adapter for all tasks: what refining does, but from the base. Fields as in `refine`."""
+
+    steps: Positive | None = None
+    """Optimizer steps; null: as many as it takes to see as many rows as all experts together."""
+    rows_per_task: Positive = 1
+    """Training rows of each held-in task in every batch."""
+    learning_rate: Annotated[Number, Field(gt=0)] = 2e-3
+    """Peak learning rate of AdamW."""
+    mask: MaskConfig | None = None
+    """How its positions are chosen, once; null: as `mask` says, whatever the experts are."""
+    compute_dtype: DType = "float32"
+    """Type of the weights and activations in training."""
+    seed: Natural | None = None
+    """Seed of positions and of the order of rows; null: the run's."""
+
+    def refining(self, steps: int) -> RefineConfig:
+        """The same, as refining by so many steps. Raises ValueError as that does."""
+        return RefineConfig(
+            steps=[steps], rows_per_task=self.rows_per_task, learning_rate=self.learning_rate, mask=self.mask,
+            compute_dtype=self.compute_dtype, seed=self.seed,
+        )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        self.refining(1)
+        return self
+
+
+class YardsticksConfig(Section):
+    """What the merge is held against beside base and experts: made, scored on test rows and reported, never chosen or
+    registered."""
+
+    multitask: MultitaskConfig | None = None
+    """One adapter trained on rows of all held-in tasks mixed evenly; null: none."""

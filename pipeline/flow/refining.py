@@ -14,7 +14,7 @@ from merge.methods.specs import Candidate
 from pipeline.config.search import Standing
 from pipeline.flow.context import Flow
 from pipeline.flow.scoring import score
-from pipeline.flow.steps import evaluation_job, evaluation_step, refine_step
+from pipeline.flow.steps import MULTITASK, evaluation_job, evaluation_step, multitask_step, refine_step
 from pipeline.records.refined import Refined
 
 
@@ -54,6 +54,19 @@ async def _refined(flow: Flow, refined: Refined) -> float | None:
 def _step(flow: Flow, refined: Refined) -> Step:
     outcome = flow.outcome
     return refine_step(flow.inputs, refined, outcome.merged[refined.start], outcome.experts)
+
+
+async def multitask(flow: Flow) -> None:
+    """One adapter for all tasks, as a yardstick: made, and scored on the test rows of every task. Raises Failed."""
+    step = multitask_step(flow.inputs)
+    if step is None:
+        return
+    manifest, made = await flow.make(step, f"training the {MULTITASK} adapter")
+    flow.outcome.multitask = manifest
+    if made and flow.engine.known(manifest):
+        flow.display.line(f"{MULTITASK}: {manifest.meta['refined']['rows']} rows, {manifest.meta['seconds']:.0f} s")
+    tasks = (*flow.inputs.config.held_in, *flow.inputs.config.held_out)
+    await every(*(score(flow, MULTITASK, "test", task, manifest) for task in tasks))
 
 
 async def possible(flow: Flow, survivors: Sequence[Candidate]) -> list[Refined]:

@@ -13,7 +13,7 @@ from infra.engine.once import every
 from infra.engine.step import Engine
 from merge.methods.specs import Candidate
 from merge.tree.reduction import Merges
-from pipeline.flow import experts, promotion
+from pipeline.flow import experts, promotion, refining
 from pipeline.flow import scoring as scores
 from pipeline.flow.choice import best_per_task, choose
 from pipeline.flow.context import Flow
@@ -27,7 +27,7 @@ async def run(flow: Flow, merges: Merges | None = None) -> None:
     merges = merges or merges_of(flow)
     experts.start(flow)
     alone = flow.once("alone", lambda: _experts_and_base(flow))
-    await every(alone, _merge(flow, merges))
+    await every(alone, _merge(flow, merges), refining.multitask(flow))
 
 
 async def _experts_and_base(flow: Flow) -> None:

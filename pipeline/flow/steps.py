@@ -5,7 +5,7 @@ are `merge.tree.reduction`'s. What is in a key is `pipeline.flow.recipes`' busin
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from infra.artifacts.manifests import Manifest
 from infra.engine.step import Needs, Step
@@ -18,6 +18,7 @@ from merge.tree.keys import modelled_recipe
 from merge.tree.reduction import MERGES
 from pipeline.config.expert_kinds import mask_spec, shares_scored_support
 from pipeline.config.model import GIB, PipelineConfig
+from pipeline.config.refine import RefineConfig
 from pipeline.data.tasks import TaskData
 from pipeline.flow import recipes
 from pipeline.gate.opponent import Opponent
@@ -31,13 +32,15 @@ from workers.scoring.classification import ClassifySpec
 from workers.scoring.likelihood import EvaluateSpec
 from workers.text.prompt import PromptSpec
 
-SUPPORT, EXPERTS, MEASUREMENTS, REFINED, EVALUATIONS, CHECKPOINTS = (
-    "support", "experts", "importances", "refined", "evaluations", "checkpoints",
+SUPPORT, EXPERTS, MEASUREMENTS, REFINED, YARDSTICKS, EVALUATIONS, CHECKPOINTS = (
+    "support", "experts", "importances", "refined", "yardsticks", "evaluations", "checkpoints",
 )  # fmt: skip
 REGISTRATIONS = "registrations"
+MULTITASK = "multitask"
+"""Name of the yardstick, and of its scores."""
 KINDS = (
-    SUPPORT, EXPERTS, MEASUREMENTS, "merge_nodes", "merges", "task_masks", REFINED, EVALUATIONS, CHECKPOINTS,
-    REGISTRATIONS,
+    SUPPORT, EXPERTS, MEASUREMENTS, "merge_nodes", "merges", "task_masks", REFINED, YARDSTICKS, EVALUATIONS,
+    CHECKPOINTS, REGISTRATIONS,
 )  # fmt: skip
 """What is counted, in the order of a run. Merge nodes count the roots too, and merges what roots are lowered to."""
 
@@ -163,37 +166,60 @@ def modelled_step(inputs: Inputs, candidate: Candidate, reference: Ref) -> Step:
 
 def refine_step(inputs: Inputs, refined: Refined, start: Manifest, experts: Mapping[str, Manifest]) -> Step:
     """Train on from the merge `start` of these experts."""
+    refine = inputs.config.refine
+    assert refine is not None
+    consumed = {each.key: each.digest for each in (start, *(experts[name] for name in inputs.config.held_in))}
+    job = replace(
+        _mixed_job(inputs, refine, refined.steps, str(refined), start),
+        candidate=refined.start,
+        inputs=consumed,
+        experts=tuple(sorted(inputs.config.held_in)),
+    )
+    return Step(REFINED, f"refine {refined}", (job.recipe,), job.inputs, job, Needs("refine"), "adapter")
+
+
+def multitask_step(inputs: Inputs) -> Step | None:
+    """Train one adapter for all tasks from the base, if a configuration asks for that yardstick."""
+    refine = recipes.multitask_refining(inputs.config, inputs.tasks)
+    if refine is None:
+        return None
+    data = sorted({inputs.tasks[name].license for name in inputs.config.held_in})
+    job = replace(
+        _mixed_job(inputs, refine, refine.steps[0], MULTITASK, None),
+        licences={"base": [inputs.base.license], "data": data},
+    )
+    return Step(YARDSTICKS, MULTITASK, (job.recipe,), {}, job, Needs("refine"), "adapter")
+
+
+def _mixed_job(inputs: Inputs, refine: RefineConfig, steps: int, name: str, start: Manifest | None) -> RefineJob:
+    """Train on rows of all held-in tasks, from a merge or from the base."""
     config, tasks = inputs.config, inputs.tasks
-    refine, train = recipes.refine_of(config), recipes.refine_train(config, refined.steps)
-    rows = train.steps * train.batch_size
-    own = (recipes.train_spec(config, tasks[name]) for name in config.held_in)
-    job = RefineJob(
-        name=str(refined),
-        recipe=recipes.refine_recipe(config, inputs.base.sha256, tasks, refined.steps, start.key),
+    train = recipes.refine_train(config, refine, steps)
+    rows = steps * train.batch_size
+    share = rows / recipes.experts_rows(config, tasks)
+    begin = {"start": start.key} if start is not None else {}
+    return RefineJob(
+        name=name,
+        recipe=recipes.refine_recipe(
+            config, refine, inputs.base.sha256, tasks, steps, start.key if start is not None else None
+        ),
         base_sha256=inputs.base.sha256,
         base_weights=inputs.base_weights,
-        candidate=refined.start,
-        start=Ref.of(start),
-        inputs={each.key: each.digest for each in (start, *(experts[name] for name in config.held_in))},
+        candidate=None,
+        start=Ref.of(start) if start is not None else None,
+        inputs={},
         tasks=pooled_tasks(inputs),
         max_target_tokens=config.prompt.max_target_tokens,
         rows_per_task=refine.rows_per_task,
         support=refine.support,
-        mask=recipes.refine_mask(config),
+        mask=recipes.refine_mask(config, refine),
         train=train,
         compute_dtype=refine.compute_dtype,
         recompute=config.train.gradient_checkpointing,
         save_every=config.train.checkpoint_every,
         deterministic=config.train.deterministic,
-        about={
-            "steps": train.steps,
-            "rows": rows,
-            "share": rows / sum(spec.steps * spec.batch_size for spec in own),
-            "start": start.key,
-        },
-        experts=tuple(sorted(config.held_in)),
+        about={"steps": steps, "rows": rows, "share": share, **begin},
     )
-    return Step(REFINED, f"refine {refined}", (job.recipe,), job.inputs, job, Needs("refine"), "adapter")
 
 
 def pooled_tasks(inputs: Inputs) -> tuple[PooledTask, ...]:

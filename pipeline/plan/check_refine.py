@@ -9,6 +9,7 @@ import torch
 
 from infra.errors import ConfigError
 from pipeline.config.model import GIB, PipelineConfig
+from pipeline.config.refine import RefineConfig
 from pipeline.data.tasks import TaskData
 from pipeline.flow.recipes import refine_mask
 from pipeline.plan.figures import given, needed
@@ -27,31 +28,42 @@ class RefineNeed:
     """Memory of its worker."""
     file_bytes: int
     """Size of what is published, at most."""
+    steps: float = 1.0
+    """Optimizer steps, the mean of all budgets."""
+
+    @property
+    def tokens(self) -> float:
+        """Of one training."""
+        return self.steps * self.step_tokens
 
 
 def check_refine_rows(config: PipelineConfig, tasks: Mapping[str, TaskData]) -> None:
     """Raises ConfigError if a batch takes more rows of a task than it has."""
-    if config.refine is None:
-        return
-    for name in config.held_in:
-        if (rows := len(tasks[name].splits["train"])) < config.refine.rows_per_task:
-            raise ConfigError(
-                f"refine.rows_per_task is {config.refine.rows_per_task}, but task {name} has {rows} training rows: "
-                "lower it to that"
-            )
+    for field, section in (("refine", config.refine), ("yardsticks.multitask", config.yardsticks.multitask)):
+        for name in config.held_in if section is not None else ():
+            assert section is not None
+            if (rows := len(tasks[name].splits["train"])) < section.rows_per_task:
+                raise ConfigError(
+                    f"{field}.rows_per_task is {section.rows_per_task}, but task {name} has {rows} training rows: "
+                    "lower it to that"
+                )
+
+
+def refined_count(config: PipelineConfig) -> int:
+    """Merges that are trained on."""
+    return config.refine.merges * len(config.refine.steps) if config.refine is not None else 0
 
 
 def refine_need(
-    config: PipelineConfig, model: Any, lengths: Mapping[str, float], changed: int, process_bytes: float,
-    activations: Callable[[int], int],
+    config: PipelineConfig, refine: RefineConfig, model: Any, lengths: Mapping[str, float], changed: int,
+    process_bytes: float, activations: Callable[[int], int],
 ) -> RefineNeed:  # fmt: skip
     """Of a base without values, `model`, and tasks whose training rows have these mean `lengths` in tokens.
 
-    `changed`: weights that a merge changes, at most; `activations`: bytes of those of one forward pass by the bytes of
-    a number. Raises ConfigError for modules or blocks that do not fit the base.
+    `changed`: weights that the merge changes, at most, 0 where the base is the start; `activations`: bytes of those of
+    one forward pass by the bytes of a number. Raises ConfigError for modules or blocks that do not fit the base.
     """
-    refine, mask = config.refine, refine_mask(config)
-    assert refine is not None
+    mask = refine_mask(config, refine)
     trainable, adapted = trainable_elements(model, mask)
     per_value, beside = (24 if unit_of(mask, (1, 1)) is None else 20), accumulator_bytes(model, mask)
     if refine.support == "merge":
@@ -67,6 +79,7 @@ def refine_need(
         refine.rows_per_task * math.fsum(lengths.values()),
         int(process_bytes + parameters * width + state + activations(width)),
         round(4.2 * both),
+        math.fsum(refine.steps) / len(refine.steps),
     )
 
 

@@ -16,9 +16,8 @@ from typing import Any
 import psutil
 
 from infra.artifacts.manifests import Manifest
-from pipeline.config.model import PipelineConfig, ResourcesConfig
+from pipeline.config.model import ResourcesConfig
 from pipeline.flow.rehearse import Forecast
-from pipeline.flow.steps import REFINED
 from pipeline.plan.cluster import check_answers, slots_of
 from pipeline.plan.preflight import Cost
 from pipeline.records.results import Results
@@ -32,6 +31,7 @@ _MANIFESTS: Mapping[str, tuple[str, ...]] = {
     "merges": ("merged",),
     "task_masks": ("task_mask",),
     "refined": ("refined",),
+    "yardsticks": ("multitask",),
     "evaluations": ("evaluation",),
     "checkpoints": ("checkpoint",),
 }
@@ -105,8 +105,8 @@ def estimate(
         if kind == "experts":
             stages.append(_experts(forecasts, before, found, cost, slots.experts, flops))
             continue
-        if kind == REFINED:
-            stages.append(_refined(make, before, found, cost, config, slots.experts, flops))
+        if kind in cost.mixed:
+            stages.append(_mixed(kind, make, before, found, cost, slots.experts, flops))
             continue
         own = [manifest for manifest in found if manifest.kind in _MANIFESTS[kind]]
         workers = at_a_time.get(kind, slots.experts)
@@ -155,7 +155,11 @@ class _Rate:
     @staticmethod
     def of(trained: Manifest) -> "_Rate | None":
         meta = trained.meta
-        if trained.kind not in ("expert", "refined") or not meta.get("tokens") or not meta.get("train_seconds"):
+        if (
+            trained.kind not in ("expert", "refined", "multitask")
+            or not meta.get("tokens")
+            or not meta.get("train_seconds")
+        ):
             return None
         return _Rate(meta["train_seconds"] / meta["tokens"], max(0.0, meta.get("seconds", 0) - meta["train_seconds"]))
 
@@ -190,29 +194,26 @@ def _experts(
     return Stage("experts", spread(durations, slots), round(size * len(tasks)), f"time: {time}; bytes: {bytes_from}")
 
 
-def _refined(
-    make: int, before: Mapping[str, Manifest], found: Sequence[Manifest], cost: Cost, config: PipelineConfig,
-    slots: int, flops: Callable[[], float],
+def _mixed(
+    kind: str, make: int, before: Mapping[str, Manifest], found: Sequence[Manifest], cost: Cost, slots: int,
+    flops: Callable[[], float],
 ) -> Stage:  # fmt: skip
-    """Trainings of merges at the speed of those before; else of experts; else of this machine. Which numbers of steps
-    are missing is not asked: the mean of all."""
-    need, refine = cost.refine, config.refine
-    assert need is not None
-    assert refine is not None
-    tokens = need.step_tokens * sum(refine.steps) / len(refine.steps)
-    own = [manifest for manifest in found if manifest.kind == "refined"]
+    """Trainings on rows of all tasks at the speed of those before; else of experts; else of this machine. Which numbers
+    of steps are missing is not asked: the mean of all."""
+    need = cost.mixed[kind]
+    own = [manifest for manifest in found if manifest.kind in _MANIFESTS[kind]]
     for source, manifests in (("those that exist", own), ("experts", [*found, *before.values()])):
         if rates := [rate for manifest in manifests if (rate := _Rate.of(manifest))]:
             per_token, beside = (_mean([getattr(rate, name) for rate in rates]) for name in ("per_token", "beside"))
-            seconds, time = (per_token or 0) * tokens + (beside or 0), f"time: {source}, by tokens"
+            seconds, time = (per_token or 0) * need.tokens + (beside or 0), f"time: {source}, by tokens"
             break
     else:
-        seconds = cost.seconds(1, flops()) * tokens / sum(cost.expert_tokens.values())
+        seconds = cost.seconds(1, flops()) * need.tokens / sum(cost.expert_tokens.values())
         time = "time: calculated"
     size = _mean([_size(manifest) for manifest in own])
     bytes_from = "calculated" if size is None else f"mean of {len(own)} that exist"
     size = need.file_bytes if size is None else size
-    return Stage(REFINED, spread([seconds] * make, slots), round(size * make), f"{time}; bytes: {bytes_from}")
+    return Stage(kind, spread([seconds] * make, slots), round(size * make), f"{time}; bytes: {bytes_from}")
 
 
 def spread(durations: Iterable[float], slots: int) -> float:

@@ -26,8 +26,9 @@ from pipeline.config.expert_kinds import EXPERT_KINDS
 from pipeline.config.model import GIB, PipelineConfig
 from pipeline.data.counting import check_shares, rows_lines, with_cuts
 from pipeline.data.tasks import TaskData, learned_elsewhere, load_tasks
-from pipeline.flow.recipes import train_spec
+from pipeline.flow.recipes import multitask_refining, train_spec
 from pipeline.flow.registration import CHECKPOINT, MERGED
+from pipeline.flow.steps import REFINED, YARDSTICKS
 from pipeline.plan.check_base import (
     base_tokenizer,
     check_adapted,
@@ -36,7 +37,7 @@ from pipeline.plan.check_base import (
     settle_prompt,
     training_lengths,
 )
-from pipeline.plan.check_refine import RefineNeed, check_refine_room, check_refine_rows, refine_need
+from pipeline.plan.check_refine import RefineNeed, check_refine_room, check_refine_rows, refine_need, refined_count
 from pipeline.plan.cluster import slots_of
 from pipeline.plan.figures import given, needed, there_is
 from pipeline.plan.node_memory import largest_node
@@ -81,7 +82,8 @@ class Cost:
     kind_bytes: Mapping[str, int]
     """Bytes in the object store by kind of artifact, and of the base."""
     cache_bytes: int
-    refine: RefineNeed | None = None
+    mixed: Mapping[str, RefineNeed] = field(default_factory=dict)
+    """Of one training on rows of all tasks, by kind of artifact."""
 
     @property
     def store_bytes(self) -> int:
@@ -286,15 +288,18 @@ def expected_cost(
         "merges": merges,
         "checkpoints": parameters * 4 if config.merge.export else 0,
     }
-    refining = None
-    if config.refine is not None:
-        dense = everywhere or any(METHODS[candidate.method].matrix for candidate in listed)
-        changed = adapted if dense else round(union)
-        refining = refine_need(config, model, means, changed, PROCESS_GIB * GIB, activations)
-        stored["refined"] = refining.file_bytes * config.refine.merges * len(config.refine.steps)
+    mixed = {}
+    dense = everywhere or any(METHODS[candidate.method].matrix for candidate in listed)
+    for kind, refine, changed, count in (
+        (REFINED, config.refine, adapted if dense else round(union), refined_count(config)),
+        (YARDSTICKS, multitask_refining(config, tasks), 0, 1),
+    ):
+        if refine is not None:
+            mixed[kind] = refine_need(config, refine, model, means, changed, PROCESS_GIB * GIB, activations)
+            stored[kind] = mixed[kind].file_bytes * count
     kind_bytes = {kind: int(size) for kind, size in stored.items()}
     cache_bytes = parameters * (2 + width) + merges
-    return Cost(trainable, adapted, parameters, tokens, int(worker), kind_bytes, int(cache_bytes), refining)
+    return Cost(trainable, adapted, parameters, tokens, int(worker), kind_bytes, int(cache_bytes), mixed)
 
 
 def _sizes(model: Any) -> tuple[int, int, int]:
@@ -354,8 +359,8 @@ def check_room(config: PipelineConfig, cost: Cost) -> None:
             f"need {needed(cost.worker_bytes / GIB)} GiB; raise it to that, or lower train.batch_size or "
             "prompt.max_input_tokens"
         )
-    if cost.refine is not None:
-        check_refine_room(config, cost.refine)
+    for need in cost.mixed.values():
+        check_refine_room(config, need)
     free = shutil.disk_usage(cache_dir()).free
     if free < cost.cache_bytes:
         raise FactoryError(

@@ -51,6 +51,8 @@ class Counters:
     checkpoints: int = 0
     refined: int = 0
     """Merges that were trained on."""
+    yardsticks: int = 0
+    """Multitask adapters."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class Outcome:
     """Of each method that needs the task at inference the candidate with the best mean validation score."""
     checkpoint: Manifest | None = None
     """The chosen merge as a full checkpoint."""
+    multitask: Manifest | None = None
+    """One adapter for all tasks, where a configuration asks for it."""
     versions: dict[str, int] = field(default_factory=dict)
     """Registered version of each expert and, as `merged`, of the merge."""
     gate: dict[str, Verdict] = field(default_factory=dict)

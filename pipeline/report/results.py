@@ -19,6 +19,7 @@ from pipeline.records.results import (
     HeldInTask,
     HeldOutSummary,
     HeldOutTask,
+    Multitask,
     Results,
     Seconds,
     Summary,
@@ -61,6 +62,7 @@ def build_results(inputs: Inputs, outcome: Outcome) -> Results:
         chosen=_chosen(inputs, outcome, outcome.chosen),
         learned_elsewhere=learned_elsewhere(inputs.tasks, config.held_in),
         rows={task: TaskRows(**rows_json(data)) for task, data in inputs.tasks.items()},
+        multitask=_multitask(inputs, outcome),
         export=_export(inputs, outcome),
         gate=gate_results(inputs, outcome),
         made=_counts(inputs, outcome.made),
@@ -92,6 +94,7 @@ def _held_in(inputs: Inputs, outcome: Outcome, task: str) -> HeldInTask:
         expert_uri=inputs.store.uri(manifest.files["adapter"].name),
         base_few_shot=_if_tested(outcome, "few_shot", task),
         merged_serving=_if_tested(outcome, "serving", task),
+        multitask=_if_tested(outcome, "multitask", task),
     )
 
 
@@ -105,6 +108,7 @@ def _held_out(inputs: Inputs, outcome: Outcome, task: str) -> HeldOutTask:
         n_test=base.n,
         format_free={"base": base.format_free, "merged": merged.format_free},
         base_few_shot=_if_tested(outcome, "few_shot", task),
+        multitask=_if_tested(outcome, "multitask", task),
     )
 
 
@@ -147,7 +151,20 @@ def _held_in_summary(inputs: Inputs, outcome: Outcome, held_in: dict[str, HeldIn
         merged_serving=(
             _mean(_known(row.merged_serving) for row in rows) if inputs.config.evaluate.serving_dtype else None
         ),
+        **_beside_multitask(inputs, outcome, held_in, base, merged),
     )
+
+
+def _beside_multitask(
+    inputs: Inputs, outcome: Outcome, held_in: dict[str, HeldInTask], base: float, merged: float
+) -> dict[str, Any]:
+    """The multitask adapter's fields of the summary, and what the merge has of its gain; nothing without it."""
+    if outcome.multitask is None:
+        return {}
+    mean = _mean(_known(row.multitask) for row in held_in.values())
+    share = (merged - base) / (mean - base) if mean > base + _LEAST_GAIN else None
+    ends = interval(outcome, "multitask", list(held_in), inputs.config.seed)
+    return {"multitask": mean, "multitask_interval": ends, "of_multitask": share}
 
 
 def _held_out_summary(
@@ -164,6 +181,7 @@ def _held_out_summary(
         format_free={model: _mean(row.format_free[model] for row in rows) for model in ("base", "merged")},
         base_few_shot=_mean(_known(row.base_few_shot) for row in rows) if shown else None,
         base_few_shot_interval=interval(outcome, "few_shot", tasks, seed) if shown else None,
+        multitask=_mean(_known(row.multitask) for row in rows) if outcome.multitask is not None else None,
     )
 
 
@@ -251,9 +269,19 @@ def _refined(outcome: Outcome, candidate: Merge) -> dict[str, Any]:
     return {"refined": RefinedRow(steps=told["steps"], rows=told["rows"], share=told["share"])}
 
 
+def _multitask(inputs: Inputs, outcome: Outcome) -> Multitask | None:
+    """The yardstick, if there is one."""
+    made = outcome.multitask
+    if made is None:
+        return None
+    told = {name: made.meta["refined"][name] for name in ("steps", "rows", "share")}
+    return Multitask(key=made.key, digest=made.digest, uri=inputs.store.uri(made.files["adapter"].name), **told)
+
+
 def _counts(inputs: Inputs, counted: Counters) -> Counts:
-    found = vars(counted)
-    return Counts(**{name: n for name, n in found.items() if name != "refined" or inputs.config.refine is not None})
+    """What a configuration does not ask for is left out."""
+    optional = {"refined": inputs.config.refine, "yardsticks": inputs.config.yardsticks.multitask}
+    return Counts(**{name: n for name, n in vars(counted).items() if optional.get(name, counted) is not None})
 
 
 def _swap_seconds(outcome: Outcome, candidate: Merge) -> float | None:

@@ -91,7 +91,22 @@ def _merge_lines(results: Results) -> list[str]:
             f"merged weights rounded to {chosen.serving_dtype}: score {held_in.merged_serving:.3f}; "
             f"rounding to bfloat16 loses {chosen.rounding_loss_bfloat16:.0%} of the merged change's norm"
         )
-    return [*lines, _size_line(chosen)]
+    return [*lines, *_multitask_lines(results), _size_line(chosen)]
+
+
+def _multitask_lines(results: Results) -> list[str]:
+    """One adapter for all tasks, as a yardstick."""
+    yardstick, held_in, held_out = results.multitask, results.summary.held_in, results.summary.held_out
+    if yardstick is None or held_in.multitask is None or held_in.multitask_interval is None:
+        return []
+    low, high = held_in.multitask_interval
+    outside = f", held-out {held_out.multitask:.3f}" if held_out.multitask is not None else ""
+    share = f"; the merge has {held_in.of_multitask:.0%} of its gain" if held_in.of_multitask is not None else ""
+    return [
+        f"multitask, one adapter trained on all tasks from the base ({yardstick.steps} steps, {yardstick.rows} "
+        f"training rows, {yardstick.share:.0%} of the experts'): held-in {held_in.multitask:.3f} (95 % interval "
+        f"{low:.3f} to {high:.3f}){outside}{share}"
+    ]
 
 
 def _size_line(chosen: Chosen) -> str:

@@ -14,7 +14,7 @@ from pipeline.flow import recipes
 from pipeline.flow.context import Flow
 from pipeline.flow.merges import merges_of
 from pipeline.flow.run import run
-from pipeline.flow.steps import EVALUATIONS, EXPERTS, REFINED
+from pipeline.flow.steps import EVALUATIONS, EXPERTS, REFINED, YARDSTICKS
 from pipeline.records.outcome import Counters, Inputs, Outcome, span
 from pipeline.report.display import Display
 from workers.training.loop import StepReport
@@ -113,8 +113,9 @@ def _fill(outcome: Outcome, engine: KeyedEngine) -> None:
     outcome.seconds["experts"] = span(outcome.spans)
     outcome.seconds["merge"] = tally.seconds[NODES] + tally.seconds[MASKS] + tally.seconds[MERGES]
     outcome.seconds["evaluate"] = tally.seconds[EVALUATIONS]
-    if tally.seconds[REFINED]:
-        outcome.seconds["refine"] = tally.seconds[REFINED]
+    for kind, name in ((REFINED, "refine"), (YARDSTICKS, "yardsticks")):
+        if tally.seconds[kind]:
+            outcome.seconds[name] = tally.seconds[kind]
 
 
 def _raise(flow: Flow) -> None:

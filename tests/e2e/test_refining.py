@@ -18,6 +18,7 @@ from infra.engine.keyed import KeyedEngine
 from infra.engine.threads import Threads
 from infra.store.s3 import Store
 from pipeline.config.model import PipelineConfig
+from pipeline.config.refine import YardsticksConfig
 from pipeline.flow.context import Flow
 from pipeline.flow.rehearse import Count, forecast
 from pipeline.flow.run import run
@@ -39,6 +40,7 @@ from workers.training.objectives import language_modelling, mean_loss
 
 CONFIG = Callable[..., dict[str, Any]]
 REFINE = {"merges": 2, "steps": [3, 6], "rows_per_task": 2, "learning_rate": 0.02}
+YARDSTICKS = {"multitask": {"steps": 6, "rows_per_task": 2, "learning_rate": 0.02}}
 MERGE = {"fan_in": 2, "candidates": [{"method": "mean"}, {"method": "task_arithmetic", "params": {"lambda": [0.3, 1]}}]}
 
 
@@ -81,7 +83,7 @@ class World:
 @pytest.fixture
 def world(store: Store, tiny_config: CONFIG, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setenv("FACTORY_CACHE", str(tmp_path / "cache"))
-    given = tiny_config("refining", held_in=2, merge=MERGE, refine=REFINE, registers=False)
+    given = tiny_config("refining", held_in=2, merge=MERGE, refine=REFINE, yardsticks=YARDSTICKS, registers=False)
     prepared = prepare_inputs(PipelineConfig.model_validate(given), store, Console(quiet=True))
     inputs = prepared.inputs(start_run(prepared))
     upload_inputs(prepared)
@@ -90,7 +92,7 @@ def world(store: Store, tiny_config: CONFIG, tmp_path: Path, monkeypatch: pytest
 
 def test_the_best_merges_are_trained_on_and_stand_beside_the_others(world: World) -> None:
     planned = world.forecast()
-    assert planned["refined"] == Count(4)
+    assert (planned["refined"], planned["yardsticks"]) == (Count(4), Count(1))
     engine, outcome = world.run()
     made = engine.tally.made
     assert {kind: made[kind] for kind, count in planned.items() if count.make} == {
@@ -122,15 +124,19 @@ def test_the_best_merges_are_trained_on_and_stand_beside_the_others(world: World
     assert +again.tally.made == {}
     assert (second.chosen, second.standings) == (outcome.chosen, outcome.standings)
     # without the section nothing is said of it, and everything else has the key that it had
-    inputs = replace(world.inputs, config=world.inputs.config.model_copy(update={"refine": None}))
+    without = {"refine": None, "yardsticks": YardsticksConfig()}
+    inputs = replace(world.inputs, config=world.inputs.config.model_copy(update=without))
     plain = World(world.prepared, inputs, world.folder)
-    assert plain.forecast() == {kind: count for kind, count in after_all.items() if kind != "refined"} | {
-        "evaluations": Count(plain.forecast()["evaluations"].make, plain.forecast()["evaluations"].reuse)
+    left_out = ("refined", "yardsticks", "evaluations")
+    assert {kind: count for kind, count in plain.forecast().items() if kind != "evaluations"} == {
+        kind: count for kind, count in after_all.items() if kind not in left_out
     }
     engine, outcome = plain.run()
     assert engine.tally.made["experts"] == engine.tally.made["merge_nodes"] == 0
     assert not any(isinstance(each, Refined) for each in outcome.standings)
-    assert "refine" not in build_results(inputs, outcome).to_json()
+    told = build_results(inputs, outcome).to_json()
+    assert "refine" not in told
+    assert "multitask" not in told
 
 
 def check_results(inputs: Inputs, outcome: Outcome, refined: list[Refined]) -> None:
@@ -142,6 +148,15 @@ def check_results(inputs: Inputs, outcome: Outcome, refined: list[Refined]) -> N
     assert {row.rung for row in rows} == {2}
     assert found.search.evaluations == 3 * 2
     assert isinstance(outcome.chosen, Refined) == (found.chosen.refined is not None)
+    # and the same training from the base, as a yardstick
+    summary, yardstick = found.summary, found.multitask
+    assert yardstick is not None
+    assert (yardstick.steps, yardstick.rows, yardstick.share) == (6, 24, 24 / 128)
+    assert summary.held_in.multitask == pytest.approx(
+        sum(row.multitask or 0.0 for row in found.held_in.values()) / len(found.held_in)
+    )
+    assert summary.held_out.multitask == found.held_out["out0"].multitask
+    assert outcome.multitask not in outcome.merged.values()
 
 
 def test_a_run_registers_a_refined_merge_with_its_lineage(

@@ -229,6 +229,8 @@ configurations = st.fixed_dictionaries(
                                 rows_per_task=st.just(1), learning_rate=number(1e-9, 10),
                                 support=st.sampled_from(["fresh", "merge"]), compute_dtype=dtypes,
                                 seed=optional(whole(0)))),
+        "yardsticks": some(multitask=optional(some(steps=optional(whole()), learning_rate=number(1e-9, 10),
+                                                   compute_dtype=dtypes, seed=optional(whole(0))))),
         "evaluate": some(compute_dtype=dtypes, serving_dtype=optional(dtypes), batch_size=whole(),
                          few_shot=whole(0, 32)),
         "gate": some(rule=st.sampled_from(["superior", "not_worse"]), margin=number(0, 1), confidence=number(0.5, 0.99),

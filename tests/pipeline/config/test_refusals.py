@@ -150,6 +150,14 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"objective": "classification", "refine": {}, **task(metric="f1")},
         "in a classification every task has a head of its own: remove refine",
     ),
+    "multitask by more rows than there are": (
+        {"splits": {"train": 4}, "yardsticks": {"multitask": {"rows_per_task": 5}}},
+        "yardsticks.multitask.rows_per_task is more than a task's training rows (splits.train): at most 4",
+    ),
+    "multitask classifiers": (
+        {"objective": "classification", "yardsticks": {"multitask": {}}, **task(metric="f1")},
+        "of its own: remove yardsticks.multitask",
+    ),
     "length without options": (task(length_normalised=True), "length_normalised is for metric=choice_accuracy"),
 }  # fmt: skip
 

@@ -8,12 +8,14 @@ import pytest
 
 from pipeline.config.expert_kinds import EXPERT_KINDS, shares_scored_support
 from pipeline.config.model import PipelineConfig, load_config
+from pipeline.config.refine import RefineConfig
 from pipeline.data.tasks import TaskConfig, TaskData, fingerprint
 from pipeline.flow.recipes import (
     evaluation_recipe,
     expert_recipe,
     expert_spec,
     measurement_recipe,
+    multitask_refining,
     refine_mask,
     refine_recipe,
     support_recipe,
@@ -83,7 +85,8 @@ def test_data_template_and_base_are_in_the_key_names_and_test_rows_are_not() -> 
 def refined_key(*overrides: str, base: str = BASE, steps: int = 10, start: str = "m", **changed: TaskData) -> str:
     config = load_config(CONFIG, ["refine={}", *overrides])
     tasks = {name: data(name, name=name) for name in config.held_in} | changed
-    return refine_recipe(config, base, tasks, steps, start).key
+    assert config.refine is not None
+    return refine_recipe(config, config.refine, base, tasks, steps, start).key
 
 
 @pytest.mark.parametrize(
@@ -121,8 +124,29 @@ def test_a_refined_merge_is_a_function_of_the_merge_and_of_every_tasks_rows_and_
     assert len(keys) == 6
     assert refined_key(vitaminc=data("vitaminc", test="other")) == refined_key()
     config = load_config(CONFIG, ["refine={}", "mask.criterion=fisher", "mask.reselect_every=3"])
-    assert refine_mask(config).reselect_every is None
-    assert refine_mask(config).seed not in {expert_spec(config, data(name)).seed for name in config.held_in}
+    assert config.refine is not None
+    mask = refine_mask(config, config.refine)
+    assert mask.reselect_every is None
+    assert mask.seed not in {expert_spec(config, data(name)).seed for name in config.held_in}
+
+
+def test_the_multitask_adapter_sees_as_many_rows_as_the_experts_unless_it_is_told() -> None:
+    def of(*overrides: str) -> RefineConfig:
+        config = load_config(CONFIG, [*overrides])
+        found = multitask_refining(config, {name: data(name) for name in config.held_in})
+        assert found is not None
+        return found
+
+    assert of("yardsticks.multitask={}").steps == [160]  # of 20 rows; experts: 20 of 20 steps of 8 rows
+    assert of("yardsticks.multitask.rows_per_task=3").steps == [54]
+    assert of("yardsticks.multitask.steps=7", "yardsticks.multitask.seed=3") == RefineConfig(steps=[7], seed=3)
+    plain = load_config(CONFIG)
+    assert multitask_refining(plain, {}) is None
+    tasks = {name: data(name) for name in plain.held_in}
+    mixed = RefineConfig()
+    keys = {refine_recipe(plain, mixed, BASE, tasks, 10, start).key for start in (None, "m", "n")}
+    assert len(keys) == 3
+    assert key("yardsticks.multitask={}") == key()
 
 
 def test_refining_leaves_the_keys_of_experts() -> None:

@@ -31,6 +31,7 @@ from pipeline.flow.steps import (
     evaluation_job,
     evaluation_step,
     expert_step,
+    multitask_step,
     refine_step,
     support_step,
 )
@@ -97,7 +98,7 @@ def meta(step: Step) -> dict[str, Any]:
     """What results and cards read of an artifact. Scores follow from the key, so that there is a best candidate."""
     found = {"base_sha256": "b" * 64, "run_id": "run1", "validation_loss": 1.0, "seconds": 1.0, "rows": 4}
     found |= {"experts": 5, "density": 0.5, "rounding_loss_bfloat16": 0.0, "delta_norm": 1.0}
-    if step.kind == "refined":
+    if step.kind in ("refined", "yardsticks"):
         found |= {"refined": {"rows": 4}, "first_loss": 2.0, "last_loss": 1.0}
     score = int(step.keys[0][:4], 16) / 0xFFFF
     return {**found, "score": score, "metric": "exact_match", "n": 9, "format_free": score, "scores": [score] * 9}
@@ -152,6 +153,25 @@ def test_refining_is_counted_before_anybody_knows_which_merge_is_the_best(store:
     assert all(standing.rung == 2 for each, standing in outcome.standings.items() if isinstance(each, Refined))
     after = world.forecast()
     assert (after.counts["refined"], after.counts["evaluations"].make) == (Count(0, 4), 0)
+
+
+def test_a_multitask_adapter_is_planned_made_and_scored_beside(store: Store, tmp_path: Path) -> None:
+    plain = World(inputs(store, 5, False, **SMALL), tmp_path).forecast()
+    assert "yardsticks" not in plain.counts
+    world = World(inputs(store, 5, False, **SMALL, yardsticks={"multitask": {"steps": 2}}), tmp_path)
+    before = world.forecast()
+    assert before.counts["yardsticks"] == Count(1)
+    assert before.counts["evaluations"] == Count(plain.counts["evaluations"].make + 5 + 1)
+    step = multitask_step(world.given)
+    assert step is not None
+    assert set(step.keys) <= known_keys(world.given)
+    engine, outcome = world.run()
+    assert outcome.multitask is not None
+    assert outcome.multitask.kind == "multitask"
+    assert outcome.multitask not in outcome.merged.values()
+    assert engine.tally.made["evaluations"] == before.counts["evaluations"].make
+    assert {score.task for score in outcome.scores if score.model == "multitask"} == set(world.given.tasks)
+    assert world.forecast().counts["yardsticks"] == Count(0, 1)
 
 
 def test_whatever_wins_a_plan_of_refining_says_at_most(store: Store, tmp_path: Path) -> None:

@@ -64,11 +64,11 @@ def test_without_any_expert_training_and_bytes_are_calculated() -> None:
 
 def test_refining_costs_what_training_costs_for_each_token() -> None:
     given = inputs(NOWHERE, 4, merge={"fan_in": 2, "candidates": [{"method": "mean"}]}, refine={"steps": [10, 30]})
-    need = RefineNeed(trainable=9, step_tokens=5.0, worker_bytes=1, file_bytes=400)
+    need = RefineNeed(trainable=9, step_tokens=5.0, worker_bytes=1, file_bytes=400, steps=20)
 
     def stage(*found: Manifest, slots: int = 1) -> Stage:
         forecast = Forecast(given, None, {"refined": Count(2)}, (), found, INNER)
-        cost = replace(COST, refine=need)
+        cost = replace(COST, mixed={"refined": need})
         return estimate([forecast], {}, [], cost, Slots(slots, slots, "a test"), lambda: 1000.0).stages[0]
 
     tokens = 20 * 5.0

@@ -177,11 +177,9 @@ def test_more_work_costs_more(base: PreparedBase, tasks: dict[str, TaskData]) ->
 
 def test_refining_needs_room_of_its_own(base: PreparedBase, tasks: dict[str, TaskData]) -> None:
     def need(**refine: Any) -> RefineNeed:
-        found = cost_of(config(refine=refine), base, tasks).refine
-        assert found is not None
-        return found
+        return cost_of(config(refine=refine), base, tasks).mixed["refined"]
 
-    assert cost_of(config(), base, tasks).refine is None
+    assert cost_of(config(), base, tasks).mixed == {}
     plain, expert = need(), cost_of(config(), base, tasks)
     assert plain.trainable == expert.trainable
     assert plain.worker_bytes > expert.worker_bytes  # adding up holds a whole tensor
@@ -190,8 +188,10 @@ def test_refining_needs_room_of_its_own(base: PreparedBase, tasks: dict[str, Tas
     assert need(rows_per_task=2).step_tokens == pytest.approx(2 * plain.step_tokens)
     assert need(mask={"density": 0.5}).worker_bytes > plain.worker_bytes
     dense = cost_of(config(refine={"support": "merge"}, merge={"candidates": [{"method": "iso_c"}]}), base, tasks)
-    assert dense.refine is not None
-    assert dense.refine.trainable == dense.adapted > plain.trainable
+    assert dense.mixed["refined"].trainable == dense.adapted > plain.trainable
+    multitask = cost_of(config(yardsticks={"multitask": {}}), base, tasks).mixed["yardsticks"]
+    assert multitask.tokens == pytest.approx(sum(expert.expert_tokens.values()), abs=2)
+    assert multitask.file_bytes < plain.file_bytes
     with pytest.raises(ConfigError, match="do not divide its shape"):
         need(mask={"granularity": "block", "block_size": [5, 16]})
     stored = cost_of(config(refine={"steps": [1, 2]}), base, tasks).kind_bytes["refined"]
