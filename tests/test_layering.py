@@ -33,7 +33,15 @@ SHARED = {
     "merge.methods": {"workers.adapters"},
     "merge.files": {"workers.tensors", "workers.adapters"},
     "merge.tree": {"workers.tensors", "workers.adapters", "workers.measuring"},
-    "merge.modelled": {"workers.tensors", "workers.adapters", "workers.base", "workers.training", "workers.jobs"},
+    "merge.modelled": {
+        "workers.tensors",
+        "workers.adapters",
+        "workers.text",
+        "workers.base",
+        "workers.masks",
+        "workers.training",
+        "workers.jobs",
+    },
     "merge.by_hand": {
         "workers.tensors",
         "workers.adapters",

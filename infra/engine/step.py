@@ -29,7 +29,7 @@ class Answer:
     ended: float
 
 
-Pool = Literal["expert", "evaluator", "node", "registry"]
+Pool = Literal["expert", "evaluator", "refine", "node", "registry"]
 """Kinds of worker: each has its own resources and limit in a configuration."""
 
 T = TypeVar("T")

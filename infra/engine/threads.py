@@ -24,7 +24,7 @@ class Threads:
         self._store, self._place = store, place or Place()
         self._pools: dict[Pool, asyncio.Semaphore] = {
             pool: asyncio.Semaphore(1 if pool == "evaluator" else limits.get(pool, 1))
-            for pool in ("expert", "evaluator", "node", "registry")
+            for pool in ("expert", "evaluator", "refine", "node", "registry")
         }
 
     async def run(self, step: Step, claim: Claim) -> Answer | Busy:

@@ -19,7 +19,7 @@ def licences_of(store: Store, keys: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, set[str]] = {"base": set(), "data": set()}
     with ThreadPoolExecutor(_READERS) as pool:
         for manifest in pool.map(lambda key: peek(store, key), keys):
-            if manifest is not None and manifest.kind in ("merged", "node"):
+            if manifest is not None and manifest.kind in ("merged", "refined", "node"):
                 older = {what: [NOT_STATED] for what in found} if manifest.kind == "node" else {}
                 for what, names in manifest.meta.get("licenses", older).items():
                     found[what].update(names)

@@ -319,14 +319,20 @@ class DeltaTally:
             positions=self.positions,
             elements=elements,
             nonzero=self.nonzero,
-            norm=math.sqrt(self.square),
-            rounding_loss=_ratio(self.lost, self.square) if with_base else None,
+            norm=self.norm,
+            rounding_loss=self.rounding_loss if with_base else None,
             bytes_written=bytes_written,
         )
 
+    @property
+    def norm(self) -> float:
+        """‖δ‖."""
+        return math.sqrt(self.square)
 
-def _ratio(lost: float, square: float) -> float:
-    return math.sqrt(lost / square) if square else 0.0
+    @property
+    def rounding_loss(self) -> float:
+        """‖round_bf16(base + δ) - base - δ‖ / ‖δ‖; 0 for δ = 0."""
+        return math.sqrt(self.lost / self.square) if self.square else 0.0
 
 
 def _check_in_base(weights: TensorReader, join: Join) -> None:

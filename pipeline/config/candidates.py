@@ -73,6 +73,11 @@ def list_candidates(config: PipelineConfig, rows: Mapping[str, int] | None = Non
             f"({', '.join(map(str, listed.per_task))}), so none can be chosen; add another, for example mean"
         )
     plan_rungs(len(listed.eligible), len(experts), config.merge.search.evaluations)
+    if config.refine is not None and config.refine.merges > len(listed.eligible):
+        raise ConfigError(
+            f"refine.merges is {config.refine.merges}, but merge.candidates lists {len(listed.eligible)} that can be "
+            "chosen: lower it to that, or list more"
+        )
     return listed
 
 
@@ -118,5 +123,12 @@ def merge_plan(config: PipelineConfig, listed: Candidates) -> str:
         lines.append(
             f"{', '.join(map(str, listed.per_task))}: needs the task at inference; {len(listed.per_task) * tasks} "
             "further scores, never chosen"
+        )
+    if (refine := config.refine) is not None:
+        rows = refine.rows_per_task * tasks
+        lengths = ", ".join(map(str, refine.steps))
+        lines.append(
+            f"refining: the best {refine.merges} of them, each by {lengths} steps of {rows} training rows; "
+            f"{refine.merges * len(refine.steps) * tasks} further validation scores"
         )
     return "\n".join([*lines, *listed.notes])

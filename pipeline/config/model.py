@@ -6,7 +6,6 @@ errors into one message that names the file, the field, what was found and what 
 Not covered: where services are (environment variables, see `infra/store/s3.py` and `infra/registry/runs.py`).
 """
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -16,21 +15,20 @@ from infra.errors import ConfigError, DataError
 from merge.tree.trie import DEFAULT_FAN_IN
 from pipeline.config.document import overridden, read_yaml, write_yaml
 from pipeline.config.errors import explain
+from pipeline.config.mask import MaskConfig
+from pipeline.config.refine import RefineConfig, YardsticksConfig
 from pipeline.config.resources import GIB, ResourcesConfig, WorkerResources
-from pipeline.config.section import Section
+from pipeline.config.section import DType, Section
 from pipeline.data.encoding import text_of
 from pipeline.data.fields import LONGEST_NAME, Name, Natural, Number, Positive, Whole
 from pipeline.data.tasks import LEAST_GATE, TaskConfig
 from pipeline.data.tolerance import DataConfig
-from workers.masks.spec import MaskSpec
 from workers.scoring.metrics import CLASSIFICATION_METRICS, METRICS
 from workers.text.prompt import ANSWER, DEFAULT_TARGET_TOKENS
 from workers.text.wrapper import AUTO
 
 __all__ = ["GIB", "PipelineConfig", "ResourcesConfig", "WorkerResources", "dump_config", "load_config"]
 
-DType = Literal["float32", "bfloat16"]
-Fraction = Annotated[Number, Field(gt=0, le=1)]
 Strict = Annotated[float, Field(strict=True)]
 """A number where YAML has one: `true` is none, nor is text."""
 Weights = dict[str, Strict] | Literal["training_rows"]
@@ -72,61 +70,6 @@ class SplitsConfig(Section):
     """Rows on which a new version and the champion are compared; used for nothing else."""
     test: Positive = 48
     """Rows that are only reported, never used for a choice."""
-
-
-class MaskConfig(Section):
-    """Which modules are adapted and, for sparse experts, which of their weights may change."""
-
-    modules: str = "attention"
-    """A preset (attention, value_output, mlp, value_output_mlp, all_linear) or a regular expression that must match the
-    whole name of each adapted linear module. For every kind of expert."""
-    criterion: Literal["random", "magnitude", "gradient", "connection_sensitivity", "fisher"] = "random"
-    """`random` (SpaRTA, arXiv 2502.15975), `magnitude` |W|, `gradient` |dL/dW|, `connection_sensitivity` |W * dL/dW|
-    (arXiv 2507.07140) or `fisher`, the mean squared gradient of single rows."""
-    keep: Literal["largest", "smallest"] = "largest"
-    """`smallest`, for magnitude, connection sensitivity and Fisher: the least sensitive weights are the task-localised
-    choice of TaLoS (arXiv 2504.02620)."""
-    granularity: Literal["element", "block", "row", "column", "n_m"] = "block"
-    """Single weights, aligned blocks of `block_size`, whole rows or columns, or N of every `group` weights of a row."""
-    block_size: tuple[Positive, Positive] = (16, 16)
-    """Rows x columns of a block; both must divide every adapted weight."""
-    group: Annotated[Whole, Field(ge=2)] = 16
-    """`n_m`: length of a group; N is `density` of it, at least 1. Must divide the width of every adapted weight."""
-    density: Fraction = 0.05
-    """Kept share of the adapted weights (the keep ratio)."""
-    budget: Literal["tensor", "global"] = "tensor"
-    """`tensor`: every weight keeps this share; `global`: the share of all together goes where the scores are best."""
-    score_batches: Positive = 1
-    """Training batches (of `train.micro_batch_size` rows, if that is set) that scores are taken over. With several, a
-    worker holds an fp32 copy of the adapted weights while it selects."""
-    reselect_every: Positive | None = None
-    """Steps between selections of a new mask; null keeps the first one."""
-    reselect_rounds: Positive | None = None
-    """Selections after the first one before the mask is frozen; null: no limit."""
-    shared: bool = False
-    """One support for all experts, scored on the rows of all tasks together: it does not fill up in the merge, but a
-    change of any task's data remakes every expert (unless the criterion is random or magnitude)."""
-
-    @field_validator("modules")
-    @classmethod
-    def _is_an_expression(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"neither a preset nor a regular expression: {error}") from None
-        return value
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        try:
-            self.spec(seed=0)
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-        return self
-
-    def spec(self, seed: int) -> MaskSpec:
-        """The mask of one expert."""
-        return MaskSpec(**self.model_dump(exclude={"shared"}), seed=seed)
 
 
 class LoraConfig(Section):
@@ -304,6 +247,10 @@ class PipelineConfig(Section):
     """How experts are trained."""
     merge: MergeConfig = MergeConfig()
     """How experts are merged."""
+    refine: RefineConfig | None = None
+    """A few steps on rows of all held-in tasks from the best merges; null: merges are taken as they are."""
+    yardsticks: YardsticksConfig = YardsticksConfig()
+    """What the merge is held against in the report."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """How models are scored."""
     gate: GateConfig = GateConfig()
@@ -356,6 +303,23 @@ class PipelineConfig(Section):
             raise ValueError(
                 "held-out tasks have no trained head, so a classification run cannot score them; remove held_out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_mix_tasks(self) -> Self:
+        for name, section in (("refine", self.refine), ("yardsticks.multitask", self.yardsticks.multitask)):
+            if section is None:
+                continue
+            if self.objective == "classification":
+                raise ValueError(
+                    f"{name} trains one model on rows of all tasks, but in a classification every task has a head of "
+                    f"its own: remove {name}"
+                )
+            if section.rows_per_task > self.splits.train:
+                raise ValueError(
+                    f"{name}.rows_per_task is more than a task's training rows (splits.train): at most "
+                    f"{self.splits.train}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -47,6 +47,8 @@ class ResourcesConfig(Section):
     """One expert's training."""
     evaluator: WorkerResources = WorkerResources()
     """One evaluation actor."""
+    refine: WorkerResources | None = None
+    """One training of a merge on rows of all tasks; null: as an expert's."""
     node: WorkerResources = WorkerResources(cpus=0, memory_gib=1.5)
     """One merge node; 0 CPUs, so that merging never keeps an expert waiting."""
     node_tasks: Positive = 1
@@ -63,3 +65,8 @@ class ResourcesConfig(Section):
     lease_seconds: Annotated[Number, Field(ge=3, le=3600)] = 60.0
     """Seconds without a heartbeat after which another run takes over what a worker was making; it beats six times in
     that time."""
+
+    @property
+    def refining(self) -> WorkerResources:
+        """What refining may use."""
+        return self.refine or self.expert

@@ -137,9 +137,14 @@ class Race:
 
     def winner(self) -> int:
         """The best of the last rung's survivors. Only when the race is over."""
+        return self.ranking()[0]
+
+    def ranking(self) -> list[int]:
+        """Every candidate, best first: by the rung that it came to, then by its mean, the earlier of equals in front.
+        Only when the race is over."""
         if not self.over:
             raise ValueError(f"{len(self._missing)} scores of the present rung are missing")
-        return self._ranked()[0]
+        return sorted(range(len(self._scores)), key=lambda each: (-self._reached[each], -self._mean(each)))
 
     def table(self) -> list[Standing]:
         """Every candidate, in the order given. Only after each has a score."""

@@ -1,6 +1,11 @@
-"""Base of every section of a configuration."""
+"""What every section of a configuration is made of."""
+
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
+
+DType = Literal["float32", "bfloat16"]
+"""Types of weights and activations."""
 
 
 class Section(BaseModel):

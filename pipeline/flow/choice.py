@@ -12,15 +12,18 @@ from infra.engine.step import Step
 from merge.methods.specs import Candidate
 from merge.tree.reduction import Merges
 from pipeline.config.search import Race, task_order
+from pipeline.flow import refining
 from pipeline.flow.context import Flow
 from pipeline.flow.merges import mask, merged
 from pipeline.flow.scoring import score
 from pipeline.flow.steps import evaluation_job, evaluation_step
+from pipeline.records.refined import Merge
 from pipeline.records.score import Score
 
 
-async def choose(flow: Flow, merges: Merges) -> list[Candidate]:
-    """The candidate that wins the race; where a flow is only rehearsed and scores are missing, all that might."""
+async def choose(flow: Flow, merges: Merges) -> list[Merge]:
+    """The candidate that wins the race, or the best of those that are refined from its winners; where a flow is only
+    rehearsed and scores are missing, all that might."""
     config, eligible, outcome = flow.inputs.config, flow.inputs.candidates.eligible, flow.outcome
     race = Race(len(eligible), list(config.held_in), config.merge.search.evaluations, config.seed)
     pairs = race.wanted()
@@ -32,10 +35,16 @@ async def choose(flow: Flow, merges: Merges) -> list[Candidate]:
             break
         pairs = following[-1]
     if not race.over:
-        return await _open(flow, race, [eligible[number] for number in race.survivors])
+        survivors = await _open(flow, race, [eligible[number] for number in race.survivors])
+        return [*survivors, *await refining.possible(flow, survivors)]
     outcome.rungs = race.rungs
     outcome.standings = dict(zip(eligible, race.table(), strict=True))
-    chosen = eligible[race.winner()]
+    ranked = [eligible[number] for number in race.ranking()]
+    refined = await refining.refine(flow, ranked)
+    options: list[Merge] = [ranked[0], *refined]
+    if any(option not in outcome.standings for option in options):
+        return options
+    chosen = max(options, key=lambda option: outcome.standings[option].mean)  # of equals the one without training
     flow.display.line(f"chosen: {chosen} with mean validation score {outcome.standings[chosen].mean:.3f}")
     return [chosen]
 

@@ -16,7 +16,6 @@ from infra.registry.aliases import Conclusion, Standing
 from infra.registry.models import Registration
 from infra.registry.runs import CHECKPOINT, MERGED, model_name
 from infra.registry.versions import DECISION, PROMOTED, REASON, ROLLED_BACK, RUN
-from merge.methods.specs import Candidate
 from pipeline.data.tasks import LEAST_GATE, TRAINED_ON
 from pipeline.flow.context import Flow, reason
 from pipeline.flow.queries import FindChampion, Follow, Judge, Note, Register
@@ -33,6 +32,7 @@ from pipeline.flow.steps import REGISTRATIONS, opponent_job
 from pipeline.gate.opponent import Opponent, is_lasting, rows_seen, unseen
 from pipeline.gate.rule import GateDecision
 from pipeline.records.outcome import Verdict
+from pipeline.records.refined import Merge
 from pipeline.records.score import ScoreKey
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ async def promote_expert(flow: Flow, task: str) -> None:
     await _compare(flow, Subject(task, manifest, (task,)), standing)
 
 
-async def promote_merge(flow: Flow, chosen: Candidate) -> None:
+async def promote_merge(flow: Flow, chosen: Merge) -> None:
     """Register the chosen merge and its full checkpoint, and compare it: when all experts are registered, for the entry
     names their versions. Raises Failed."""
     inputs, outcome = flow.inputs, flow.outcome

@@ -1,4 +1,4 @@
-"""Keys of experts and scores: the one place that says what is in them and what is not. Those of merges:
+"""Keys of experts, refined merges and scores: the one place that says what is in them and what is not. Those of merges:
 `merge.tree.keys`.
 
 In a key: base identity, data fingerprints, prompt, mask, optimisation, compute dtype, seed, algorithm versions and the
@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from infra.artifacts.manifests import Recipe, canonical_json
+from merge.modelled.refining import REFINE_VERSION
 from pipeline.config.expert_kinds import EXPERT_KINDS, derived_seed, mask_spec
 from pipeline.config.model import PipelineConfig, TrainConfig
+from pipeline.config.refine import RefineConfig
 from pipeline.data.tasks import TaskData
+from workers.masks.spec import MaskSpec
 from workers.measuring.catalogue import MEASUREMENTS
 from workers.measuring.file import IMPORTANCE_FILE_VERSION
 from workers.scoring.classification import CLASSIFICATION_VERSION, ClassifySpec
@@ -97,6 +100,71 @@ def expert_recipe(config: PipelineConfig, base_sha256: str, data: TaskData, supp
     if config.objective == "classification":
         body |= {"labels": list(data.labels), "classification_version": CLASSIFICATION_VERSION}
     return Recipe("expert", TRAIN_VERSION, body, (support,) if support else ())
+
+
+def refine_mask(config: PipelineConfig, refine: RefineConfig) -> MaskSpec:
+    """Which positions refining trains where they are fresh: with a seed of their own, selected once."""
+    mask = (refine.mask or config.mask).model_copy(update={"reselect_every": None, "reselect_rounds": None})
+    return mask.spec(derived_seed(_refine_seed(config, refine), "refine", "mask"))
+
+
+def refine_train(config: PipelineConfig, refine: RefineConfig, steps: int) -> TrainSpec:
+    """The optimisation of a refined merge. No more rows run at a time than in an expert's training."""
+    train = config.train
+    rows = refine.rows_per_task * len(config.held_in)
+    return TrainSpec(
+        steps=steps,
+        batch_size=rows,
+        learning_rate=refine.learning_rate,
+        weight_decay=train.weight_decay,
+        warmup_ratio=train.warmup_ratio,
+        schedule=train.schedule,
+        clip_norm=train.clip_norm,
+        validate_every=None,
+        seed=derived_seed(_refine_seed(config, refine), "refine", "rows"),
+        micro_batch_size=min(rows, train.micro_batch_size or train.batch_size),
+    )
+
+
+def refine_recipe(
+    config: PipelineConfig, refine: RefineConfig, base_sha256: str, tasks: Mapping[str, TaskData], steps: int,
+    start: str | None,
+) -> Recipe:  # fmt: skip
+    """A refined merge is a function of the merge (`start`: its key), the training rows and prompts of all held-in
+    tasks, the positions and the optimisation. Without a merge it is the multitask adapter."""
+    body = {
+        "base": base_sha256,
+        "tasks": [pooled(config, tasks[name]) for name in pooled_order(config, tasks)],
+        "max_target_tokens": config.prompt.max_target_tokens,
+        "rows_per_task": refine.rows_per_task,
+        "support": refine.support,
+        "mask": _plain(refine_mask(config, refine)),
+        "train": _plain(refine_train(config, refine, steps)),
+        "compute_dtype": refine.compute_dtype,
+        "train_version": TRAIN_VERSION,
+    }
+    if start is None:
+        return Recipe("multitask", REFINE_VERSION, body)
+    return Recipe("refined", REFINE_VERSION, body, (start,))
+
+
+def experts_rows(config: PipelineConfig, tasks: Mapping[str, TaskData]) -> int:
+    """Training rows that all experts together see, rows that come again counted again."""
+    specs = (train_spec(config, tasks[name]) for name in config.held_in)
+    return sum(spec.steps * spec.batch_size for spec in specs)
+
+
+def multitask_refining(config: PipelineConfig, tasks: Mapping[str, TaskData]) -> RefineConfig | None:
+    """The multitask adapter as refining, its steps settled; None where there is none."""
+    multitask = config.yardsticks.multitask
+    if multitask is None:
+        return None
+    batch = multitask.rows_per_task * len(config.held_in)
+    return multitask.refining(multitask.steps or -(-experts_rows(config, tasks) // batch))
+
+
+def _refine_seed(config: PipelineConfig, refine: RefineConfig) -> int:
+    return config.seed if refine.seed is None else refine.seed
 
 
 def measured_rows(config: PipelineConfig, data: TaskData) -> int:

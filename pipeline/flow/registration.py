@@ -11,6 +11,7 @@ from infra.registry.models import RegisteredAdapter, RegisteredCheckpoint
 from infra.registry.runs import CHECKPOINT, MERGED, model_name
 from infra.registry.versions import MERGE_TAG
 from pipeline.records.outcome import Inputs, Outcome
+from pipeline.records.refined import Refined
 from pipeline.records.score import ScoreKey
 from pipeline.report.cards import ROOM, checkpoint_card, expert_card, merge_card
 
@@ -140,7 +141,8 @@ def _lineage(inputs: Inputs, outcome: Outcome) -> Lineage:
         version = f"models:/{name}/{outcome.versions[task]}" if task in outcome.versions else None
         experts.append(Ancestor(name, manifest.key, manifest.digest, version))
     weights = {"weights": dict(chosen.weights)} if chosen.weights is not None else {}
-    return Lineage(chosen.method, {**chosen.params, **weights}, outcome.merged[chosen].key, tuple(experts))
+    refined = {"refined": outcome.merged[chosen].meta["refined"]} if isinstance(chosen, Refined) else {}
+    return Lineage(chosen.method, {**chosen.params, **weights, **refined}, outcome.merged[chosen].key, tuple(experts))
 
 
 def _heads(inputs: Inputs, experts: Mapping[str, Manifest]) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ from infra.store.s3 import ObjectInfo
 from pipeline.flow.context import Flow
 from pipeline.flow.queries import Registry
 from pipeline.flow.run import run
-from pipeline.flow.steps import KINDS, SUPPORT, expert_step, support_step
+from pipeline.flow.steps import KINDS, REFINED, SUPPORT, YARDSTICKS, expert_step, support_step
 from pipeline.records.outcome import Inputs, Outcome
 from pipeline.report.display import Display
 
@@ -69,6 +69,8 @@ def forecast(
     engine = Rehearsal(snapshot, KINDS, services, set() if expected is None else expected)
     outcome = _rehearse(inputs, engine)
     tally, doubtful = engine.tally, engine.doubtful()
+    optional = {REFINED: inputs.config.refine, YARDSTICKS: inputs.config.yardsticks.multitask}
+    absent = {kind for kind, section in optional.items() if section is None}
     supports = [each for each in engine.found if each.kind == SUPPORT]
     return Forecast(
         inputs=inputs,
@@ -76,6 +78,7 @@ def forecast(
         counts={
             kind: Count(tally.made[kind], tally.reused[kind], kind in doubtful and tally.made[kind] > 0)
             for kind in KINDS
+            if kind not in absent
         },
         stale=tuple(task for task in inputs.config.held_in if outcome.experts[task].key in engine.lacking),
         found=tuple(engine.found),

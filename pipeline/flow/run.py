@@ -1,4 +1,4 @@
-"""One run, top to bottom: experts → merge tree → choice → test scores → registration and gate → export.
+"""One run, top to bottom: experts → merge tree → choice, refining → test scores → registration and gate → export.
 
 What is missing is made in the order in which its inputs appear: a merge node starts when its children exist, while
 other experts still train; validation scores are those that the race for the best merge asks for. This is also what a
@@ -13,11 +13,12 @@ from infra.engine.once import every
 from infra.engine.step import Engine
 from merge.methods.specs import Candidate
 from merge.tree.reduction import Merges
-from pipeline.flow import experts, promotion, scoring
+from pipeline.flow import experts, promotion, refining, scoring
 from pipeline.flow.choice import best_per_task, choose
 from pipeline.flow.context import Flow
 from pipeline.flow.merges import merges_of
 from pipeline.flow.steps import export_step
+from pipeline.records.refined import Merge
 
 
 async def run(flow: Flow, merges: Merges | None = None) -> None:
@@ -25,7 +26,7 @@ async def run(flow: Flow, merges: Merges | None = None) -> None:
     merges = merges or merges_of(flow)
     experts.start(flow)
     alone = flow.once("alone", lambda: _experts_and_base(flow))
-    await every(alone, _merge(flow, merges))
+    await every(alone, _merge(flow, merges), refining.multitask(flow))
 
 
 async def _experts_and_base(flow: Flow) -> None:
@@ -60,7 +61,7 @@ async def _tested_per_task(flow: Flow, merges: Merges) -> None:
         await flow.engine.alternatives(group, test)
 
 
-async def _finish(flow: Flow, engine: Engine, chosen: Candidate) -> None:
+async def _finish(flow: Flow, engine: Engine, chosen: Merge) -> None:
     """Test, export, register and compare the merge that is chosen."""
     flow = flow.on(engine)
     flow.outcome.chosen = chosen
@@ -69,7 +70,7 @@ async def _finish(flow: Flow, engine: Engine, chosen: Candidate) -> None:
     await promotion.promote_merge(flow, chosen)
 
 
-async def _export(flow: Flow, chosen: Candidate) -> None:
+async def _export(flow: Flow, chosen: Merge) -> None:
     """The chosen merge as a full checkpoint, if one is asked for."""
     step = export_step(flow.inputs, flow.outcome.merged[chosen])
     if step is not None:

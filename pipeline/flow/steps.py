@@ -4,22 +4,26 @@ The one place that knows how a configuration becomes work; plans, announcements 
 are `merge.tree.reduction`'s. What is in a key is `pipeline.flow.recipes`' business.
 """
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 
 from infra.artifacts.manifests import Manifest
 from infra.engine.step import Needs, Step
 from merge.methods.specs import Candidate
 from merge.modelled.job import ModelledJob
+from merge.modelled.refining import RefineJob
 from merge.tree.export import export_job
 from merge.tree.jobs import Ref
 from merge.tree.keys import modelled_recipe
 from merge.tree.reduction import MERGES
 from pipeline.config.expert_kinds import mask_spec, shares_scored_support
 from pipeline.config.model import GIB, PipelineConfig
+from pipeline.config.refine import RefineConfig
 from pipeline.data.tasks import TaskData
 from pipeline.flow import recipes
 from pipeline.gate.opponent import Opponent
 from pipeline.records.outcome import Inputs
+from pipeline.records.refined import Refined
 from workers.jobs.evaluator import EvaluationJob
 from workers.jobs.expert import ExpertJob
 from workers.jobs.measurement import MeasurementJob, TrainingRows
@@ -28,12 +32,15 @@ from workers.scoring.classification import ClassifySpec
 from workers.scoring.likelihood import EvaluateSpec
 from workers.text.prompt import PromptSpec
 
-SUPPORT, EXPERTS, MEASUREMENTS, EVALUATIONS, CHECKPOINTS = (
-    "support", "experts", "importances", "evaluations", "checkpoints",
+SUPPORT, EXPERTS, MEASUREMENTS, REFINED, YARDSTICKS, EVALUATIONS, CHECKPOINTS = (
+    "support", "experts", "importances", "refined", "yardsticks", "evaluations", "checkpoints",
 )  # fmt: skip
 REGISTRATIONS = "registrations"
+MULTITASK = "multitask"
+"""Name of the yardstick, and of its scores."""
 KINDS = (
-    SUPPORT, EXPERTS, MEASUREMENTS, "merge_nodes", "merges", "task_masks", EVALUATIONS, CHECKPOINTS, REGISTRATIONS,
+    SUPPORT, EXPERTS, MEASUREMENTS, "merge_nodes", "merges", "task_masks", REFINED, YARDSTICKS, EVALUATIONS,
+    CHECKPOINTS, REGISTRATIONS,
 )  # fmt: skip
 """What is counted, in the order of a run. Merge nodes count the roots too, and merges what roots are lowered to."""
 
@@ -52,9 +59,7 @@ def support_step(inputs: Inputs) -> Step | None:
     job = SupportJob(
         recipe=recipe,
         base_sha256=inputs.base.sha256,
-        tasks=tuple(
-            PooledTask(tasks[name].object_name("train"), recipes.prompt_spec(config, tasks[name])) for name in order
-        ),
+        tasks=pooled_tasks(inputs),
         max_target_tokens=config.prompt.max_target_tokens,
         mask=mask_spec(config, "shared"),
         batch_size=config.train.micro_batch_size or config.train.batch_size,
@@ -157,6 +162,73 @@ def modelled_step(inputs: Inputs, candidate: Candidate, reference: Ref) -> Step:
     )
     needs = Needs("evaluator", base=inputs.base.sha256)
     return Step(MERGES, f"merge {candidate}", (job.recipe,), job.inputs, job, needs, "adapter")
+
+
+def refine_step(inputs: Inputs, refined: Refined, start: Manifest, experts: Mapping[str, Manifest]) -> Step:
+    """Train on from the merge `start` of these experts."""
+    refine = inputs.config.refine
+    assert refine is not None
+    consumed = {each.key: each.digest for each in (start, *(experts[name] for name in inputs.config.held_in))}
+    job = replace(
+        _mixed_job(inputs, refine, refined.steps, str(refined), start),
+        candidate=refined.start,
+        inputs=consumed,
+        experts=tuple(sorted(inputs.config.held_in)),
+    )
+    return Step(REFINED, f"refine {refined}", (job.recipe,), job.inputs, job, Needs("refine"), "adapter")
+
+
+def multitask_step(inputs: Inputs) -> Step | None:
+    """Train one adapter for all tasks from the base, if a configuration asks for that yardstick."""
+    refine = recipes.multitask_refining(inputs.config, inputs.tasks)
+    if refine is None:
+        return None
+    data = sorted({inputs.tasks[name].license for name in inputs.config.held_in})
+    job = replace(
+        _mixed_job(inputs, refine, refine.steps[0], MULTITASK, None),
+        licences={"base": [inputs.base.license], "data": data},
+    )
+    return Step(YARDSTICKS, MULTITASK, (job.recipe,), {}, job, Needs("refine"), "adapter")
+
+
+def _mixed_job(inputs: Inputs, refine: RefineConfig, steps: int, name: str, start: Manifest | None) -> RefineJob:
+    """Train on rows of all held-in tasks, from a merge or from the base."""
+    config, tasks = inputs.config, inputs.tasks
+    train = recipes.refine_train(config, refine, steps)
+    rows = steps * train.batch_size
+    share = rows / recipes.experts_rows(config, tasks)
+    begin = {"start": start.key} if start is not None else {}
+    return RefineJob(
+        name=name,
+        recipe=recipes.refine_recipe(
+            config, refine, inputs.base.sha256, tasks, steps, start.key if start is not None else None
+        ),
+        base_sha256=inputs.base.sha256,
+        base_weights=inputs.base_weights,
+        candidate=None,
+        start=Ref.of(start) if start is not None else None,
+        inputs={},
+        tasks=pooled_tasks(inputs),
+        max_target_tokens=config.prompt.max_target_tokens,
+        rows_per_task=refine.rows_per_task,
+        support=refine.support,
+        mask=recipes.refine_mask(config, refine),
+        train=train,
+        compute_dtype=refine.compute_dtype,
+        recompute=config.train.gradient_checkpointing,
+        save_every=config.train.checkpoint_every,
+        deterministic=config.train.deterministic,
+        about={"steps": steps, "rows": rows, "share": share, **begin},
+    )
+
+
+def pooled_tasks(inputs: Inputs) -> tuple[PooledTask, ...]:
+    """Training rows and prompts of all held-in tasks, in the order in which keys have them."""
+    config, tasks = inputs.config, inputs.tasks
+    return tuple(
+        PooledTask(tasks[name].object_name("train"), recipes.prompt_spec(config, tasks[name]))
+        for name in recipes.pooled_order(config, tasks)
+    )
 
 
 def base_models(config: PipelineConfig) -> tuple[tuple[str, int], ...]:

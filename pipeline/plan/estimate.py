@@ -30,6 +30,8 @@ _MANIFESTS: Mapping[str, tuple[str, ...]] = {
     "merge_nodes": ("node", "merged"),
     "merges": ("merged",),
     "task_masks": ("task_mask",),
+    "refined": ("refined",),
+    "yardsticks": ("multitask",),
     "evaluations": ("evaluation",),
     "checkpoints": ("checkpoint",),
 }
@@ -103,6 +105,9 @@ def estimate(
         if kind == "experts":
             stages.append(_experts(forecasts, before, found, cost, slots.experts, flops))
             continue
+        if kind in cost.mixed:
+            stages.append(_mixed(kind, make, before, found, cost, slots.experts, flops))
+            continue
         own = [manifest for manifest in found if manifest.kind in _MANIFESTS[kind]]
         workers = at_a_time.get(kind, slots.experts)
         seconds, source = (None, "") if kind == "merges" else _seconds(kind, own, results)
@@ -148,9 +153,13 @@ class _Rate:
     beside: float
 
     @staticmethod
-    def of(expert: Manifest) -> "_Rate | None":
-        meta = expert.meta
-        if expert.kind != "expert" or not meta.get("tokens") or not meta.get("train_seconds"):
+    def of(trained: Manifest) -> "_Rate | None":
+        meta = trained.meta
+        if (
+            trained.kind not in ("expert", "refined", "multitask")
+            or not meta.get("tokens")
+            or not meta.get("train_seconds")
+        ):
             return None
         return _Rate(meta["train_seconds"] / meta["tokens"], max(0.0, meta.get("seconds", 0) - meta["train_seconds"]))
 
@@ -160,9 +169,10 @@ def _experts(
     flops: Callable[[], float],
 ) -> Stage:  # fmt: skip
     """Each expert at the speed of the one before; else of the suite's others; else of this machine."""
-    known = [rate for manifest in [*found, *before.values()] if (rate := _Rate.of(manifest))]
+    experts = [manifest for manifest in [*found, *before.values()] if manifest.kind == "expert"]
+    known = [rate for manifest in experts if (rate := _Rate.of(manifest))]
     tasks = [task for each in forecasts for task in each.stale]
-    sizes = [_size(manifest) for manifest in [*found, *before.values()] if manifest.kind == "expert"]
+    sizes = [_size(manifest) for manifest in experts]
     size = _mean(sizes) or cost.kind_bytes["experts"] / len(cost.expert_tokens)
     durations, sources = [], Counter[str]()
     speed = 0.0
@@ -182,6 +192,28 @@ def _experts(
     time = ", ".join(f"{source} ({count})" for source, count in sources.items())
     bytes_from = f"mean of {len(sizes)} that exist" if sizes else "calculated"
     return Stage("experts", spread(durations, slots), round(size * len(tasks)), f"time: {time}; bytes: {bytes_from}")
+
+
+def _mixed(
+    kind: str, make: int, before: Mapping[str, Manifest], found: Sequence[Manifest], cost: Cost, slots: int,
+    flops: Callable[[], float],
+) -> Stage:  # fmt: skip
+    """Trainings on rows of all tasks at the speed of those before; else of experts; else of this machine. Which numbers
+    of steps are missing is not asked: the mean of all."""
+    need = cost.mixed[kind]
+    own = [manifest for manifest in found if manifest.kind in _MANIFESTS[kind]]
+    for source, manifests in (("those that exist", own), ("experts", [*found, *before.values()])):
+        if rates := [rate for manifest in manifests if (rate := _Rate.of(manifest))]:
+            per_token, beside = (_mean([getattr(rate, name) for rate in rates]) for name in ("per_token", "beside"))
+            seconds, time = (per_token or 0) * need.tokens + (beside or 0), f"time: {source}, by tokens"
+            break
+    else:
+        seconds = cost.seconds(1, flops()) * need.tokens / sum(cost.expert_tokens.values())
+        time = "time: calculated"
+    size = _mean([_size(manifest) for manifest in own])
+    bytes_from = "calculated" if size is None else f"mean of {len(own)} that exist"
+    size = need.file_bytes if size is None else size
+    return Stage(kind, spread([seconds] * make, slots), round(size * make), f"{time}; bytes: {bytes_from}")
 
 
 def spread(durations: Iterable[float], slots: int) -> float:

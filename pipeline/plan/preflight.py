@@ -26,9 +26,11 @@ from pipeline.config.expert_kinds import EXPERT_KINDS
 from pipeline.config.model import GIB, PipelineConfig
 from pipeline.data.counting import check_shares, rows_lines, with_cuts
 from pipeline.data.tasks import TaskData, learned_elsewhere, load_tasks
-from pipeline.flow.recipes import train_spec
+from pipeline.flow.recipes import multitask_refining, train_spec
 from pipeline.flow.registration import CHECKPOINT, MERGED
+from pipeline.flow.steps import REFINED, YARDSTICKS
 from pipeline.plan.check_base import base_tokenizer, check_adapted, check_rows, empty_base, settle_prompt
+from pipeline.plan.check_refine import RefineNeed, check_refine_room, check_refine_rows, refine_need, refined_count
 from pipeline.plan.cluster import slots_of
 from pipeline.plan.figures import given, needed, there_is
 from pipeline.plan.node_memory import largest_node
@@ -73,6 +75,8 @@ class Cost:
     kind_bytes: Mapping[str, int]
     """Bytes in the object store by kind of artifact, and of the base."""
     cache_bytes: int
+    mixed: Mapping[str, RefineNeed] = field(default_factory=dict)
+    """Of one training on rows of all tasks, by kind of artifact."""
 
     @property
     def store_bytes(self) -> int:
@@ -171,6 +175,7 @@ def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Pr
     config = settle_prompt(config, base, tokenizer, console)
     console.print(f"{len(config.held_in)} held-in and {len(config.held_out)} held-out tasks", highlight=False)
     tasks = _load_tasks(config, tokenizer, console)
+    check_refine_rows(config, tasks)
     for name, count in learned_elsewhere(tasks, config.held_in).items():
         text = f"{count} of its {len(tasks[name].splits['test'])} test rows are training rows of another held-in task"
         console.print(f"warning: {name}: {text}, so a merge knows them", style="yellow", highlight=False, markup=False)
@@ -239,18 +244,22 @@ def expected_cost(
         check_adapted(base, find_targets(model, config.mask.modules))
     trainable, adapted, state_bytes = _trained(config, model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    tokens, longest = {}, 0
+    tokens, means, longest = {}, {}, 0
     for name in config.held_in:
         train = train_spec(config, tasks[name])
-        tokens[name] = round(train.steps * train.batch_size * sum(lengths[name]) / len(lengths[name]))
+        means[name] = sum(lengths[name]) / len(lengths[name])
+        tokens[name] = round(train.steps * train.batch_size * means[name])
         longest = max(longest, *lengths[name])
     width = torch.finfo(getattr(torch, config.train.compute_dtype)).bits // 8
     hidden, inner, layers = _sizes(model)
     one_layer = 8 * hidden + 4 * inner
     saved = layers * hidden + one_layer if config.train.gradient_checkpointing else layers * one_layer
     rows = min(config.train.micro_batch_size or config.train.batch_size, config.train.batch_size)
-    activations = rows * longest * saved * width + (0 if classifies else 2 * 4 * CHUNK_LOGITS)
-    worker = PROCESS_GIB * GIB + parameters * width + state_bytes + activations
+
+    def activations(width: int) -> int:
+        return rows * longest * saved * width + (0 if classifies else 2 * 4 * CHUNK_LOGITS)
+
+    worker = PROCESS_GIB * GIB + parameters * width + state_bytes + activations(width)
     everywhere = EXPERT_KINDS[config.expert].everywhere
     union = adapted * (1 if everywhere else 1 - (1 - config.mask.density) ** len(config.held_in))
     listed = list_candidates(config).all
@@ -269,9 +278,18 @@ def expected_cost(
         "merges": merges,
         "checkpoints": parameters * 4 if config.merge.export else 0,
     }
+    mixed = {}
+    dense = everywhere or any(METHODS[candidate.method].matrix for candidate in listed)
+    for kind, refine, changed, count in (
+        (REFINED, config.refine, adapted if dense else round(union), refined_count(config)),
+        (YARDSTICKS, multitask_refining(config, tasks), 0, 1),
+    ):
+        if refine is not None:
+            mixed[kind] = refine_need(config, refine, model, means, changed, PROCESS_GIB * GIB, activations)
+            stored[kind] = mixed[kind].file_bytes * count
     kind_bytes = {kind: int(size) for kind, size in stored.items()}
     cache_bytes = parameters * (2 + width) + merges
-    return Cost(trainable, adapted, parameters, tokens, int(worker), kind_bytes, int(cache_bytes))
+    return Cost(trainable, adapted, parameters, tokens, int(worker), kind_bytes, int(cache_bytes), mixed)
 
 
 def _sizes(model: Any) -> tuple[int, int, int]:
@@ -331,6 +349,8 @@ def check_room(config: PipelineConfig, cost: Cost) -> None:
             f"need {needed(cost.worker_bytes / GIB)} GiB; raise it to that, or lower train.batch_size or "
             "prompt.max_input_tokens"
         )
+    for need in cost.mixed.values():
+        check_refine_room(config, need)
     free = shutil.disk_usage(cache_dir()).free
     if free < cost.cache_bytes:
         raise FactoryError(

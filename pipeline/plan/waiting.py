@@ -23,7 +23,8 @@ _SAY_EVERY = 60.0
 
 def kinds_of(resources: ResourcesConfig) -> dict[str, WorkerResources]:
     """Workers by the name of the configuration's field."""
-    return {"expert": resources.expert, "evaluator": resources.evaluator, "node": resources.node}
+    own = {"refine": resources.refine} if resources.refine is not None else {}
+    return {"expert": resources.expert, "evaluator": resources.evaluator, "node": resources.node, **own}
 
 
 def missing(resources: ResourcesConfig, nodes: Nodes) -> str | None:

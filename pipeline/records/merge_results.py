@@ -3,6 +3,17 @@
 from pipeline.records.part import Interval, Maybe, Params, Part
 
 
+class RefinedRow(Part):
+    """How a merge was trained on, on rows of all held-in tasks."""
+
+    steps: int
+    """Optimizer steps."""
+    rows: int
+    """Training rows that they saw beyond the experts', rows that came again counted again."""
+    share: float
+    """Those rows as a share of the training rows that all experts together saw."""
+
+
 class CandidateRow(Part):
     """A merge that was tried and could be chosen."""
 
@@ -21,9 +32,12 @@ class CandidateRow(Part):
     tasks: int
     """Tasks that the candidate was scored on."""
     rung: int
-    """Last rung of the search that the candidate was in, from 1."""
+    """Last rung of the search that the candidate was in, from 1. Refined merges come after the search: one more than
+    it has."""
     chosen: bool
     """Whether this is the merge that the run reports and registers."""
+    refined: Maybe[RefinedRow] = None
+    """How it was trained on after the merge that the other fields name; left out for merges as they are."""
 
 
 class RungRow(Part):
@@ -41,7 +55,7 @@ class Search(Part):
     budget: int | None
     """Most validation scores that the search was allowed; null: no limit."""
     evaluations: int
-    """Validation scores that it took."""
+    """Validation scores that it took; those of refined merges, each on every task, are not among them."""
     rungs: tuple[RungRow, ...]
     """Its rungs, in order."""
 
@@ -90,6 +104,8 @@ class Chosen(Part):
     """Type that `merged_serving` was scored with, if any."""
     rounding_loss_bfloat16: float
     """Share of the change's norm that rounding the merged weights to bfloat16 erases."""
+    refined: Maybe[RefinedRow] = None
+    """How it was trained on after the merge that `method` and `params` name; left out for a merge as it is."""
 
 
 class Export(Part):

@@ -13,6 +13,7 @@ from pipeline.config.model import PipelineConfig
 from pipeline.config.search import Rung, Standing
 from pipeline.data.tasks import TaskData
 from pipeline.gate.rule import GateDecision
+from pipeline.records.refined import Merge
 from pipeline.records.score import Score, ScoreKey
 from workers.base.prepare import PreparedBase
 
@@ -48,6 +49,10 @@ class Counters:
     """Fisher and Gram artifacts of experts."""
     task_masks: int = 0
     checkpoints: int = 0
+    refined: int = 0
+    """Merges that were trained on."""
+    yardsticks: int = 0
+    """Multitask adapters."""
 
 
 @dataclass(frozen=True)
@@ -73,20 +78,22 @@ class Outcome:
     """What a run produced; `pipeline/report/results.py` turns it into results.json."""
 
     experts: dict[str, Manifest] = field(default_factory=dict)
-    merged: dict[Candidate, Manifest] = field(default_factory=dict)
+    merged: dict[Merge, Manifest] = field(default_factory=dict)
     scores: dict[ScoreKey, Score] = field(default_factory=dict)
     evaluations: set[str] = field(default_factory=set)
     """Keys of the scores."""
     masks: dict[tuple[Candidate, str], Manifest] = field(default_factory=dict)
     """Task masks of candidates that need the task at inference."""
     rungs: tuple[Rung, ...] = ()
-    standings: dict[Candidate, Standing] = field(default_factory=dict)
-    """Of the candidates that may be chosen."""
-    chosen: Candidate | None = None
+    standings: dict[Merge, Standing] = field(default_factory=dict)
+    """Of the candidates that may be chosen; refined ones last."""
+    chosen: Merge | None = None
     per_task: dict[str, Candidate] = field(default_factory=dict)
     """Of each method that needs the task at inference the candidate with the best mean validation score."""
     checkpoint: Manifest | None = None
     """The chosen merge as a full checkpoint."""
+    multitask: Manifest | None = None
+    """One adapter for all tasks, where a configuration asks for it."""
     versions: dict[str, int] = field(default_factory=dict)
     """Registered version of each expert and, as `merged`, of the merge."""
     gate: dict[str, Verdict] = field(default_factory=dict)
@@ -104,7 +111,7 @@ class Outcome:
         plain = {name: copy.copy(value) for name, value in vars(self).items()}
         return Outcome(**plain)
 
-    def mean(self, candidate: Candidate, split: str) -> float:
+    def mean(self, candidate: Merge, split: str) -> float:
         """Mean score of a candidate over all held-in tasks, each with an expert."""
         return math.fsum(self.scores[ScoreKey(candidate.to_json(), split, t)].score for t in self.experts) / len(
             self.experts

@@ -21,7 +21,7 @@ from pipeline.records.part import Interval, Maybe, Part
 from pipeline.records.row_results import TaskRows
 from pipeline.records.seed_results import Seeds
 
-MODELS = ("base", "base_few_shot", "expert", "merged", "merged_serving")
+MODELS = ("base", "base_few_shot", "expert", "merged", "merged_serving", "multitask")
 """What is scored on test rows, by its names in this file."""
 
 
@@ -66,6 +66,8 @@ class HeldInTask(Part):
     """Score of the base with examples in the prompt; left out where `evaluate.few_shot` is 0."""
     merged_serving: Maybe[float] = None
     """Score of the chosen merge with its weights rounded to `evaluate.serving_dtype`; left out without that."""
+    multitask: Maybe[float] = None
+    """Score of the multitask adapter; left out without `yardsticks.multitask`."""
 
 
 class HeldOutTask(Part):
@@ -85,6 +87,25 @@ class HeldOutTask(Part):
     """Scores by model that ask for no answer format."""
     base_few_shot: Maybe[float] = None
     """Score of the base with examples in the prompt; left out where `evaluate.few_shot` is 0."""
+    multitask: Maybe[float] = None
+    """Score of the multitask adapter; left out without `yardsticks.multitask`."""
+
+
+class Multitask(Part):
+    """The yardstick of `yardsticks.multitask`: one adapter trained on rows of all held-in tasks, from the base."""
+
+    key: str
+    """Key of the adapter: SHA-256 of its recipe."""
+    digest: str
+    """SHA-256 of its bytes."""
+    uri: str
+    """Where its file is."""
+    steps: int
+    """Optimizer steps."""
+    rows: int
+    """Training rows that they saw, rows that came again counted again."""
+    share: float
+    """Those rows as a share of the training rows that all experts together saw."""
 
 
 class HeldInSummary(Part):
@@ -115,6 +136,13 @@ class HeldInSummary(Part):
     """Interval of `base_few_shot`."""
     merged_serving: Maybe[float] = None
     """Mean score of the rounded merge; left out where it is not scored."""
+    multitask: Maybe[float] = None
+    """Mean score of the multitask adapter; left out without `yardsticks.multitask`."""
+    multitask_interval: Maybe[Interval] = None
+    """Interval of `multitask`."""
+    of_multitask: Maybe[float] = None
+    """Share of the multitask adapter's gain that the merge has: (merged - base) / (multitask - base); left out where
+    that gains 0.01 or less."""
 
 
 class HeldOutSummary(Part):
@@ -134,6 +162,8 @@ class HeldOutSummary(Part):
     """Mean score of the few-shot base; left out where it is not scored on every task."""
     base_few_shot_interval: Maybe[Interval] = None
     """Interval of `base_few_shot`."""
+    multitask: Maybe[float] = None
+    """Mean score of the multitask adapter; left out without `yardsticks.multitask`."""
 
 
 class Summary(Part):
@@ -160,6 +190,10 @@ class Counts(Part):
     """Task masks of merges that need the task at inference."""
     checkpoints: int
     """Full checkpoints."""
+    refined: Maybe[int] = None
+    """Merges that were trained on; left out without `refine`."""
+    yardsticks: Maybe[int] = None
+    """Multitask adapters; left out without `yardsticks`."""
 
 
 class Seconds(Part):
@@ -171,6 +205,10 @@ class Seconds(Part):
     """Of all merge nodes and task masks together."""
     evaluate: float
     """Of all evaluations together."""
+    refine: Maybe[float] = None
+    """Of all trainings of merges together; left out where there was none."""
+    yardsticks: Maybe[float] = None
+    """Of the multitask adapter's training; left out where there was none."""
     total: float
     """From the start of the run to its end, report left out."""
 
@@ -207,6 +245,8 @@ class Results(Part):
     versions."""
     rows: dict[str, TaskRows] = Field(default_factory=dict)
     """What became of each task's rows; not in files of earlier versions."""
+    multitask: Maybe[Multitask] = None
+    """The multitask adapter; left out without `yardsticks.multitask`."""
     export: Export | None
     """The chosen merge as a full checkpoint; null: not asked for."""
     gate: Gate

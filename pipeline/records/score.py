@@ -8,8 +8,8 @@ from workers.scoring.metrics import LabelScores
 
 
 class ScoreKey(NamedTuple):
-    """`model` is base, few_shot, expert, merged, serving, or a candidate as JSON; on the gate split expert_champion and
-    merged_champion too."""
+    """`model` is base, few_shot, expert, merged, serving, multitask, or a candidate as JSON; on the gate split
+    expert_champion and merged_champion too."""
 
     model: str
     split: str

@@ -1,6 +1,6 @@
 """The section `seeds` of results.json: every score's spread over the seeds of a run."""
 
-from pipeline.records.part import Params, Part
+from pipeline.records.part import Maybe, Params, Part
 
 
 class Spread(Part):
@@ -21,6 +21,8 @@ class SeedChoice(Part):
     """Merge method."""
     params: Params
     """All its parameters, defaults included."""
+    refined: Maybe[int] = None
+    """Steps that it was trained on after merging; left out for a merge as it is."""
 
 
 class SeedSummary(Part):

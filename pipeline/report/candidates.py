@@ -6,13 +6,24 @@ import json
 from collections.abc import Mapping
 
 from merge.methods.specs import shown_params
-from pipeline.records.merge_results import CandidateRow, Chosen, PerTaskRow
+from pipeline.records.merge_results import CandidateRow, Chosen, PerTaskRow, RefinedRow
 from pipeline.records.results import Results
 
 
 def parameters_text(row: CandidateRow | PerTaskRow | Chosen) -> str:
     """Parameters and weights of a candidate for people."""
     return listed_text(shown_params(row.method, row.params), row.weights)
+
+
+def steps_text(row: CandidateRow | PerTaskRow | Chosen) -> str:
+    """How a merge was trained on, to be put behind its name; "" for one as it is."""
+    refined = row.refined if isinstance(row, CandidateRow | Chosen) else None
+    return f" + {refined.steps} steps" if refined is not None else ""
+
+
+def rows_text(refined: RefinedRow) -> str:
+    """What training on took, beside the experts'."""
+    return f"{refined.rows} training rows, {refined.share:.0%} of the experts'"
 
 
 def listed_text(params: Mapping[str, float | str], weights: Mapping[str, float] | None = None) -> str:
@@ -27,11 +38,15 @@ def candidates_csv(results: Results) -> str:
     """The whole table of the search, those that need the task at inference last (they are in no rung)."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["method", "params", "weights", "rung", "tasks", "validation", "chosen"])
+    refines = any(row.refined for row in results.candidates)
+    more = ["steps", "training_rows"] if refines else []
+    writer.writerow(["method", "params", "weights", "rung", "tasks", "validation", "chosen", *more])
     for row in results.candidates:
-        writer.writerow([*_named(row), row.rung, row.tasks, row.validation, row.chosen])
+        trained = [row.refined.steps, row.refined.rows] if row.refined is not None else [0, 0]
+        writer.writerow([*_named(row), row.rung, row.tasks, row.validation, row.chosen, *(trained if refines else [])])
     for beside in results.per_task:
-        writer.writerow([*_named(beside), "", len(results.held_in), beside.validation, False])
+        cells = [*_named(beside), "", len(results.held_in), beside.validation, False]
+        writer.writerow([*cells, *([0, 0] if refines else [])])
     return out.getvalue()
 
 
@@ -46,8 +61,16 @@ def candidates_section(results: Results) -> list[str]:
     lines = ["## Candidates", "", f"{search.evaluations} validation scores of {tasks} tasks: {rungs}.", ""]
     lines += ["| method | parameters | rung | tasks | mean validation score | chosen |", "|---|---|---:|---:|---:|---|"]
     for row in results.candidates:
-        cells = [row.method, parameters_text(row), str(row.rung), str(row.tasks), f"{row.validation:.3f}"]
+        name, rung = f"{row.method}{steps_text(row)}", "" if row.refined else str(row.rung)
+        cells = [name, parameters_text(row), rung, str(row.tasks), f"{row.validation:.3f}"]
         lines.append(f"| {' | '.join(cells)} | {'yes' if row.chosen else ''} |")
+    if refined := [row.refined for row in results.candidates if row.refined]:
+        lines += [
+            "",
+            "Refined after the search, on rows of all held-in tasks mixed evenly: "
+            + "; ".join(f"+ {each.steps} steps, {rows_text(each)}" for each in dict.fromkeys(refined))
+            + ".",
+        ]
     if results.per_task:
         lines += ["", "## Needs the task at inference", ""]
         lines += ["Never chosen or registered, and not scored on held-out tasks, which have no mask.", ""]

@@ -8,6 +8,7 @@ that a card ends with (`infra.registry.lineage`).
 
 import json
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from infra.artifacts.manifests import Manifest
 from infra.registry.models import VERSION_MARK
@@ -17,6 +18,7 @@ from pipeline.config.expert_kinds import EXPERT_KINDS
 from pipeline.config.model import PipelineConfig
 from pipeline.data.tasks import TaskData
 from pipeline.records.outcome import Inputs, Outcome
+from pipeline.records.refined import Refined
 from pipeline.records.score import ScoreKey
 from pipeline.report.results import interval
 
@@ -95,7 +97,8 @@ def _merge(
     facts = [
         *more,
         ("Choice", f"mean validation score {outcome.standings[chosen].mean:.3f}, the best of "
-                   f"{len(inputs.candidates.eligible)} candidates"),
+                   f"{len(outcome.standings)} candidates"),
+        *_training(merged),
         ("Data", f"that of {len(every)} experts; licences: {_licenses(every)}"),
         ("Base", _base(inputs)),
         ("Change", f"experts: {change(config)} of modules {_code(config.mask.modules)}; merged density "
@@ -106,7 +109,8 @@ def _merge(
         *_limits(every),
     ]  # fmt: skip
     parameters = ", ".join(f"{name} {value}" for name, value in chosen.params.items())
-    by = f"{chosen.method}{f' ({parameters})' if parameters else ''}"
+    steps = f" + {chosen.steps} steps" if isinstance(chosen, Refined) else ""
+    by = f"{chosen.method}{f' ({parameters})' if parameters else ''}{steps}"
     means = [_means(inputs, outcome, "held-in", held_in), _means(inputs, outcome, "held-out", held_out)]
     example = held_in[0] if len(held_in[0]) <= _NAME else "…"
     call = json.dumps([{"input": "a text", "task": example}], ensure_ascii=False)
@@ -118,6 +122,18 @@ def _merge(
     used = sum(len(part) + 2 for part in [*top, _bullets(facts)])
     table = _task_table(outcome, held_in, held_out, room - used)
     return "\n\n".join([*top, *([table] if table else []), _bullets(facts)])
+
+
+def _training(meta: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How a refined merge was trained on."""
+    if "refined" not in meta:
+        return []
+    told = meta["refined"]
+    return [
+        ("Refined", f"{told['steps']} steps after merging, on {told['rows']} training rows of all tasks mixed evenly "
+                    f"({told['share']:.0%} of the experts'); training loss {meta['first_loss']:.3f} to "
+                    f"{meta['last_loss']:.3f}, started from {_code(told['start'])}"),
+    ]  # fmt: skip
 
 
 def change(config: PipelineConfig) -> str:

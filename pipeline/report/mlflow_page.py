@@ -12,7 +12,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_SOURCE_NAME, MLFL
 
 from infra.registry.runs import MERGED
 from pipeline.records.results import MODELS, Results, scores
-from pipeline.report.candidates import parameters_text
+from pipeline.report.candidates import parameters_text, steps_text
 from pipeline.report.markdown import bullets, markdown_table
 from pipeline.report.summary import summary_lines
 
@@ -32,7 +32,7 @@ def metrics(results: Results) -> dict[str, float]:
     names = metric_names(rows)
     for model in MODELS:
         found |= {f"test_{model}/{names[task]}": row[model] for task, row in rows.items() if model in row}
-    found |= {f"run/{name}": float(value) for name, value in results.seconds}
+    found |= {f"run/{name}": float(value) for name, value in results.seconds if value is not None}
     if results.slot_utilisation is not None:
         found["run/slot_utilisation"] = results.slot_utilisation
     return found
@@ -52,7 +52,9 @@ def metric_names(tasks: Iterable[str]) -> dict[str, str]:
 def tags(results: Results) -> dict[str, str]:
     """What helps to tell runs apart in a table of them."""
     return {
-        "chosen": f"{results.chosen.method} {parameters_text(results.chosen)}".strip()[:500],
+        "chosen": f"{results.chosen.method} {parameters_text(results.chosen)}{steps_text(results.chosen)}".strip()[
+            :500
+        ],
         "experts": f"{results.made.experts} made, {results.reused.experts} reused",
     }
 

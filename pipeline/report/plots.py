@@ -21,7 +21,7 @@ from pipeline.records.merge_results import CandidateRow, PerTaskRow
 from pipeline.records.part import Interval
 from pipeline.records.results import HeldInTask, HeldOutTask, Results, scores
 from pipeline.records.seed_results import Spread
-from pipeline.report.candidates import listed_text
+from pipeline.report.candidates import listed_text, steps_text
 
 PAGE = 100
 """Rows of scores or panels of loss curves in one picture."""
@@ -289,14 +289,14 @@ def _name(row: CandidateRow | PerTaskRow, without: str = "") -> str:
         for name, value in row.params.items()
         if name != without and (name in ("lambda", "p") or value != defaults[name])
     }
-    return f"{row.method}  {listed_text(told, row.weights)}".strip()
+    return f"{row.method}  {listed_text(told, row.weights)}".strip() + steps_text(row)
 
 
 def _families(candidates: Sequence[CandidateRow]) -> dict[str, list[tuple[float, float]]]:
     """Candidates that differ in λ alone: name to (λ, mean validation score over the first rung's tasks)."""
     found: dict[str, list[tuple[float, float]]] = {}
     for row in candidates:
-        if isinstance(value := row.params.get("lambda"), int | float):
+        if row.refined is None and isinstance(value := row.params.get("lambda"), int | float):
             found.setdefault(_name(row, without="lambda"), []).append((value, row.first_rung))
     return {name: sorted(points) for name, points in found.items() if len(points) > 1}
 

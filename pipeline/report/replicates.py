@@ -2,7 +2,9 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from pipeline.records.merge_results import Chosen
 from pipeline.records.results import Counts, HeldInSummary, HeldOutSummary, Results, Seconds, scores
 from pipeline.records.seed_results import SeedChoice, Seeds, SeedSummary, SeedTasks, Spread
 
@@ -20,7 +22,7 @@ def combine(seeds: Sequence[int], results: Sequence[Results]) -> Results:
         update={
             "seeds": Seeds(
                 values=tuple(seeds),
-                chosen=tuple(SeedChoice(method=each.chosen.method, params=each.chosen.params) for each in results),
+                chosen=tuple(_choice(each.chosen) for each in results),
                 summary=SeedSummary(
                     held_in=_spread([_means(each.summary.held_in) for each in results]),
                     held_out=_spread([_means(each.summary.held_out) for each in results]),
@@ -62,9 +64,21 @@ def _mean(shares: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
+def _choice(chosen: Chosen) -> SeedChoice:
+    refined = chosen.refined.steps if chosen.refined is not None else None
+    return SeedChoice(method=chosen.method, params=chosen.params, refined=refined)
+
+
 def _counts(found: Sequence[Counts]) -> Counts:
-    return Counts(**{name: sum(getattr(each, name) for each in found) for name in Counts.model_fields})
+    return Counts(**_sums(found))
 
 
 def _seconds(found: Sequence[Seconds]) -> Seconds:
-    return Seconds(**{name: sum(getattr(each, name) for each in found) for name in Seconds.model_fields})
+    return Seconds(**_sums(found))
+
+
+def _sums(found: Sequence[Counts] | Sequence[Seconds]) -> dict[str, Any]:
+    """Of the fields that one of them has."""
+    each = {name: [value for part in found if (value := getattr(part, name)) is not None]
+            for name in type(found[0]).model_fields}  # fmt: skip
+    return {name: sum(values) for name, values in each.items() if values}

@@ -8,9 +8,10 @@ from merge.methods.specs import Candidate
 from pipeline.config.search import task_order
 from pipeline.data.counting import rows_json
 from pipeline.data.tasks import learned_elsewhere
-from pipeline.records.merge_results import CandidateRow, Chosen, Export, PerTaskRow, RungRow, Search
-from pipeline.records.outcome import Inputs, Outcome, utilisation
+from pipeline.records.merge_results import CandidateRow, Chosen, Export, PerTaskRow, RefinedRow, RungRow, Search
+from pipeline.records.outcome import Counters, Inputs, Outcome, utilisation
 from pipeline.records.part import Interval
+from pipeline.records.refined import Merge, Refined
 from pipeline.records.results import (
     Base,
     Counts,
@@ -18,6 +19,7 @@ from pipeline.records.results import (
     HeldInTask,
     HeldOutSummary,
     HeldOutTask,
+    Multitask,
     Results,
     Seconds,
     Summary,
@@ -50,20 +52,21 @@ def build_results(inputs: Inputs, outcome: Outcome) -> Results:
             held_in=_held_in_summary(inputs, outcome, held_in, shown),
             held_out=_held_out_summary(inputs, outcome, held_out, shown),
         ),
-        candidates=tuple(_candidate(inputs, outcome, candidate) for candidate in inputs.candidates.eligible),
+        candidates=tuple(_candidate(inputs, outcome, candidate) for candidate in _listed(inputs, outcome)),
         search=Search(
             budget=config.merge.search.evaluations,
-            evaluations=sum(standing.tasks for standing in outcome.standings.values()),
+            evaluations=sum(outcome.standings[candidate].tasks for candidate in inputs.candidates.eligible),
             rungs=tuple(RungRow(candidates=rung.candidates, tasks=rung.tasks) for rung in outcome.rungs),
         ),
         per_task=tuple(_per_task(outcome, candidate) for candidate in inputs.candidates.per_task),
         chosen=_chosen(inputs, outcome, outcome.chosen),
         learned_elsewhere=learned_elsewhere(inputs.tasks, config.held_in),
         rows={task: TaskRows(**rows_json(data)) for task, data in inputs.tasks.items()},
+        multitask=_multitask(inputs, outcome),
         export=_export(inputs, outcome),
         gate=gate_results(inputs, outcome),
-        made=Counts(**vars(outcome.made)),
-        reused=Counts(**vars(outcome.reused)),
+        made=_counts(inputs, outcome.made),
+        reused=_counts(inputs, outcome.reused),
         seconds=Seconds(**outcome.seconds),
         slots=outcome.slots,
         slot_utilisation=utilisation(outcome),
@@ -91,6 +94,7 @@ def _held_in(inputs: Inputs, outcome: Outcome, task: str) -> HeldInTask:
         expert_uri=inputs.store.uri(manifest.files["adapter"].name),
         base_few_shot=_if_tested(outcome, "few_shot", task),
         merged_serving=_if_tested(outcome, "serving", task),
+        multitask=_if_tested(outcome, "multitask", task),
     )
 
 
@@ -104,6 +108,7 @@ def _held_out(inputs: Inputs, outcome: Outcome, task: str) -> HeldOutTask:
         n_test=base.n,
         format_free={"base": base.format_free, "merged": merged.format_free},
         base_few_shot=_if_tested(outcome, "few_shot", task),
+        multitask=_if_tested(outcome, "multitask", task),
     )
 
 
@@ -146,7 +151,20 @@ def _held_in_summary(inputs: Inputs, outcome: Outcome, held_in: dict[str, HeldIn
         merged_serving=(
             _mean(_known(row.merged_serving) for row in rows) if inputs.config.evaluate.serving_dtype else None
         ),
+        **_beside_multitask(inputs, outcome, held_in, base, merged),
     )
+
+
+def _beside_multitask(
+    inputs: Inputs, outcome: Outcome, held_in: dict[str, HeldInTask], base: float, merged: float
+) -> dict[str, Any]:
+    """The multitask adapter's fields of the summary, and what the merge has of its gain; nothing without it."""
+    if outcome.multitask is None:
+        return {}
+    mean = _mean(_known(row.multitask) for row in held_in.values())
+    share = (merged - base) / (mean - base) if mean > base + _LEAST_GAIN else None
+    ends = interval(outcome, "multitask", list(held_in), inputs.config.seed)
+    return {"multitask": mean, "multitask_interval": ends, "of_multitask": share}
 
 
 def _held_out_summary(
@@ -163,6 +181,7 @@ def _held_out_summary(
         format_free={model: _mean(row.format_free[model] for row in rows) for model in ("base", "merged")},
         base_few_shot=_mean(_known(row.base_few_shot) for row in rows) if shown else None,
         base_few_shot_interval=interval(outcome, "few_shot", tasks, seed) if shown else None,
+        multitask=_mean(_known(row.multitask) for row in rows) if outcome.multitask is not None else None,
     )
 
 
@@ -185,7 +204,12 @@ def interval(outcome: Outcome, model: str, tasks: list[str], seed: int, split: s
 # -- merges -----------------------------------------------------------------------------------------------------
 
 
-def _candidate(inputs: Inputs, outcome: Outcome, candidate: Candidate) -> CandidateRow:
+def _listed(inputs: Inputs, outcome: Outcome) -> list[Merge]:
+    """All merges that could be chosen, refined ones last."""
+    return [*inputs.candidates.eligible, *(each for each in outcome.standings if isinstance(each, Refined))]
+
+
+def _candidate(inputs: Inputs, outcome: Outcome, candidate: Merge) -> CandidateRow:
     """A candidate's row: how far it came, and the mean validation score over the tasks it was scored on."""
     standing, model, seed = outcome.standings[candidate], candidate.to_json(), inputs.config.seed
     tasks = task_order(list(inputs.config.held_in), seed)[: standing.tasks]
@@ -198,6 +222,7 @@ def _candidate(inputs: Inputs, outcome: Outcome, candidate: Candidate) -> Candid
         tasks=standing.tasks,
         rung=standing.rung,
         chosen=candidate == outcome.chosen,
+        **_refined(outcome, candidate),
     )
 
 
@@ -215,7 +240,7 @@ def _per_task(outcome: Outcome, candidate: Candidate) -> PerTaskRow:
     )
 
 
-def _chosen(inputs: Inputs, outcome: Outcome, candidate: Candidate) -> Chosen:
+def _chosen(inputs: Inputs, outcome: Outcome, candidate: Merge) -> Chosen:
     merged = outcome.merged[candidate]
     return Chosen(
         **_told(candidate),
@@ -227,15 +252,39 @@ def _chosen(inputs: Inputs, outcome: Outcome, candidate: Candidate) -> Chosen:
         swap_seconds=_swap_seconds(outcome, candidate),
         serving_dtype=inputs.config.evaluate.serving_dtype,
         rounding_loss_bfloat16=merged.meta["rounding_loss_bfloat16"],
+        **_refined(outcome, candidate),
     )
 
 
-def _told(candidate: Candidate) -> dict[str, Any]:
+def _told(candidate: Merge) -> dict[str, Any]:
     """The fields `method`, `params` and `weights`."""
     return {"method": candidate.method, "params": candidate.params, "weights": candidate.weights}
 
 
-def _swap_seconds(outcome: Outcome, candidate: Candidate) -> float | None:
+def _refined(outcome: Outcome, candidate: Merge) -> dict[str, Any]:
+    """The field `refined`, where it says something."""
+    if not isinstance(candidate, Refined):
+        return {}
+    told = outcome.merged[candidate].meta["refined"]
+    return {"refined": RefinedRow(steps=told["steps"], rows=told["rows"], share=told["share"])}
+
+
+def _multitask(inputs: Inputs, outcome: Outcome) -> Multitask | None:
+    """The yardstick, if there is one."""
+    made = outcome.multitask
+    if made is None:
+        return None
+    told = {name: made.meta["refined"][name] for name in ("steps", "rows", "share")}
+    return Multitask(key=made.key, digest=made.digest, uri=inputs.store.uri(made.files["adapter"].name), **told)
+
+
+def _counts(inputs: Inputs, counted: Counters) -> Counts:
+    """What a configuration does not ask for is left out."""
+    optional = {"refined": inputs.config.refine, "yardsticks": inputs.config.yardsticks.multitask}
+    return Counts(**{name: n for name, n in vars(counted).items() if optional.get(name, counted) is not None})
+
+
+def _swap_seconds(outcome: Outcome, candidate: Merge) -> float | None:
     """Mean seconds that an evaluator took to fetch and apply the chosen merge; None of scores that are older than this
     figure."""
     asked = (("merged", "test"), (candidate.to_json(), "validation"))  # tested last, it may be in place already

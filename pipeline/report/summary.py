@@ -8,7 +8,7 @@ from rich.text import Text
 from pipeline.records.merge_results import Chosen
 from pipeline.records.results import Results, scores
 from pipeline.records.seed_results import Spread
-from pipeline.report.candidates import parameters_text
+from pipeline.report.candidates import parameters_text, rows_text, steps_text
 from pipeline.report.gate import gate_lines
 from pipeline.report.rows import lost_lines
 
@@ -77,10 +77,11 @@ def _merge_lines(results: Results) -> list[str]:
     held_in, chosen = results.summary.held_in, results.chosen
     low, high = held_in.merged_interval
     params = parameters_text(chosen)
+    steps = f"{steps_text(chosen)} ({rows_text(chosen.refined)})" if chosen.refined is not None else ""
     retention = "undefined" if held_in.retention is None else f"{held_in.retention:.0%}"
     lines = [
-        f"chosen on validation: {chosen.method}{f' ({params})' if params else ''}; the merge keeps {retention} of "
-        f"the experts' gain (merged {held_in.merged:.3f}, 95 % interval {low:.3f} to {high:.3f})",
+        f"chosen on validation: {chosen.method}{f' ({params})' if params else ''}{steps}; the merge keeps "
+        f"{retention} of the experts' gain (merged {held_in.merged:.3f}, 95 % interval {low:.3f} to {high:.3f})",
         f"experts above base: {held_in.experts_above_base} of {len(results.held_in)}",
         "format-free scores, held-in: "
         + ", ".join(f"{model} {held_in.format_free[model]:.3f}" for model in ("base", "expert", "merged")),
@@ -90,7 +91,22 @@ def _merge_lines(results: Results) -> list[str]:
             f"merged weights rounded to {chosen.serving_dtype}: score {held_in.merged_serving:.3f}; "
             f"rounding to bfloat16 loses {chosen.rounding_loss_bfloat16:.0%} of the merged change's norm"
         )
-    return [*lines, _size_line(chosen)]
+    return [*lines, *_multitask_lines(results), _size_line(chosen)]
+
+
+def _multitask_lines(results: Results) -> list[str]:
+    """One adapter for all tasks, as a yardstick."""
+    yardstick, held_in, held_out = results.multitask, results.summary.held_in, results.summary.held_out
+    if yardstick is None or held_in.multitask is None or held_in.multitask_interval is None:
+        return []
+    low, high = held_in.multitask_interval
+    outside = f", held-out {held_out.multitask:.3f}" if held_out.multitask is not None else ""
+    share = f"; the merge has {held_in.of_multitask:.0%} of its gain" if held_in.of_multitask is not None else ""
+    return [
+        f"multitask, one adapter trained on all tasks from the base ({yardstick.steps} steps, {yardstick.rows} "
+        f"training rows, {yardstick.share:.0%} of the experts'): held-in {held_in.multitask:.3f} (95 % interval "
+        f"{low:.3f} to {high:.3f}){outside}{share}"
+    ]
 
 
 def _size_line(chosen: Chosen) -> str:
@@ -123,10 +139,10 @@ def _more_lines(results: Results) -> list[str]:
 def _work_lines(results: Results) -> list[str]:
     """What was made and found, and how long that took."""
     made, reused = (
-        ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts)
+        ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts if count is not None)
         for counts in (results.made, results.reused)
     )
-    seconds = ", ".join(f"{name} {value:.0f}" for name, value in results.seconds)
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in results.seconds if value is not None)
     used = results.slot_utilisation
     busy = f"; {results.slots} slots {used:.0%} busy with experts" if used is not None else ""
     return [f"made:   {made}", f"reused: {reused}", f"seconds: {seconds}{busy}"]

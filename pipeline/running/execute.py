@@ -14,7 +14,7 @@ from pipeline.flow import recipes
 from pipeline.flow.context import Flow
 from pipeline.flow.merges import merges_of
 from pipeline.flow.run import run
-from pipeline.flow.steps import EVALUATIONS, EXPERTS
+from pipeline.flow.steps import EVALUATIONS, EXPERTS, REFINED, YARDSTICKS
 from pipeline.records.outcome import Counters, Inputs, Outcome, span
 from pipeline.report.display import Display
 from workers.training.loop import StepReport
@@ -113,6 +113,9 @@ def _fill(outcome: Outcome, engine: KeyedEngine) -> None:
     outcome.seconds["experts"] = span(outcome.spans)
     outcome.seconds["merge"] = tally.seconds[NODES] + tally.seconds[MASKS] + tally.seconds[MERGES]
     outcome.seconds["evaluate"] = tally.seconds[EVALUATIONS]
+    for kind, name in ((REFINED, "refine"), (YARDSTICKS, "yardsticks")):
+        if tally.seconds[kind]:
+            outcome.seconds[name] = tally.seconds[kind]
 
 
 def _raise(flow: Flow) -> None:
@@ -138,14 +141,21 @@ async def _tick(flow: Flow, engine: KeyedEngine, merges: Merges) -> None:
         tally, total = engine.tally, len(flow.inputs.config.held_in)
         flow.display.tick(
             f"experts {len(flow.outcome.experts)}/{total}, merge nodes to do {merges.nodes - merges.visited}, "
+            f"{_trained_on(tally.made[REFINED], engine.open[REFINED])}"
             f"evaluations done {tally.made[EVALUATIONS] + tally.reused[EVALUATIONS]}, "
             f"to do {engine.open[EVALUATIONS]}, registrations to do {engine.open[QUERIES]}, "
             f"held elsewhere {engine.held_elsewhere}"
         )
 
 
+def _trained_on(done: int, open_: int) -> str:
+    return f"merges refined {done}, to do {open_}, " if done or open_ else ""
+
+
 def _show(inputs: Inputs, display: Display, task: str, report: StepReport) -> None:
-    """A step of an expert's training."""
+    """A step of an expert's training; of a merge's, which is no row of the table, nothing."""
+    if task not in display.rows:
+        return
     if display.rows[task].state == "waiting":
         display.state(task, "training")
     steps = recipes.train_spec(inputs.config, inputs.tasks[task]).steps

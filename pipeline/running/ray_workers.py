@@ -81,7 +81,7 @@ class RayWorkers:
         """`hear` is told of progress: of what, and what the work reports."""
         self._store, self._resources, self._hear = store, resources, hear
         self._board = remote.ProgressBoard.remote()  # type: ignore[attr-defined]
-        self._experts = 0  # asked for and not done
+        self._trainings = 0  # of experts and merges, asked for and not done
         self._nodes = asyncio.Semaphore(resources.concurrent_nodes)
         self._registry = asyncio.Semaphore(resources.concurrent_registrations)
         self._pool: ActorPool[ActorHandle] = ActorPool(self._create, ray.kill, self._room, _DIED)
@@ -100,12 +100,13 @@ class RayWorkers:
         resources, needs = self._resources, step.needs
         if needs.pool == "evaluator":
             return await self._on_actor(step, claim)
-        if needs.pool == "expert":
-            self._experts += 1
+        if needs.pool == "expert" or needs.pool == "refine":
+            reserved = resources.expert if needs.pool == "expert" else resources.refining
+            self._trainings += 1
             try:
-                return await self._task(step, claim, resources.expert, "expert")
+                return await self._task(step, claim, reserved, needs.pool)
             finally:
-                self._experts -= 1
+                self._trainings -= 1
         async with self._nodes:
             return await self._task(step, claim, resources.node, "node")
 
@@ -145,9 +146,9 @@ class RayWorkers:
         return actor
 
     def _room(self) -> int:
-        """Evaluators that fit beside the experts on the nodes that live now: nodes are lost, others join."""
+        """Evaluators that fit beside the trainings on the nodes that live now: nodes are lost, others join."""
         nodes, resources = ray.nodes(), self._resources
-        return max(0, min(slots_of(nodes, resources.evaluator), slots_of(nodes, resources.expert) - self._experts))
+        return max(0, min(slots_of(nodes, resources.evaluator), slots_of(nodes, resources.expert) - self._trainings))
 
     async def _listen(self) -> None:
         while True:

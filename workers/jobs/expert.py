@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import nn
 from infra.artifacts.manifests import Manifest, Recipe, find, publish
 from infra.engine.step import Made, Place
 from infra.environment import environment
-from infra.errors import ExpertError, RegistryError, StoreError
+from infra.errors import ExpertError, RegistryError
 from infra.registry import runs
 from infra.store.s3 import Store
 from workers.adapters.writer import AdapterMeta, save_adapter
@@ -36,17 +36,17 @@ from workers.base.load import (
 )
 from workers.base.memory import map_large_tensors, peak_bytes, reset_peak
 from workers.base.prepare import fetch_base
-from workers.jobs.resume import drop_checkpoint, find_checkpoint, save_checkpoint
+from workers.jobs.resume import drop_checkpoint, find_checkpoint, keep_state
 from workers.jobs.shared_support import SupportRef, load_support
 from workers.masks.spec import MaskSpec, unit_of
 from workers.scoring.classification import Classification, encode_labelled
 from workers.text.prompt import PromptSpec, encode_example
 from workers.text.rows import Row, load_rows
-from workers.training.devices import spread
+from workers.training.devices import algorithms, spread
 from workers.training.kinds import ExpertSpec, kind_name
 from workers.training.loop import StepReport, TrainedExpert, TrainSpec, train_expert
 from workers.training.objectives import Objective, language_modelling
-from workers.training.state import TrainState, as_rows
+from workers.training.state import as_rows
 
 _LOG = logging.getLogger(__name__)
 TRAINING_LOSS, VALIDATION_LOSS = "loss/training", "loss/validation"
@@ -118,7 +118,7 @@ def make_expert(
     status = "FAILED"
     try:
         runs.log_data(run_id, job.task, Path(job.train_rows).stem, job.tags.get("source", ""), "train")
-        with _algorithms(job.deterministic):
+        with algorithms(job.deterministic):
             trained = _train(store, job, devices, on_step)
         untold = _untold(run_id, _curves(as_rows(trained.history)))
         meta = _meta(job, trained, run_id, devices)
@@ -174,17 +174,6 @@ def _curves(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{names.get(name, f"training/{name}"): value for name, value in row.items()} for row in rows]
 
 
-@contextlib.contextmanager
-def _algorithms(deterministic: bool) -> Iterator[None]:
-    """Inside, torch uses deterministic algorithms only, if they are asked for."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(deterministic or before)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
 def _train(
     store: Store, job: ExpertJob, devices: Sequence[str], on_step: Callable[[StepReport], None]
 ) -> TrainedExpert:
@@ -221,17 +210,9 @@ def _train(
         recompute=job.recompute,
         resume=find_checkpoint(store, job.recipe.key),
         save_every=job.save_every,
-        on_save=lambda state: _save_state(store, job.recipe.key, state),
+        on_save=partial(keep_state, store, f"expert {job.task!r}", job.recipe.key),
         on_step=on_step,
     )
-
-
-def _save_state(store: Store, key: str, state: TrainState) -> None:
-    """Keep the state if the store takes it: training does not depend on it."""
-    try:
-        save_checkpoint(store, key, state)
-    except StoreError as error:
-        _LOG.warning("the state after step %d could not be saved: %s", state.step, error)
 
 
 def _save(file: Path, job: ExpertJob, trained: TrainedExpert) -> None:

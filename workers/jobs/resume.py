@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import tempfile
 from pathlib import Path
 
-from infra.errors import FactoryError
+from infra.errors import FactoryError, StoreError
 from infra.store.layout import new_state, state_pointer
 from infra.store.s3 import FileRef, Store
 from workers.training.state import TrainState, read_state, write_state
@@ -40,6 +41,16 @@ def save_checkpoint(store: Store, key: str, state: TrainState) -> None:
     if before is not None:
         with contextlib.suppress(FactoryError):
             store.delete(before.name)
+
+
+def keep_state(store: Store, name: str, key: str, state: TrainState) -> None:
+    """`save_checkpoint` if the store takes it: training does not depend on it. `name`: for the log."""
+    try:
+        save_checkpoint(store, key, state)
+    except StoreError as error:
+        logging.getLogger(__name__).warning(
+            "%s: the state after step %d could not be saved: %s", name, state.step, error
+        )
 
 
 def find_checkpoint(store: Store, key: str) -> TrainState | None:

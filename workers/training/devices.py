@@ -7,6 +7,7 @@ trainable interface that one device has. Sharded data-parallel training is not c
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -43,6 +44,17 @@ def spread(model: Any, devices: Sequence[str | torch.device]) -> Any:
         skip_keys=list(model._skip_keys_device_placement or ()),  # each layer's part of a cache stays on its device
         force_hooks=True,
     )
+
+
+@contextlib.contextmanager
+def algorithms(deterministic: bool) -> Iterator[None]:
+    """Inside, torch uses deterministic algorithms only, if they are asked for."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def place(model: nn.Module, count: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Training of one expert, read top to bottom: positions, adapter, AdamW, steps, best values.
+"""Training of one change, read top to bottom: positions, adapter, AdamW, steps, best values.
 
 One loop for every kind of expert (`workers/training/kinds.py`) and objective (`workers/training/objectives.py`,
 `workers/scoring/classification.py`). Runs on plain tensors and reports through callbacks: no Ray, no MLflow, no object
@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from workers.adapters.support import SparseTensor, SupportSpec
 from workers.adapters.writer import LowRank
 from workers.base.memory import give_back
 from workers.masks.spec import MaskSpec, select_supports
-from workers.text.prompt import length_bucketed_batches
+from workers.training.batches import Batch, own_batches
 from workers.training.kinds import ExpertSpec, Trainable, change_norm, make_adapter, stored_values
 from workers.training.objectives import Objective, mean_loss
 from workers.training.state import (
@@ -84,6 +84,7 @@ class TrainedExpert:
     history: list[StepReport]
     best_step: int
     best_validation_loss: float
+    """Infinite without validation rows."""
     reselections: int
     trainable: int
     density: float
@@ -104,6 +105,7 @@ def train_expert(
     spec: TrainSpec,
     *,
     supports: Mapping[str, SupportSpec] | None = None,
+    batches: Sequence[Batch] | None = None,
     head: Mapping[str, nn.Parameter] | None = None,
     recompute: bool = False,
     resume: TrainState | None = None,
@@ -116,10 +118,11 @@ def train_expert(
     Args:
         model: frozen model on the device to train on; its weights' dtype is the compute dtype.
         objective: what is predicted; knows the type of the examples.
-        train, validation: tokenised rows.
+        train, validation: tokenised rows. Without validation rows the last values are the best.
         kind: which change is trained.
         spec: the optimisation.
         supports: positions of a sparse expert; None selects them.
+        batches: of each step, numbers of rows; None: the rows in their own epochs, by `spec`.
         head: parameters trained in full beside the change.
         recompute: activations are recomputed in the backward pass instead of kept. The same numbers.
         resume: state to go on from, of the same arguments.
@@ -131,14 +134,15 @@ def train_expert(
         ConfigError: modules, blocks or layers that the model does not have.
     """
     scored = kind.score_batches if isinstance(kind, MaskSpec) else 0
-    batches = list(itertools.islice(_endless_batches(objective, train, spec), spec.steps + scored))
+    own = own_batches(list(map(objective.length, train)), spec.batch_size, spec.seed, spec.micro_batch_size)
+    planned = list(itertools.islice(own, spec.steps + scored)) if batches is None else batches
     heads = dict(head or {})
     size = spec.micro_batch_size or spec.batch_size
 
     def select(step: int) -> dict[str, SupportSpec]:
         """Positions, scored on the batches that come next and at the current weights."""
         assert isinstance(kind, MaskSpec)
-        ahead = [rows[:size] for rows in batches[step - 1 : step - 1 + scored]]
+        ahead = [parts[0] for parts in planned[step - 1 : step - 1 + scored]]
         try:
             losses = [_mean_of(model, objective, [train[i] for i in rows]) for rows in ahead]
             return select_supports(model, kind, losses)
@@ -183,7 +187,8 @@ def train_expert(
             resume = None  # as large as the training state itself
 
         for step in range(done + 1, spec.steps + 1):
-            rows = batches[step - 1]
+            parts = planned[step - 1]
+            rows = [row for part in parts for row in part]
             if isinstance(kind, MaskSpec) and _selects_again(kind, step, reselections):
                 cast(Any, adapter).reselect(select(step), optimizer)
                 reselections += 1
@@ -192,7 +197,7 @@ def train_expert(
                 parameter.grad = None
             count = sum(objective.count(train[i]) for i in rows)
             losses = []
-            for part in (rows[at : at + size] for at in range(0, len(rows), size)):
+            for part in parts:
                 padded = len(part) * max(objective.length(train[i]) for i in part)
                 if padded > largest:  # the holes that smaller batches left in the heap do not fit its tensors
                     largest = padded
@@ -208,7 +213,8 @@ def train_expert(
             tokens = sum(objective.length(train[i]) for i in rows)
             log.unread.append(_Step(step, rows, torch.stack(losses).sum(), norm, rate_at(step), tokens))
             last = step == spec.steps
-            validates = last or bool(spec.validate_every and step % spec.validate_every == 0)
+            due = last or bool(spec.validate_every and step % spec.validate_every == 0)
+            validates = due and bool(validation)
             saves = not last and bool(save_every and step % save_every == 0)
             found = _validation_loss(model, objective, validation, size) if validates else None
             if validates or saves or len(log.unread) >= (STEPS_BETWEEN_READS if cuda else 1):
@@ -229,6 +235,8 @@ def train_expert(
                         best_head=best.head,
                     )
                 )  # fmt: skip
+        if not validation:
+            best = _Best(math.inf, spec.steps, adapter.snapshot(), _copies(heads))
         delta = adapter.delta(best.snapshot)
     shapes: dict[str, tuple[int, ...]] = {}
     trainable, square = 0, 0.0
@@ -396,10 +404,3 @@ def _copy_into(head: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Ten
     with torch.no_grad():
         for name, parameter in head.items():
             parameter.copy_(tensors[name])
-
-
-def _endless_batches(objective: Objective, examples: Sequence[Any], spec: TrainSpec) -> Iterator[list[int]]:
-    """Row numbers of one batch after the other, epoch after epoch, each epoch in an order of its own."""
-    lengths = [objective.length(example) for example in examples]
-    for epoch in itertools.count():
-        yield from length_bucketed_batches(lengths, min(spec.batch_size, len(lengths)), spec.seed, epoch)

@@ -164,3 +164,13 @@ def test_without_a_word_each_family_of_methods_is_tried(given: dict[str, Any]) -
     fields = config([{"method": "mean"}]).model_dump(by_alias=True, exclude={"merge"}, exclude_unset=True) | given
     found = list_candidates(PipelineConfig.model_validate(fields))
     assert [each.method for each in found.eligible] == ["mean", "ties", *["iso_c"] * 2, *["spectral_power"] * 3]
+
+
+def test_what_is_refined_is_told_and_there_must_be_so_many() -> None:
+    entries = [{"method": "mean"}, {"method": "magmax"}, {"method": "emr"}]
+    chosen = config(entries, refine={"merges": 2, "steps": [10, 40], "rows_per_task": 3})
+    plan = merge_plan(chosen, list_candidates(chosen))
+    assert "refining: the best 2 of them, each by 10, 40 steps of 6 training rows; 8 further validation scores" in plan
+    assert "refining" not in merge_plan(config(entries), list_candidates(config(entries)))
+    with pytest.raises(ConfigError, match=r"refine.merges is 3, but merge.candidates lists 2 that can be chosen"):
+        list_candidates(config(entries, refine={"merges": 3}))

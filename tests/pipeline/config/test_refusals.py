@@ -127,6 +127,37 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"objective": "classification", **task(metric="f1", labels=[True, False])},
         "write a text in quotes",
     ),
+    "refining without steps": ({"refine": {"steps": []}}, "refine.steps: List should have at least 1 item"),
+    "refining by no step": ({"refine": {"steps": [10, 0]}}, "refine.steps.1: Input should be greater than 0"),
+    "refining twice the same": ({"refine": {"steps": [10, 10]}}, "refine.steps: every number of steps once"),
+    "refining no merge": ({"refine": {"merges": 0}}, "refine.merges: Input should be greater than 0"),
+    "refining by no rows": ({"refine": {"rows_per_task": 0}}, "refine.rows_per_task: Input should be greater than 0"),
+    "refining by more rows than there are": (
+        {"splits": {"train": 4}, "refine": {"rows_per_task": 5}},
+        "refine.rows_per_task is more than a task's training rows (splits.train): at most 4",
+    ),
+    "refining positions that are nowhere": ({"refine": {"support": "new"}}, "Input should be 'fresh' or 'merge'"),
+    "refining by a method": ({"refine": {"method": "mean"}}, "refine.method: unknown field; accepted: compute_dtype"),
+    "refining the merge's positions by a mask": (
+        {"refine": {"support": "merge", "mask": {"density": 0.1}}},
+        "support=merge trains the positions of the merge: remove mask, or support",
+    ),
+    "refining with re-selection": (
+        {"refine": {"mask": {"criterion": "fisher", "reselect_every": 3}}},
+        "positions are chosen once: remove mask.reselect_every",
+    ),
+    "refining classifiers": (
+        {"objective": "classification", "refine": {}, **task(metric="f1")},
+        "in a classification every task has a head of its own: remove refine",
+    ),
+    "multitask by more rows than there are": (
+        {"splits": {"train": 4}, "yardsticks": {"multitask": {"rows_per_task": 5}}},
+        "yardsticks.multitask.rows_per_task is more than a task's training rows (splits.train): at most 4",
+    ),
+    "multitask classifiers": (
+        {"objective": "classification", "yardsticks": {"multitask": {}}, **task(metric="f1")},
+        "of its own: remove yardsticks.multitask",
+    ),
     "length without options": (task(length_normalised=True), "length_normalised is for metric=choice_accuracy"),
 }  # fmt: skip
 

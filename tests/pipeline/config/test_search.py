@@ -52,6 +52,10 @@ def test_a_race_stays_in_its_budget_and_its_survivors_are_complete(candidates, t
     assert all(s.tasks >= race.rungs[0].tasks for s in table)
     best = max(table[c].mean for c in race.survivors)
     assert race.winner() == min(c for c in race.survivors if table[c].mean == best)
+    ranking = race.ranking()
+    assert sorted(ranking) == list(range(candidates))
+    places = [(-table[c].rung, -table[c].mean, c) for c in ranking]
+    assert places == sorted(places)
 
 
 @given(candidate_counts, task_counts, st.data())

@@ -8,12 +8,16 @@ import pytest
 
 from pipeline.config.expert_kinds import EXPERT_KINDS, shares_scored_support
 from pipeline.config.model import PipelineConfig, load_config
+from pipeline.config.refine import RefineConfig
 from pipeline.data.tasks import TaskConfig, TaskData, fingerprint
 from pipeline.flow.recipes import (
     evaluation_recipe,
     expert_recipe,
     expert_spec,
     measurement_recipe,
+    multitask_refining,
+    refine_mask,
+    refine_recipe,
     support_recipe,
 )
 from workers.measuring.file import IMPORTANCE_FILE_VERSION
@@ -76,6 +80,77 @@ def test_data_template_and_base_are_in_the_key_names_and_test_rows_are_not() -> 
     assert key(base="b" * 64) != key()
     assert key(task=data(name="another")) == key()
     assert key(task=data(test="other")) == key()
+
+
+def refined_key(*overrides: str, base: str = BASE, steps: int = 10, start: str = "m", **changed: TaskData) -> str:
+    config = load_config(CONFIG, ["refine={}", *overrides])
+    tasks = {name: data(name, name=name) for name in config.held_in} | changed
+    assert config.refine is not None
+    return refine_recipe(config, config.refine, base, tasks, steps, start).key
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "refine.rows_per_task=2", "refine.learning_rate=0.1", "refine.support=merge", "refine.seed=1", "seed=1",
+        "refine.mask.density=0.1", "mask.density=0.1", "mask.block_size=[8, 8]", "refine.compute_dtype=bfloat16",
+        "train.weight_decay=0.1", "train.warmup_ratio=0.5", "train.schedule=cosine", "train.clip_norm=2",
+        "train.batch_size=4", "train.micro_batch_size=2", "prompt.max_input_tokens=50", "prompt.max_target_tokens=9",
+        "prompt.wrapper='{prompt}:'",
+    ],
+)  # fmt: skip
+def test_what_refining_depends_on_changes_the_key(override: str) -> None:
+    assert refined_key(override) != refined_key()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "suite=other", "resources.refine.cpus=2", "resources.expert.memory_gib=9", "resources.retries=0",
+        "train.gradient_checkpointing=true", "train.checkpoint_every=5", "evaluate.batch_size=3", "merge.fan_in=2",
+        "merge.candidates=[{method: mean}]", "refine.merges=2", "refine.steps=[10, 40]", "refine.seed=0",
+        "train.steps=7", "train.learning_rate=0.1", "train.compute_dtype=bfloat16", "train.value_dtype=float32",
+    ],
+)  # fmt: skip
+def test_what_refining_does_not_depend_on_leaves_the_key(override: str) -> None:
+    assert refined_key(override) == refined_key()
+
+
+def test_a_refined_merge_is_a_function_of_the_merge_and_of_every_tasks_rows_and_prompt() -> None:
+    keys = {
+        refined_key(), refined_key(base="b" * 64), refined_key(steps=11), refined_key(start="another"),
+        refined_key(vitaminc=data("z")), refined_key(vitaminc=data("vitaminc", template="Q: {input}")),
+    }  # fmt: skip
+    assert len(keys) == 6
+    assert refined_key(vitaminc=data("vitaminc", test="other")) == refined_key()
+    config = load_config(CONFIG, ["refine={}", "mask.criterion=fisher", "mask.reselect_every=3"])
+    assert config.refine is not None
+    mask = refine_mask(config, config.refine)
+    assert mask.reselect_every is None
+    assert mask.seed not in {expert_spec(config, data(name)).seed for name in config.held_in}
+
+
+def test_the_multitask_adapter_sees_as_many_rows_as_the_experts_unless_it_is_told() -> None:
+    def of(*overrides: str) -> RefineConfig:
+        config = load_config(CONFIG, [*overrides])
+        found = multitask_refining(config, {name: data(name) for name in config.held_in})
+        assert found is not None
+        return found
+
+    assert of("yardsticks.multitask={}").steps == [160]  # of 20 rows; experts: 20 of 20 steps of 8 rows
+    assert of("yardsticks.multitask.rows_per_task=3").steps == [54]
+    assert of("yardsticks.multitask.steps=7", "yardsticks.multitask.seed=3") == RefineConfig(steps=[7], seed=3)
+    plain = load_config(CONFIG)
+    assert multitask_refining(plain, {}) is None
+    tasks = {name: data(name) for name in plain.held_in}
+    mixed = RefineConfig()
+    keys = {refine_recipe(plain, mixed, BASE, tasks, 10, start).key for start in (None, "m", "n")}
+    assert len(keys) == 3
+    assert key("yardsticks.multitask={}") == key()
+
+
+def test_refining_leaves_the_keys_of_experts() -> None:
+    assert key("refine={}") == key()
 
 
 def test_licences_are_in_no_key() -> None:

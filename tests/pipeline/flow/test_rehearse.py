@@ -26,8 +26,17 @@ from pipeline.flow.recipes import expert_recipe, support_recipe
 from pipeline.flow.registration import plain_expert
 from pipeline.flow.rehearse import Count, Forecast, expert_recipes, forecast, known_keys
 from pipeline.flow.run import run
-from pipeline.flow.steps import base_models, evaluation_job, evaluation_step, expert_step, support_step
+from pipeline.flow.steps import (
+    base_models,
+    evaluation_job,
+    evaluation_step,
+    expert_step,
+    multitask_step,
+    refine_step,
+    support_step,
+)
 from pipeline.records.outcome import Inputs, Outcome
+from pipeline.records.refined import Refined
 from pipeline.report.display import Display
 from tests.pipeline.given import inputs
 from tests.pretend import Empty
@@ -89,6 +98,8 @@ def meta(step: Step) -> dict[str, Any]:
     """What results and cards read of an artifact. Scores follow from the key, so that there is a best candidate."""
     found = {"base_sha256": "b" * 64, "run_id": "run1", "validation_loss": 1.0, "seconds": 1.0, "rows": 4}
     found |= {"experts": 5, "density": 0.5, "rounding_loss_bfloat16": 0.0, "delta_norm": 1.0}
+    if step.kind in ("refined", "yardsticks"):
+        found |= {"refined": {"rows": 4}, "first_loss": 2.0, "last_loss": 1.0}
     score = int(step.keys[0][:4], 16) / 0xFFFF
     return {**found, "score": score, "metric": "exact_match", "n": 9, "format_free": score, "scores": [score] * 9}
 
@@ -115,6 +126,62 @@ def test_of_nothing_everything_is_made(world: World) -> None:
         "evaluations": Count(6 + 5 + 6 + 4 * 5 + 3 * 5),
         "registrations": Count(6),
     }
+
+
+def test_refining_is_counted_before_anybody_knows_which_merge_is_the_best(store: Store, tmp_path: Path) -> None:
+    """Of nothing; with experts, merges and their scores; and after a run, of which the plan said what it would make."""
+    plain = World(inputs(store, 5, False, **SMALL), tmp_path).forecast()
+    assert "refined" not in plain.counts
+    world = World(inputs(store, 5, False, **SMALL, refine={"merges": 2, "steps": [1, 2]}), tmp_path)
+    before = world.forecast()
+    assert before.counts["refined"] == Count(4)
+    assert before.counts["evaluations"] == Count(plain.counts["evaluations"].make + 4 * 5)
+    same = ("experts", "merges", "merge_nodes", "registrations")
+    assert {kind: before.counts[kind] for kind in same} == {kind: plain.counts[kind] for kind in same}
+    world.train()
+    world.merge()
+    for at, candidate in enumerate(world.given.candidates.all):
+        for task in world.given.config.held_in:
+            world.validate(candidate, task, at / 10)
+    scored = world.forecast()
+    assert scored.counts["refined"] == Count(4)
+    engine, outcome = world.run()
+    assert engine.tally.made["refined"] == 4
+    assert engine.tally.made["evaluations"] == scored.counts["evaluations"].make
+    best = list(world.given.candidates.all)[:-3:-1]
+    assert list(outcome.standings)[4:] == [Refined(start, steps) for start in best for steps in (1, 2)]
+    assert all(standing.rung == 2 for each, standing in outcome.standings.items() if isinstance(each, Refined))
+    after = world.forecast()
+    assert (after.counts["refined"], after.counts["evaluations"].make) == (Count(0, 4), 0)
+
+
+def test_a_multitask_adapter_is_planned_made_and_scored_beside(store: Store, tmp_path: Path) -> None:
+    plain = World(inputs(store, 5, False, **SMALL), tmp_path).forecast()
+    assert "yardsticks" not in plain.counts
+    world = World(inputs(store, 5, False, **SMALL, yardsticks={"multitask": {"steps": 2}}), tmp_path)
+    before = world.forecast()
+    assert before.counts["yardsticks"] == Count(1)
+    assert before.counts["evaluations"] == Count(plain.counts["evaluations"].make + 5 + 1)
+    step = multitask_step(world.given)
+    assert step is not None
+    assert set(step.keys) <= known_keys(world.given)
+    engine, outcome = world.run()
+    assert outcome.multitask is not None
+    assert outcome.multitask.kind == "multitask"
+    assert outcome.multitask not in outcome.merged.values()
+    assert engine.tally.made["evaluations"] == before.counts["evaluations"].make
+    assert {score.task for score in outcome.scores if score.model == "multitask"} == set(world.given.tasks)
+    assert world.forecast().counts["yardsticks"] == Count(0, 1)
+
+
+def test_whatever_wins_a_plan_of_refining_says_at_most(store: Store, tmp_path: Path) -> None:
+    """One merge is refined already, and nobody knows whether it is the best."""
+    world = World(inputs(store, 5, **SMALL, refine={"steps": [1]}), tmp_path)
+    world.train()
+    world.merge()
+    first = world.given.candidates.all[0]
+    world.make(refine_step(world.given, Refined(first, 1), world.merged[first], world.experts))
+    assert world.forecast().counts["refined"] == Count(1, 0, at_most=True)
 
 
 def test_scores_that_are_one_are_made_once(store: Store, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from infra.artifacts.manifests import Manifest
 from infra.store.s3 import FileRef, Store
 from pipeline.flow.rehearse import Count, Forecast
+from pipeline.plan.check_refine import RefineNeed
 from pipeline.plan.estimate import Estimate, Slots, Stage, estimate, find_slots, spread
 from pipeline.plan.preflight import Cost
 from pipeline.records.results import Results
@@ -58,6 +60,28 @@ def test_without_any_expert_training_and_bytes_are_calculated() -> None:
     assert stage.seconds == pytest.approx(COST.seconds(2, 1000.0))
     assert stage.bytes == 4000
     assert stage.source == "time: calculated, at 0 GFLOP/s a slot (4); bytes: calculated"
+
+
+def test_refining_costs_what_training_costs_for_each_token() -> None:
+    given = inputs(NOWHERE, 4, merge={"fan_in": 2, "candidates": [{"method": "mean"}]}, refine={"steps": [10, 30]})
+    need = RefineNeed(trainable=9, step_tokens=5.0, worker_bytes=1, file_bytes=400, steps=20)
+
+    def stage(*found: Manifest, slots: int = 1) -> Stage:
+        forecast = Forecast(given, None, {"refined": Count(2)}, (), found, INNER)
+        cost = replace(COST, mixed={"refined": need})
+        return estimate([forecast], {}, [], cost, Slots(slots, slots, "a test"), lambda: 1000.0).stages[0]
+
+    tokens = 20 * 5.0
+    calculated = stage()
+    assert calculated.seconds == pytest.approx(2 * COST.seconds(1, 1000.0) * tokens / 1200)
+    assert (calculated.bytes, calculated.source) == (800, "time: calculated; bytes: calculated")
+    expert = manifest("expert", 1, tokens=100, train_seconds=5.0, seconds=7.0)
+    assert stage(expert).seconds == pytest.approx(2 * (0.05 * tokens + 2))
+    assert stage(expert, slots=2).seconds == pytest.approx(0.05 * tokens + 2)
+    own = manifest("refined", 2, 30, tokens=100, train_seconds=1.0, seconds=1.5)
+    measured = stage(expert, own)
+    assert measured.seconds == pytest.approx(2 * (0.01 * tokens + 0.5))
+    assert (measured.bytes, measured.source) == (60, "time: those that exist, by tokens; bytes: mean of 1 that exist")
 
 
 def test_other_work_costs_what_exists_or_the_latest_run_took() -> None:

@@ -19,6 +19,7 @@ from pipeline.data.tasks import TaskConfig, TaskData, fingerprint
 from pipeline.flow.recipes import expert_spec
 from pipeline.plan import preflight
 from pipeline.plan.check_base import base_tokenizer, check_rows, empty_base
+from pipeline.plan.check_refine import RefineNeed, check_refine_room, check_refine_rows
 from pipeline.plan.cluster import GIB, ray_options, slots_of
 from pipeline.plan.node_memory import NodeNeed, largest_node
 from pipeline.plan.preflight import (
@@ -174,6 +175,43 @@ def test_more_work_costs_more(base: PreparedBase, tasks: dict[str, TaskData]) ->
     longer = cost(train={"steps": 6, "batch_size": 4, "compute_dtype": "float32"})
     assert longer.seconds(2, 1e9) == pytest.approx(2 * plain.seconds(2, 1e9), rel=0.02)
     assert plain.seconds(1, 1e9) == pytest.approx(2 * plain.seconds(2, 1e9))
+
+
+def test_refining_needs_room_of_its_own(base: PreparedBase, tasks: dict[str, TaskData]) -> None:
+    def need(**refine: Any) -> RefineNeed:
+        return cost_of(config(refine=refine), base, tasks).mixed["refined"]
+
+    assert cost_of(config(), base, tasks).mixed == {}
+    plain, expert = need(), cost_of(config(), base, tasks)
+    assert plain.trainable == expert.trainable
+    assert plain.worker_bytes > expert.worker_bytes  # adding up holds a whole tensor
+    per_batch = 3 * 4  # steps and rows of an expert
+    assert plain.step_tokens == pytest.approx(sum(expert.expert_tokens.values()) / per_batch, abs=1)
+    assert need(rows_per_task=2).step_tokens == pytest.approx(2 * plain.step_tokens)
+    assert need(mask={"density": 0.5}).worker_bytes > plain.worker_bytes
+    dense = cost_of(config(refine={"support": "merge"}, merge={"candidates": [{"method": "iso_c"}]}), base, tasks)
+    assert dense.mixed["refined"].trainable == dense.adapted > plain.trainable
+    multitask = cost_of(config(yardsticks={"multitask": {}}), base, tasks).mixed["yardsticks"]
+    assert multitask.tokens == pytest.approx(sum(expert.expert_tokens.values()), abs=2)
+    assert multitask.file_bytes < plain.file_bytes
+    with pytest.raises(ConfigError, match="do not divide its shape"):
+        need(mask={"granularity": "block", "block_size": [5, 16]})
+    stored = cost_of(config(refine={"steps": [1, 2]}), base, tasks).kind_bytes["refined"]
+    assert stored == 2 * plain.file_bytes
+    few = {
+        name: replace(data, splits={**data.splits, "train": data.splits["train"][:8]}) for name, data in tasks.items()
+    }
+    with pytest.raises(ConfigError, match=r"refine.rows_per_task is 9, but task (one|two) has \d training rows: lower"):
+        check_refine_rows(config(refine={"rows_per_task": 9}), few)
+
+
+def test_refining_that_needs_more_than_it_reserves_is_refused() -> None:
+    chosen = config(refine={}, resources={"refine": {"memory_gib": 1.5}})
+    check_refine_room(chosen, RefineNeed(1, 1.0, 3 * GIB // 2, 1))
+    with pytest.raises(ConfigError, match=r"resources.refine.memory_gib is 1\.5 .* need 2\.0 GiB; .*density"):
+        check_refine_room(chosen, RefineNeed(1, 1.0, 2 * GIB, 1))
+    shared = config(refine={}, resources={"expert": {"memory_gib": 1.5, "gpus": 1}})
+    check_refine_room(shared, RefineNeed(1, 1.0, 2 * GIB, 1))
 
 
 @pytest.mark.parametrize(

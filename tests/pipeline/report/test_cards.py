@@ -14,6 +14,7 @@ from pipeline.config.model import PipelineConfig
 from pipeline.config.search import Standing
 from pipeline.data.tasks import TaskConfig, TaskData
 from pipeline.records.outcome import Inputs, Outcome
+from pipeline.records.refined import Refined
 from pipeline.records.score import Score
 from pipeline.report.cards import checkpoint_card, expert_card, merge_card
 from workers.base.prepare import PreparedBase
@@ -138,6 +139,23 @@ def test_a_merges_card_lists_its_tasks_and_licences() -> None:
     whole = checkpoint_card(inputs, outcome)
     assert whole.startswith("Full checkpoint, every floating-point tensor in bfloat16. Merge of 3 sparse experts")
     assert "models:/mine.merged-checkpoint/<version>" in whole
+
+
+def test_a_refined_merges_card_says_what_it_was_trained_on() -> None:
+    inputs, outcome = make()
+    refined, told = Refined(TIES, 10), {"steps": 10, "rows": 20, "share": 0.0625, "start": "4" * 64}
+    meta = outcome.merged[TIES].meta | {"refined": told, "first_loss": 2.0, "last_loss": 1.5}
+    outcome.merged[refined] = manifest("refined", "6", {"4" * 64: "1" * 64}, **meta)
+    outcome.standings[refined] = Standing(1, 3, 2, 0.75)
+    outcome.chosen = refined
+    card = merge_card(inputs, outcome)
+    assert "by ties (lambda 0.5, density 1.0, density_of support) + 10 steps." in card
+    assert "mean validation score 0.750, the best of 2 candidates" in card
+    assert (
+        "10 steps after merging, on 20 training rows of all tasks mixed evenly (6% of the experts'); training loss "
+        "2.000 to 1.500, started from `" + "4" * 64
+    ) in card
+    assert "Refined" not in merge_card(*make())
 
 
 @pytest.mark.parametrize(

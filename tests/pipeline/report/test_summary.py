@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.report.summary import summary_lines
-from tests.pipeline.report.given import results, terminal
+from tests.pipeline.report.given import changed, results, terminal
 
 
 @pytest.mark.parametrize("width", [80, 120, 200])
@@ -36,3 +36,17 @@ def test_the_lines_below_the_table() -> None:
     assert "made:   1 experts, 1 merge nodes, 9 evaluations" in lines
     assert "reused: 1 experts, 0 merge nodes, 2 evaluations" in lines
     assert "total 9; 2 slots 50% busy with experts" in lines
+
+
+def test_a_multitask_adapter_is_a_line_with_its_rows_and_what_the_merge_has_of_its_gain() -> None:
+    plain = results()
+    yardstick = {"key": "k", "digest": "d", "uri": "u", "steps": 160, "rows": 3200, "share": 1.0}
+    held_in = {"multitask": 0.75, "multitask_interval": [0.5, 1.0], "of_multitask": 0.5}
+    found = changed(multitask=yardstick, summary={"held_in": held_in, "held_out": {"multitask": 0.5}})
+    line = next(line for line in summary_lines(found) if line.startswith("multitask"))
+    assert line == (
+        "multitask, one adapter trained on all tasks from the base (160 steps, 3200 training rows, 100% of the "
+        "experts'): held-in 0.750 (95 % interval 0.500 to 1.000), held-out 0.500; the merge has 50% of its gain"
+    )
+    assert not any("multitask" in line for line in summary_lines(plain))
+    assert "multitask" not in plain.to_json()

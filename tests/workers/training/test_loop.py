@@ -14,6 +14,7 @@ from workers.masks.spec import MaskSpec, match_modules
 from workers.tensors.source import FileSource
 from workers.text.prompt import Example, PromptSpec, encode_example
 from workers.text.rows import Row
+from workers.training.batches import Batch, mixed_batches, own_batches
 from workers.training.in_place import apply_delta
 from workers.training.kinds import ExpertSpec, FullSpec, LoraSpec
 from workers.training.loop import TRAIN_VERSION, StepReport, TrainedExpert, TrainSpec, train_expert
@@ -119,10 +120,8 @@ def test_full_training_is_what_torch_does(model: LlamaForCausalLM, examples: lis
 
 
 def batches_of(examples: list[Example]) -> list[list[int]]:
-    from workers.training.loop import _endless_batches
-
-    source = _endless_batches(OBJECTIVE, examples[:16], SPEC)
-    return [next(source) for _ in range(SPEC.steps)]
+    source = own_batches([OBJECTIVE.length(example) for example in examples[:16]], SPEC.batch_size, SPEC.seed)
+    return [next(source)[0] for _ in range(SPEC.steps)]
 
 
 def test_the_rate_rises_from_the_first_step_and_has_not_ended_at_the_last(
@@ -223,6 +222,36 @@ def test_a_resumed_run_ends_with_the_same_bits(
             whole.best_step, whole.best_validation_loss, whole.reselections,
         )  # fmt: skip
         assert same_change(resumed, whole)
+
+
+def test_given_batches_are_taken_and_without_validation_rows_the_last_values(
+    model: LlamaForCausalLM, examples: list[Example], tmp_path: Path
+) -> None:
+    """Parts of several sizes add up to the batch; a resumed run ends with the same bits."""
+    lengths = [[OBJECTIVE.length(example) for example in part] for part in (examples[:8], examples[8:16])]
+    flat = [length for part in lengths for length in part]
+    cut = mixed_batches(lengths, 3, 6, seed=1, part_rows=2)
+    whole_batches = [[sorted((row for part in batch for row in part), key=lambda row: -flat[row])] for batch in cut]
+    states: list[Path] = []
+
+    def save(state: TrainState) -> None:
+        states.append(tmp_path / f"{state.step}")
+        write_state(state, states[-1])
+
+    def mixed(batches: list[Batch], **options: object) -> TrainedExpert:
+        given = (tiny_model(tied=False), OBJECTIVE, examples[:16], [], KINDS["blocks"], spec(steps=6))
+        return train_expert(*given, batches=batches, **options)  # type: ignore[arg-type]
+
+    parts = mixed(cut, save_every=2, on_save=save)
+    whole = mixed(whole_batches)
+    assert len(cut[0]) > 1
+    assert [r.loss for r in parts.history] == pytest.approx([r.loss for r in whole.history], rel=1e-4)
+    assert [r.gradient_norm for r in parts.history] == pytest.approx([r.gradient_norm for r in whole.history], rel=1e-3)
+    assert (parts.best_step, parts.best_validation_loss) == (6, float("inf"))
+    assert all(report.validation_loss is None for report in parts.history)
+    assert [path.name for path in states] == ["2", "4"]
+    for path in states:
+        assert same_change(mixed(cut, resume=read_state(path)), parts)
 
 
 def numbers(trained: TrainedExpert) -> list[tuple[object, ...]]:

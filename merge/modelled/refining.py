@@ -1,0 +1,294 @@
+"""A few training steps on rows of all tasks, from a merge: what is published is one adapter, the merge's δ and the
+trained change added up, in the file format of any other merge.
+
+The model is the base with the merge in it, frozen; what is trained is a sparse change on top, by the loop that trains
+experts (`workers.training.loop`), without validation rows: the last values are kept. An unfinished training is resumed
+as an expert's is. Without a merge to start from, the base itself is trained on all tasks. What is minimised is the
+cross-entropy of the answers; another objective belongs into `_objective`. Not covered: classification, where every task
+has a head of its own.
+"""
+
+import contextlib
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from infra.artifacts.manifests import Manifest, Recipe, find, publish
+from infra.engine.step import Made, Place
+from infra.environment import environment
+from infra.errors import AdapterError, ExpertError
+from infra.store.s3 import Store
+from infra.store.source import StoreSource
+from merge.files.merged import AdapterWriter
+from merge.files.sink import Outline
+from merge.methods.specs import Candidate
+from merge.tree.jobs import Ref
+from merge.tree.licences import licences_of
+from merge.tree.reduce import DeltaTally
+from workers.adapters.reader import AdapterReader, check_base
+from workers.adapters.support import SparseTensor, SupportSpec, find_blocks
+from workers.base.cache import cache_dir
+from workers.base.load import load_model, load_tokenizer
+from workers.base.memory import map_large_tensors, peak_bytes, reset_peak
+from workers.base.prepare import fetch_base
+from workers.jobs.resume import drop_checkpoint, find_checkpoint, keep_state
+from workers.jobs.shared_support import PooledTask, pooled_supports
+from workers.masks.spec import MaskSpec, select_supports, unit_of
+from workers.tensors.reader import TensorReader, damaged
+from workers.tensors.source import FileSource, ReadAhead
+from workers.text.prompt import Example, encode_examples
+from workers.text.rows import load_rows
+from workers.training.batches import mixed_batches, padding_share
+from workers.training.devices import algorithms, spread
+from workers.training.in_place import apply_delta
+from workers.training.loop import StepReport, TrainedExpert, TrainSpec, train_expert
+from workers.training.objectives import Objective, language_modelling
+
+REFINE_VERSION = 1
+"""Part of every refined merge's key beside `TRAIN_VERSION`: raise it whenever the same inputs give other numbers."""
+Support = Literal["fresh", "merge"]
+"""Which positions are trained: those that the mask selects, or those that the merge changes."""
+
+
+@dataclass(frozen=True)
+class RefineJob:
+    """Train on rows of all tasks, from one merge or from the base; only names and numbers, no tensors, no paths."""
+
+    name: str
+    """For people."""
+    recipe: Recipe
+    base_sha256: str
+    base_weights: str
+    """Object name of the base's weights, for the rounding loss."""
+    candidate: Candidate | None
+    """What the merge is that is refined."""
+    start: Ref | None
+    """That merge; None: the base."""
+    inputs: Mapping[str, str]
+    """Digests by key of what the result is a function of: the merge, and the experts that it merges."""
+    tasks: tuple[PooledTask, ...]
+    """Training rows and prompt of each task, in the order of the key."""
+    max_target_tokens: int
+    rows_per_task: int
+    """Rows of each task in a batch."""
+    support: Support
+    mask: MaskSpec
+    """Which modules are trained, and of a fresh support which positions."""
+    train: TrainSpec
+    """Its `batch_size` is the rows of a whole batch, its `micro_batch_size` the most rows that run at a time."""
+    compute_dtype: str
+    recompute: bool
+    """Recompute activations in the backward pass. Changes no number."""
+    save_every: int | None
+    """Steps between two saved states."""
+    deterministic: bool
+    """Only algorithms that give the same bits every time."""
+    about: Mapping[str, Any]
+    """What the manifest says of the training, for reports."""
+    experts: tuple[str, ...] = ()
+    """Names of those that the merge merges."""
+    licences: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Of base and data, where there is no merge whose inputs say it; part of no key."""
+
+    def __call__(self, store: Store, place: Place) -> Made:
+        return (make_refined(store, self, place.devices, place.threads, partial(place.report, self.name)),)
+
+
+def make_refined(
+    store: Store, job: RefineJob, devices: Sequence[str], threads: int, on_step: Callable[[StepReport], None]
+) -> tuple[Manifest, bool]:
+    """Train, add up and publish, unless it exists. Returns the manifest and whether this call made it.
+
+    Raises:
+        ExpertError: training failed.
+        AdapterError, BaseModelError, StoreError: inputs cannot be read.
+        MergeError: the sum is not finite.
+    """
+    started = time.time()
+    map_large_tensors()
+    reset_peak()
+    torch.set_num_threads(threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts; deterministic products need it
+    found = find(store, job.recipe.key, job.inputs)
+    if found is not None:  # made meanwhile, or by a try before this one
+        drop_checkpoint(store, job.recipe.key)
+        return found, False
+    with tempfile.TemporaryDirectory(prefix="factory-refine-") as folder:
+        start = None
+        if job.start is not None:
+            (file,) = job.start.files
+            start = AdapterReader(FileSource(store.download_file(file, Path(folder) / "start.safetensors")))
+            check_base(start, job.base_sha256)
+        try:
+            with algorithms(job.deterministic):
+                trained, padding = _train(store, job, start, devices, on_step)
+        except ExpertError as error:
+            raise ExpertError(f"{job.name}: {error}") from error
+        finally:
+            if devices[0].startswith("cuda"):
+                torch.cuda.empty_cache()
+        out = Path(folder) / "refined.safetensors"
+        tally, elements = _write(store, job, start, trained, out)
+        meta = {
+            **_meta(job, trained),
+            "delta_norm": tally.norm,
+            "rounding_loss_bfloat16": tally.rounding_loss,
+            "density": tally.positions / elements,
+            "licenses": licences_of(store, job.inputs) if start is not None else dict(job.licences),
+            "padding": padding,
+            "seconds": time.time() - started,
+            "device": ", ".join(devices),
+            "peak_rss_bytes": peak_bytes(),
+            "environment": environment(devices),
+        }
+        manifest, made = publish(store, job.recipe, {"adapter": out}, job.inputs, meta)
+    drop_checkpoint(store, job.recipe.key)
+    return manifest, made
+
+
+# -- training ---------------------------------------------------------------------------------------------------
+
+
+def _train(
+    store: Store, job: RefineJob, start: AdapterReader | None, devices: Sequence[str],
+    on_step: Callable[[StepReport], None],
+) -> tuple[TrainedExpert, float]:  # fmt: skip
+    """The trained change, and the share of tokens that was padding."""
+    path = fetch_base(store, job.base_sha256, cache_dir())
+    tokenizer = load_tokenizer(path)
+    model = spread(load_model(path, getattr(torch, job.compute_dtype)), devices)
+    if start is not None:
+        apply_delta(model, start)
+    objective = _objective(model, int(tokenizer.pad_token_id))
+    pools = [encode_examples(tokenizer, t.prompt, load_rows(store, t.rows), job.max_target_tokens) for t in job.tasks]
+    lengths = [[objective.length(example) for example in pool] for pool in pools]
+    size = job.train.micro_batch_size or job.train.batch_size
+    batches = mixed_batches(lengths, job.rows_per_task, job.train.steps, job.train.seed, size)
+    trained = train_expert(
+        model,
+        objective,
+        [example for pool in pools for example in pool],
+        [],
+        job.mask,
+        job.train,
+        supports=_supports(model, job, start, pools, int(tokenizer.pad_token_id)),
+        batches=batches,
+        recompute=job.recompute,
+        resume=find_checkpoint(store, job.recipe.key),
+        save_every=job.save_every,
+        on_save=partial(keep_state, store, job.name, job.recipe.key),
+        on_step=on_step,
+    )
+    return trained, padding_share(batches, [length for pool in lengths for length in pool])
+
+
+def _objective(model: Any, pad_id: int) -> Objective:
+    """What is minimised over the rows of all tasks: every target token weighs the same."""
+    return language_modelling(model, pad_id)
+
+
+def _supports(
+    model: Any, job: RefineJob, start: AdapterReader | None, pools: Sequence[Sequence[Example]], pad_id: int
+) -> dict[str, SupportSpec]:
+    """The positions that are trained, by module; scored, if they are, on rows of all tasks at the weights of the start.
+
+    Once: there is no other selection in a few steps.
+    """
+    if job.support == "merge":
+        assert start is not None
+        return merged_supports(start, job.mask)
+    if not job.mask.needs_data:
+        return select_supports(model, job.mask)
+    size = job.train.micro_batch_size or job.train.batch_size
+    per_task = math.ceil(job.mask.score_batches * size / len(pools))
+    return pooled_supports(model, [pool[:per_task] for pool in pools], job.mask, size, pad_id)
+
+
+def merged_supports(start: AdapterReader, mask: MaskSpec) -> dict[str, SupportSpec]:
+    """The positions that a merge changes, by module: whole rows where it changes all of a weight, the mask's blocks
+    where they are a union of those, else single weights."""
+    supports = {}
+    for name in start.names:
+        tensor = start.load(name)
+        rows, columns = tensor.shape
+        if tensor.indices.numel() == tensor.numel:
+            spec = SupportSpec((rows, columns), torch.arange(rows), (1, columns))
+        else:
+            spec = SupportSpec((rows, columns), tensor.indices)
+            if (block := unit_of(mask, (rows, columns))) is not None:
+                with contextlib.suppress(AdapterError):
+                    spec = SupportSpec((rows, columns), find_blocks(tensor.indices, tensor.shape, block, name), block)
+        supports[name.removesuffix(".weight")] = spec
+    return supports
+
+
+# -- the result -------------------------------------------------------------------------------------------------
+
+
+def _write(
+    store: Store, job: RefineJob, start: AdapterReader | None, trained: TrainedExpert, out: Path
+) -> tuple[DeltaTally, int]:
+    """The merge's δ and the trained change, added up tensor by tensor in fp32; returns what they come to, and the
+    elements of all tensors."""
+    merged = {name: tuple(start.shape(name)) for name in start.names} if start is not None else {}
+    shapes = dict(sorted({**trained.shapes, **merged}.items()))
+    base = TensorReader(ReadAhead(StoreSource(store, job.base_weights)), damaged("the base's safetensors file"))
+    sink, tally = AdapterWriter(out), DeltaTally()
+    told = job.candidate.to_dict() if job.candidate is not None else {}
+    info = {**told, "refined": dict(job.about), "experts": list(job.experts), "recipe": job.recipe.key}
+    sink.open(Outline(job.base_sha256, shapes, info))
+    try:
+        for name in shapes:
+            parts = [start.load(name)] if start is not None and name in merged else []
+            if name in trained.delta:
+                change = trained.delta[name]
+                assert isinstance(change, SparseTensor)
+                parts.append(change)
+            total = added(parts)
+            sink.add(name, total)
+            tally.add(total.values, base.read(name).view(-1).index_select(0, total.indices))
+        sink.close()
+    except BaseException:
+        sink.abort()
+        raise
+    return tally, sum(map(math.prod, shapes.values()))
+
+
+def added(parts: Sequence[SparseTensor]) -> SparseTensor:
+    """The sum of changes of one weight, fp32, on every position that one of them holds."""
+    if len(parts) == 1:
+        return parts[0]
+    indices = torch.unique(torch.cat([part.indices for part in parts]))
+    values = torch.zeros(indices.numel())
+    for part in parts:
+        values.index_add_(0, torch.searchsorted(indices, part.indices), part.values.float())
+    return SparseTensor(parts[0].shape, indices, values)
+
+
+def _meta(job: RefineJob, trained: TrainedExpert) -> dict[str, Any]:
+    """What the manifest says of the merge, as of any, and of the training."""
+    history = trained.history
+    return {
+        "label": job.name,
+        **(job.candidate.to_dict() if job.candidate is not None else {}),
+        "experts": len(job.experts),
+        "base_sha256": job.base_sha256,
+        "refined": dict(job.about),
+        "steps": len(history),
+        "tokens": history[-1].tokens,
+        "train_seconds": history[-1].seconds,
+        "first_loss": history[0].loss,
+        "last_loss": history[-1].loss,
+        "losses": [report.loss for report in history],
+        "resumed_after": trained.resumed_after,
+        "trainable": trained.trainable,
+        "trained_norm": trained.delta_norm,
+    }

@@ -1,0 +1,86 @@
+"""Training on rows of all tasks: the sections `refine` and `yardsticks` of a configuration (docs/refining.md)."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.mask import MaskConfig
+from pipeline.config.section import DType, Section
+from pipeline.data.fields import Natural, Number, Positive
+
+
+class RefineConfig(Section):
+    """A few training steps on rows of all held-in tasks, from the merges that do best on validation rows. Every one is
+    a further candidate. Warm-up, schedule, clipping, weight decay and rows at a time are those of `train`."""
+
+    merges: Positive = 1
+    """How many of the best merges are refined, each by itself."""
+    steps: Annotated[list[Positive], Field(min_length=1, default_factory=lambda: [10])]
+    """Optimizer steps; each number stands for one candidate of every merge, trained by itself."""
+    rows_per_task: Positive = 1
+    """Training rows of each held-in task in every batch."""
+    learning_rate: Annotated[Number, Field(gt=0)] = 2e-3
+    """Peak learning rate of AdamW."""
+    support: Literal["fresh", "merge"] = "fresh"
+    """Which weights are trained: positions chosen anew, or all that the merge changes, which takes more memory."""
+    mask: MaskConfig | None = None
+    """How fresh positions are chosen, with a seed of their own and once; null: as `mask` says, whatever the experts
+    are."""
+    compute_dtype: DType = "float32"
+    """Type of the weights and activations in training (a merged change often vanishes in bfloat16)."""
+    seed: Natural | None = None
+    """Seed of fresh positions and of the order of rows; null: the run's."""
+
+    @field_validator("steps")
+    @classmethod
+    def _every_one_once(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError("every number of steps once")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.support == "merge" and self.mask is not None:
+            raise ValueError("support=merge trains the positions of the merge: remove mask, or support")
+        if self.mask is not None and self.mask.shared:
+            raise ValueError("mask.shared is about experts: remove it")
+        if self.mask is not None and self.mask.reselect_every:
+            raise ValueError("positions are chosen once: remove mask.reselect_every")
+        return self
+
+
+class MultitaskConfig(Section):
+    """One adapter for all tasks: what refining does, but from the base. Fields as in `refine`."""
+
+    steps: Positive | None = None
+    """Optimizer steps; null: as many as it takes to see as many rows as all experts together."""
+    rows_per_task: Positive = 1
+    """Training rows of each held-in task in every batch."""
+    learning_rate: Annotated[Number, Field(gt=0)] = 2e-3
+    """Peak learning rate of AdamW."""
+    mask: MaskConfig | None = None
+    """How its positions are chosen, once; null: as `mask` says, whatever the experts are."""
+    compute_dtype: DType = "float32"
+    """Type of the weights and activations in training."""
+    seed: Natural | None = None
+    """Seed of positions and of the order of rows; null: the run's."""
+
+    def refining(self, steps: int) -> RefineConfig:
+        """The same, as refining by so many steps. Raises ValueError as that does."""
+        return RefineConfig(
+            steps=[steps], rows_per_task=self.rows_per_task, learning_rate=self.learning_rate, mask=self.mask,
+            compute_dtype=self.compute_dtype, seed=self.seed,
+        )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        self.refining(1)
+        return self
+
+
+class YardsticksConfig(Section):
+    """What the merge is held against beside base and experts: made, scored on test rows and reported, never chosen or
+    registered."""
+
+    multitask: MultitaskConfig | None = None
+    """One adapter trained on rows of all held-in tasks mixed evenly; null: none."""
