@@ -4,11 +4,10 @@
 
 Rows, prompts, positions and optimisation are those that a run of the configuration with `refine` would have; training
 starts from the base, which costs what starting from a merge costs. `whole`: all rows of a batch in one forward pass;
-`rows`: in the order of their lengths, as many at a time as an expert's training runs; `cut`: as refining does it. Each
-step is timed by itself, the ways in turns. No Ray, no store.
+`rows`: in the order of their lengths, as many at a time as an expert's training runs; `cut`: as refining does it.
+Processor time tells more than the clock where the machine has other work. No Ray, no store.
 """
 
-import itertools
 import statistics
 import time
 from dataclasses import replace
@@ -25,7 +24,7 @@ from workers.base.load import load_model, load_tokenizer
 from workers.base.prepare import prepare_base
 from workers.text.prompt import Example, encode_examples
 from workers.training.batches import Batch, mixed_batches, padding_share
-from workers.training.loop import StepReport, train_expert
+from workers.training.loop import train_expert
 from workers.training.objectives import language_modelling
 
 
@@ -66,18 +65,16 @@ def main(path: str, steps: int, threads: int, padding_only: bool) -> None:
     model = load_model(base, torch.float32)
     objective = language_modelling(model, int(tokenizer.pad_token_id))
     examples = [example for pool in pools for example in pool]
-    print("\n| batches | seconds a step |\n|---|---:|")
+    print("\n| batches | seconds a step | of them processor time, by thread |\n|---|---:|---:|")
     for name, batches in ways.items():
-        reports: list[StepReport] = []
-        short = replace(spec, steps=steps + 1)  # the first one warms up
+        ends: list[tuple[float, float]] = []
         train_expert(
-            model, objective, examples, [], refine_mask(config, refine), short,
-            batches=batches[: steps + 1], on_step=reports.append,
+            model, objective, examples, [], refine_mask(config, refine), replace(spec, steps=steps + 1),
+            batches=batches[: steps + 1],  # the first one warms up
+            on_step=lambda report, ends=ends: ends.append((time.perf_counter(), time.process_time())),  # type: ignore[misc]
         )  # fmt: skip
-        ends = [report.seconds for report in reports]
-        each = [end - start for start, end in itertools.pairwise(ends)]
-        print(f"| {name} | {statistics.fmean(each):.2f} ({min(each):.2f} to {max(each):.2f}) |", flush=True)
-    print(f"\n{time.process_time():.0f} s of processor time in all")
+        walls, worked = ((last - first) / steps for first, last in zip(ends[0], ends[-1], strict=True))
+        print(f"| {name} | {walls:.2f} | {worked / threads:.2f} |", flush=True)
 
 
 def encoded(config: PipelineConfig, tokenizer: object, data: TaskData) -> list[Example]:

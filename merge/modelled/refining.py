@@ -99,6 +99,7 @@ class RefineJob:
     """Of base and data, where there is no merge whose inputs say it; part of no key."""
 
     def __call__(self, store: Store, place: Place) -> Made:
+        place.resident.clear()  # no room for an evaluator's model beside this one
         return (make_refined(store, self, place.devices, place.threads, partial(place.report, self.name)),)
 
 

@@ -3,15 +3,17 @@
 Like every candidate they are judged by validation rows, which they are not trained on.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 
 from infra.engine.in_thread import in_thread
-from infra.engine.once import every
+from infra.engine.once import Failed, every
 from infra.engine.rehearsal import unmade
 from infra.engine.step import Step
 from merge.methods.specs import Candidate
 from pipeline.config.search import Standing
+from pipeline.flow import experts
 from pipeline.flow.context import Flow
 from pipeline.flow.scoring import score
 from pipeline.flow.steps import MULTITASK, evaluation_job, evaluation_step, multitask_step, refine_step
@@ -57,10 +59,15 @@ def _step(flow: Flow, refined: Refined) -> Step:
 
 
 async def multitask(flow: Flow) -> None:
-    """One adapter for all tasks, as a yardstick: made, and scored on the test rows of every task. Raises Failed."""
+    """One adapter for all tasks, as a yardstick: made, and scored on the test rows of every task. Raises Failed.
+
+    Experts come first: merging waits for them, and nobody waits for a yardstick.
+    """
     step = multitask_step(flow.inputs)
     if step is None:
         return
+    with contextlib.suppress(Failed):
+        await every(*(experts.expert(flow, task) for task in flow.inputs.config.held_in))
     manifest, made = await flow.make(step, f"training the {MULTITASK} adapter")
     flow.outcome.multitask = manifest
     if made and flow.engine.known(manifest):

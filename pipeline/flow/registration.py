@@ -80,6 +80,7 @@ def _common(
 ) -> dict[str, Any]:
     """What every kind of registration says."""
     config = inputs.config
+    kind = "merged" if manifest.kind == "refined" else manifest.kind  # versions of one model are of one kind
     return {
         "name": model_name(config.suite, task),
         "task": task,
@@ -93,7 +94,7 @@ def _common(
         "batch_size": config.evaluate.batch_size,
         "run_id": run_id,
         "description": "",
-        "tags": {"suite": config.suite, "kind": manifest.kind, "expert": config.expert},
+        "tags": {"suite": config.suite, "kind": kind, "expert": config.expert},
         "heads": _heads(inputs, experts),
     }
 

@@ -145,6 +145,9 @@ class Prepared:
                 for section in dict.fromkeys(["mask", EXPERT_KINDS[config.expert].section, "train"])
                 for name, value in getattr(config, section).model_dump().items()
             },
+            **{
+                f"refine.{name}": value for name, value in (config.refine.model_dump() if config.refine else {}).items()
+            },
         }
 
     def check_cluster(self, nodes: list[dict[str, Any]], console: Console) -> int:

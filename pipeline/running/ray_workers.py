@@ -7,6 +7,7 @@ manifests and scores, never tensors.
 
 import asyncio
 import contextlib
+import math
 import os
 import re
 from collections.abc import Awaitable, Callable
@@ -81,7 +82,7 @@ class RayWorkers:
         """`hear` is told of progress: of what, and what the work reports."""
         self._store, self._resources, self._hear = store, resources, hear
         self._board = remote.ProgressBoard.remote()  # type: ignore[attr-defined]
-        self._trainings = 0  # of experts and merges, asked for and not done
+        self._trainings = 0  # slots of experts that are asked for or taken
         self._nodes = asyncio.Semaphore(resources.concurrent_nodes)
         self._registry = asyncio.Semaphore(resources.concurrent_registrations)
         self._pool: ActorPool[ActorHandle] = ActorPool(self._create, ray.kill, self._room, _DIED)
@@ -102,11 +103,12 @@ class RayWorkers:
             return await self._on_actor(step, claim)
         if needs.pool == "expert" or needs.pool == "refine":
             reserved = resources.expert if needs.pool == "expert" else resources.refining
-            self._trainings += 1
+            taken = expert_slots(reserved, resources.expert)
+            self._trainings += taken
             try:
                 return await self._task(step, claim, reserved, needs.pool)
             finally:
-                self._trainings -= 1
+                self._trainings -= taken
         async with self._nodes:
             return await self._task(step, claim, resources.node, "node")
 
@@ -156,6 +158,12 @@ class RayWorkers:
             with contextlib.suppress(RayError):  # progress that is lost is harmless
                 for subject, what in await self._board.drain.remote():
                     self._hear(subject, what)
+
+
+def expert_slots(asked: WorkerResources, expert: WorkerResources) -> int:
+    """How many experts' slots a training takes, by its CPUs and GPUs: evaluators have to leave so many."""
+    pairs = ((asked.cpus, expert.cpus), (asked.gpus, expert.gpus))
+    return max([1, *(math.ceil(own / each) for own, each in pairs if each)])
 
 
 async def _answer(ref: "ObjectRef[Any]", keep: tuple[type[BaseException], ...] = ()) -> Any:

@@ -183,7 +183,7 @@ def test_a_run_registers_a_refined_merge_with_its_lineage(
     assert table[0].endswith(",chosen,steps,training_rows")
     assert table[-1].endswith(",True,25,50")
     version = MlflowClient().get_model_version("refined.merged", "1")
-    assert version.tags["kind"] == "refined"
+    assert version.tags["kind"] == "merged"
     assert json.loads(version.tags["factory.lineage.parameters"])["refined"]["rows"] == 50
     assert "in0/1" in version.tags["factory.lineage.experts"]
     assert "50 training rows of all tasks" in version.description

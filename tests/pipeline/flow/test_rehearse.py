@@ -168,6 +168,8 @@ def test_a_multitask_adapter_is_planned_made_and_scored_beside(store: Store, tmp
     engine, outcome = world.run()
     assert outcome.multitask is not None
     assert outcome.multitask.kind == "multitask"
+    order = [each.kind for each in world.workers.steps]
+    assert order.index("yardsticks") > max(at for at, kind in enumerate(order) if kind == "experts")
     assert outcome.multitask not in outcome.merged.values()
     assert engine.tally.made["evaluations"] == before.counts["evaluations"].make
     assert {score.task for score in outcome.scores if score.model == "multitask"} == set(world.given.tasks)

@@ -1,9 +1,10 @@
-"""What is said of work whose workers were lost."""
+"""What is said of work whose workers were lost, and whose slots a training takes."""
 
 import pytest
 from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
-from pipeline.running.ray_workers import lost
+from pipeline.config.resources import WorkerResources
+from pipeline.running.ray_workers import expert_slots, lost
 
 KILLED = """1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.3, ID: 03) \
 was 30.79GB used / 31.54GB limit (0.97)
@@ -35,3 +36,11 @@ def test_another_end() -> None:
     assert message.startswith("WorkerCrashedError: The worker died unexpectedly")
     assert "raise resources.node.memory_gib=2" in message
     assert "\n" not in message
+
+
+def test_a_training_takes_as_many_slots_as_experts_would_fit_there() -> None:
+    expert, two = WorkerResources(cpus=1), WorkerResources(cpus=2)
+    assert expert_slots(expert, expert) == expert_slots(expert, two) == 1
+    assert expert_slots(two, expert) == 2
+    assert expert_slots(WorkerResources(cpus=0, gpus=1), WorkerResources(cpus=0, gpus=0.25)) == 4
+    assert expert_slots(expert, WorkerResources(cpus=0)) == 1
