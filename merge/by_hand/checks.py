@@ -121,7 +121,7 @@ def check(request: MergeRequest, scratch: Path) -> Checked:
     if request.register_as and not (request.out or "").startswith("s3://"):
         raise ConfigError("--register needs the adapter in S3, which the registry refers to: give --out s3://…")
     shard_bytes(request.shard_gib)
-    reductions = plan_reductions([candidate])
+    reductions = plan_reductions([candidate], len(request.experts))
     kind = _measurement(reductions)
     _check_measured_names(request, candidate.method, kind)
     out = output(request.out, "--out") if request.out else None

@@ -307,7 +307,7 @@ def _method_row(name: str, method: Method) -> tuple[str, ...]:
     if method.by_model:
         files = "runs a model"
     else:
-        files = "writes masks" if method.per_task else _reads(candidate_lift(candidate).measurement)
+        files = "writes masks" if method.per_task else _reads(candidate_lift(candidate, 1).measurement)
     return "\n".join(parameters), weights, str(candidate.rounds), files, method.paper
 
 

@@ -152,7 +152,7 @@ class StatisticsReader:
         if not isinstance(table, dict) or not isinstance(reference, dict | None):
             raise self._file.bad("its metadata are malformed")
         spec = LiftSpec.from_recipe(lift)
-        self._statistics, self._weighted = spec.statistics, spec.weighted
+        self._statistics, self._weighted, self._options = spec.statistics, spec.weighted, dict(spec.options)
         self.meta = NodeMeta(lift, reference, base, tuple(experts))
         self._table = {name: self._entry(name, entry) for name, entry in table.items()}
 
@@ -197,7 +197,10 @@ class StatisticsReader:
         # counts first: they say where the masses are
         for part in sorted(self._statistics, key=lambda n: (STATISTICS[n].kind != "count", n)):
             arrays[part] = self._array(name, part, raw.get(f"{name}#{part}"), arrays, count, experts)
-            if STATISTICS[part].kind == "matrix" and arrays[part].shape not in _matrix_shapes(part, shape):
+            statistic = STATISTICS[part]
+            if statistic.extent and not _fits(
+                arrays[part].shape, statistic.extent(name, shape, self._options, experts), statistic.operator == "below"
+            ):
                 raise self._file.bad(f"{part} of {name[:100]!r} has shape {list(arrays[part].shape)}")
         return TensorStatistics(shape, indices, arrays, experts, self._weighted)
 
@@ -231,9 +234,11 @@ class StatisticsReader:
         return torch.zeros(count, dtype=dtype).index_copy_(0, at, stored)
 
 
-def _matrix_shapes(part: str, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Accepted shapes of a matrix statistic for a tensor of this shape; [0] is none."""
-    return (0,), (1,) if part == "gram_count" else (*shape[-1:], *shape[-1:])
+def _fits(found: Sequence[int], extent: tuple[int, ...], fewer: bool) -> bool:
+    """Whether a matrix statistic can have this shape, or `fewer` rows; [0] is none."""
+    if fewer and len(found) == len(extent) and found[0] <= extent[0]:
+        extent = (found[0], *extent[1:])
+    return tuple(found) in ((0,), extent)
 
 
 def _is_whole(part: str, arrays: Mapping[str, Tensor]) -> bool:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 
 from infra.errors import MergeError
-from merge.methods import lowering
+from merge.methods import lowering, matrices
 from merge.methods.lowering import Root
-from merge.methods.parameters import Choice, Number, Params, Value, number
+from merge.methods.parameters import EVEN, Choice, Number, Params, Value, number
 from merge.methods.statistic_table import MAX_EXPERTS
 from workers.adapters.reader import AdapterReader
 from workers.adapters.support import SparseTensor
@@ -128,6 +128,21 @@ def _off_diagonal(params: Params) -> tuple[Sparsify, Options]:
     return "none", (("off_diagonal", params["off_diagonal"]),)
 
 
+def _trim_own(params: Params) -> tuple[Sparsify, Options]:
+    """The largest of each expert's own values, where `density` is the merge's."""
+    return _trim({"density": params["trim"], "density_of": "support"})
+
+
+def _rank_share(params: Params) -> tuple[Sparsify, Options]:
+    how, options = _trim_own(params)
+    return how, (*options, ("rank_share", params["rank_share"]))
+
+
+def _common_share(params: Params) -> tuple[Sparsify, Options]:
+    how, options = _rank_share(params)
+    return how, (*options, ("common_share", params["common_share"]))
+
+
 def _window_fits(params: Params) -> str | None:
     density, epsilon = number(params, "density"), number(params, "epsilon")
     if density == 1 or (density - epsilon > 0 and density + epsilon <= 1):
@@ -164,6 +179,18 @@ _SPECTRAL: Mapping[str, Number | Choice] = {
     "density": _DENSITY,
     "parts": Choice("stored", ("stored", "qkv")),
     "vector_lambda": Number("mean", 0, 10, word="mean"),
+    "trim": replace(_DENSITY, later=True),
+}
+_MATRIX: Mapping[str, Number | Choice] = {
+    "trim": _DENSITY,
+    "density": _DENSITY,
+    "vector_lambda": Number("mean", 0, 10, word="mean"),
+}
+_RANK_SHARE = Number(EVEN, 0, 1, word=EVEN)
+_COMMON: Mapping[str, Number | Choice] = {
+    "common_share": Number(0.8, 0, 1),
+    "rank_share": _RANK_SHARE,
+    "trim": _DENSITY,
 }
 _SIGNED = ("positive_mass", "negative_mass", "positive_count", "negative_count")
 
@@ -175,6 +202,9 @@ _DELLA = "Deep et al., DELLA-Merging, arXiv 2406.11617"
 _BREADCRUMBS = "Davari and Belilovsky, Model Breadcrumbs, arXiv 2312.06795"
 _TALL = "Wang et al., Localizing task information for improved model merging (TALL masks), arXiv 2405.07813"
 _ISO = "Marczak et al., No task left behind: isotropic model merging (Iso-C), arXiv 2502.04959"
+_ISO_CTS = "Marczak et al., No task left behind: isotropic model merging (Iso-CTS), arXiv 2502.04959"
+_TSV = "Gargiulo et al., Task singular vectors: reducing task interference in model merging (TSV-M), arXiv 2412.00081"
+_WUDI = "Cheng et al., Whoever started the interference should end it (WUDI), arXiv 2503.08099"
 _SCE = "Wan et al., FuseChat (select, calculate, erase), arXiv 2408.07990"
 
 
@@ -219,6 +249,7 @@ METHODS: dict[str, Method] = {
         ("sum",),
         lowering.spectral_power,
         {"p": Number(-0.75, -4, 4, low_allowed=True), "lambda": _scale(1), "floor": Number(0.03, 0, 1), **_SPECTRAL},
+        _trim_own,
         weights="any",
         matrix=True,
     ),
@@ -227,7 +258,44 @@ METHODS: dict[str, Method] = {
         ("sum",),
         lowering.iso_c,
         {"lambda": _scale(0.45), "floor": Number(0.001, 0, 1), **_SPECTRAL},
+        _trim_own,
         weights="any",
+        matrix=True,
+    ),
+    "wudi": Method(
+        f"{_WUDI}; its objective solved, not descended",
+        ("sum", "own_regression"),
+        matrices.wudi,
+        {"lambda": _scale(1), "ridge": Number(0.001, 1e-4, 1, low_allowed=True), **_MATRIX},
+        _trim_own,
+        weights="any",
+        matrix=True,
+    ),
+    "tsv_m": Method(
+        _TSV,
+        ("sum", "directions"),
+        matrices.tsv_m,
+        {"lambda": _scale(1), "rank_share": _RANK_SHARE, **_MATRIX},
+        _rank_share,
+        weights="any",
+        matrix=True,
+    ),
+    "iso_common": Method(
+        f"{_ISO_CTS}: the common directions",
+        ("sum",),
+        lowering.iso_common,
+        _COMMON,
+        _trim_own,
+        internal=True,
+        matrix=True,
+    ),
+    "iso_cts": Method(
+        _ISO_CTS,
+        ("sum", "own_directions"),
+        matrices.iso_cts,
+        {"lambda": _scale(0.45), **_COMMON, **_MATRIX},
+        _common_share,
+        reference=lambda params: ("iso_common", {name: params[name] for name in _COMMON}),
         matrix=True,
     ),
     "consensus": Method(

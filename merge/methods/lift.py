@@ -50,7 +50,7 @@ def lift(item: LiftInput, spec: LiftSpec) -> TensorStatistics:
         raise MergeError("an expert's values contain NaN or infinity: it cannot be merged; retrain it")
     indices, values = _sparsify(item, values, spec)
     weight = item.weight if spec.weighted else None
-    lifted = Lifted(shape, indices, values, weight, item.reference, item.measured, dict(spec.options))
+    lifted = Lifted(shape, indices, values, weight, item.reference, item.measured, dict(spec.options), item.name)
     if spec.support is not None:
         lifted = spec.support(lifted)
     arrays = {name: STATISTICS[name].lift(lifted) for name in spec.statistics}

@@ -6,19 +6,24 @@ functions serve both.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from infra.errors import MergeError
-from merge.methods.parameters import Params, number
+from merge.methods.directions import NONE
+from merge.methods.parameters import Params, even_share, number
 from merge.methods.sparsify import kept, trim
 from merge.methods.spectral import Spectrum, spectrum, split_rows
-from merge.methods.statistic_table import values_at
+from merge.methods.statistic_table import own_count, values_at
 from merge.methods.statistics import TensorStatistics
 from workers.adapters.support import SparseTensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Root:
     name: str = ""
     fused: tuple[int, ...] = ()
     device: str = "cpu"
-    _spectra: dict[tuple[int, ...], list[Spectrum]] = field(default_factory=dict, repr=False, compare=False)
+    _found: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.statistics.arrays[name]
@@ -47,15 +52,22 @@ class Root:
         full = self.statistics.indices.numel() == self.statistics.numel
         return self.statistics.indices if full else torch.arange(self.statistics.numel)
 
+    def once(self, key: Hashable, find: Callable[[], T]) -> T:
+        """What several candidates are made of, found by the first of them."""
+        if key not in self._found:
+            self._found[key] = find()
+        return self._found[key]
+
     def spectra(self, rows: tuple[int, ...]) -> list[Spectrum]:
         """The spectra of Σδ, of the matrices that lie one below the other in it; found once."""
-        if rows not in self._spectra:
-            statistics, flat = self.statistics, total(self)
-            if flat.numel() != statistics.numel:
-                flat = torch.zeros(statistics.numel).index_copy_(0, statistics.indices, flat)
-            matrix = flat.view(sum(rows), -1).to(self.device)
-            self._spectra[rows] = [spectrum(part) for part in matrix.split(rows)]
-        return self._spectra[rows]
+        return self.once(("spectra", rows), lambda: self._spectra(rows))
+
+    def _spectra(self, rows: tuple[int, ...]) -> list[Spectrum]:
+        statistics, flat = self.statistics, total(self)
+        if flat.numel() != statistics.numel:
+            flat = torch.zeros(statistics.numel).index_copy_(0, statistics.indices, flat)
+        matrix = flat.view(sum(rows), -1).to(self.device)
+        return [spectrum(part) for part in matrix.split(rows)]
 
 
 def total(root: Root) -> Tensor:
@@ -215,11 +227,41 @@ def iso_c(root: Root, params: Params) -> Tensor | SparseTensor:
 def _spectral(root: Root, params: Params, p: float) -> Tensor | SparseTensor:
     shape = root.statistics.shape
     if len(shape) < 2 or not root.statistics.indices.numel():
-        own = params["vector_lambda"]
-        return total(root) / root.experts if isinstance(own, str) else own * total(root)
+        return vector(root, params)
     rows = split_rows(root.name, shape, root.fused if params["parts"] == "qkv" else ())
-    parts = [found.reweighted(p, number(params, "floor")).cpu() for found in root.spectra(rows)]
-    values = (parts[0] if len(parts) == 1 else torch.cat(parts)).mul_(number(params, "lambda")).view(-1)
+    return dense(root, params, [found.reweighted(p, number(params, "floor")) for found in root.spectra(rows)])
+
+
+def iso_common(root: Root, params: Params) -> Tensor | SparseTensor:
+    """mean(s) · UVᵀ of the leading directions of Σδ that Iso-CTS calls common: all but those that it leaves to experts.
+
+    Their number is that of the published code: what is left of common_share divides into one count for each expert.
+    """
+    shape = root.statistics.shape
+    if len(shape) < 2 or not root.statistics.indices.numel():
+        return total(root) / root.experts
+    rows = split_rows(root.name, shape)
+    options = {**params, "rank_share": even_share(params["rank_share"], root.experts)}
+    parts = []
+    for found in root.spectra(rows):
+        side = found.values.numel()
+        parts.append(found.isotropic(side - root.experts * own_count(side, options), NONE).cpu())
+    return SparseTensor(shape, root.everywhere, (parts[0] if len(parts) == 1 else torch.cat(parts)).view(-1))
+
+
+def vector(root: Root, params: Params) -> Tensor:
+    """What becomes of vectors and scalars, which have no directions: `vector_lambda` times Σδ, or Σδ / N."""
+    own = params["vector_lambda"]
+    return total(root) / root.experts if isinstance(own, str) else own * total(root)
+
+
+def dense(root: Root, params: Params, parts: list[Tensor]) -> SparseTensor:
+    """λ times the matrices that lie one below the other in a weight; with `density` below 1 the largest |δ| only.
+
+    Writes over the matrices. Raises MergeError for an overflow.
+    """
+    shape = root.statistics.shape
+    values = (parts[0] if len(parts) == 1 else torch.cat(parts)).cpu().mul_(number(params, "lambda")).view(-1)
     if not bool(torch.isfinite(values).all()):
         raise MergeError("the merged change overflows fp32; lower λ, or raise p or the floor")
     density = number(params, "density")

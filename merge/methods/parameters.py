@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from infra.errors import MergeError
 
 Value = float | str
+EVEN = "even"
+"""The word for the share 1/N of N experts."""
 Params = Mapping[str, Value]
 """A method's parameters by name: numbers are floats (whole ones too), choices are strings."""
 
@@ -17,7 +19,7 @@ Params = Mapping[str, Value]
 @dataclass(frozen=True)
 class Number:
     """A number that a method takes: its default and range (`high` is allowed); or `word`, for one that follows from the
-    merge."""
+    merge. `later`: the method had merges before it had this number, whose recipes leave it out at its default."""
 
     default: float | str
     low: float
@@ -25,6 +27,7 @@ class Number:
     low_allowed: bool = False
     integer: bool = False
     word: str | None = None
+    later: bool = False
 
     @property
     def accepted(self) -> str:
@@ -45,6 +48,10 @@ class Number:
             raise MergeError(f"{where} is {value!r}; accepted: {self.accepted}")
         return number
 
+    def unsaid(self, value: Value) -> bool:
+        """Whether recipes leave this value out."""
+        return self.later and value == self.default
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -64,6 +71,10 @@ class Choice:
             raise MergeError(f"{where} is {value!r}; accepted: {self.accepted}")
         return value
 
+    def unsaid(self, value: Value) -> bool:
+        """Whether recipes leave this value out."""
+        return False
+
 
 def number(params: Params, name: str) -> float:
     """A numeric parameter. Raises MergeError where it is a string (a `Choice`)."""
@@ -71,6 +82,11 @@ def number(params: Params, name: str) -> float:
     if isinstance(value, str):
         raise MergeError(f"parameter {name!r} is {value!r}, not a number")
     return value
+
+
+def even_share(value: Value, experts: int) -> float:
+    """A share that may be `EVEN`, of that many experts."""
+    return 1 / experts if isinstance(value, str) else value
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

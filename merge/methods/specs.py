@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from infra.errors import MergeError
 from merge.methods.catalogue import METHODS, Options, Sparsify
-from merge.methods.parameters import Choice, Number, Params, Value, nearest
+from merge.methods.parameters import EVEN, Choice, Number, Params, Value, even_share, nearest
 from merge.methods.statistic_table import STATISTICS, Lifted
 
 __all__ = [
@@ -41,6 +41,8 @@ LIFT_OPTIONS: dict[str, Number | Choice] = {
     "seed": Number(0, 0, 2**53, low_allowed=True, integer=True),
     "threshold": Number(0.4, 0, 10),
     "off_diagonal": Number(0.9, 0, 1, low_allowed=True),
+    "rank_share": Number(0.05, 0, 1),
+    "common_share": Number(0.8, 0, 1),
 }
 """What a lift can be told, with the widest accepted range."""
 
@@ -119,7 +121,8 @@ class Candidate:
 
     def recipe(self) -> dict[str, Any]:
         """`{"method", "params"}`: the candidate's part of a key, which names no experts."""
-        return {"method": self.method, "params": dict(self.params)}
+        kinds = METHODS[self.method].params
+        return {"method": self.method, "params": {k: v for k, v in self.params.items() if not kinds[k].unsaid(v)}}
 
     def to_dict(self) -> dict[str, Any]:
         """`recipe` with "weights" where there are any."""
@@ -218,6 +221,11 @@ class LiftSpec:
         """What becomes of an expert's positions before anything is lifted."""
         return next((STATISTICS[name].support for name in self.statistics if STATISTICS[name].support), None)
 
+    def matrix_bytes(self, name: str, shape: Sequence[int], experts: int) -> int:
+        """Bytes of the matrix statistics of one tensor, of that many experts."""
+        extents = [STATISTICS[each].extent for each in self.statistics]
+        return sum(4 * math.prod(extent(name, shape, dict(self.options), experts)) for extent in extents if extent)
+
     def recipe(self) -> dict[str, Any]:
         """JSON-able: what of this belongs in a node's key and file. Weights and reference are keyed apart."""
         return {
@@ -257,17 +265,21 @@ class Reduction:
     round: int
 
 
-def candidate_lift(candidate: Candidate) -> LiftSpec:
-    """The reduction that this candidate alone needs. Raises MergeError where required weights are missing."""
-    return _joint_lift([candidate])
+def candidate_lift(candidate: Candidate, experts: int | None = None) -> LiftSpec:
+    """The reduction that this candidate alone needs, of that many experts (None: not known).
+
+    Raises MergeError where required weights are missing, or where it depends on the number of experts and that is not
+    known.
+    """
+    return _joint_lift([candidate], experts)
 
 
-def _joint_lift(candidates: Sequence[Candidate]) -> LiftSpec:
+def _joint_lift(candidates: Sequence[Candidate], experts: int | None) -> LiftSpec:
     """One reduction for candidates that differ in the statistics they need only."""
     first = candidates[0]
     if METHODS[first.method].weights_required and first.weights is None:
         raise MergeError(f"merge method {first.method!r} needs a weight for each expert")
-    sparsify, options = METHODS[first.method].lift(first.params)
+    sparsify, options = METHODS[first.method].lift(_for_experts(first, experts))
     needs = {name for candidate in candidates for name in METHODS[candidate.method].needs}
     # sums are never derived from masses: a candidate's bits must not depend on what it is merged beside
     if "count" in needs and first.weights is None and needs >= _COUNTS - {"zero_count"}:
@@ -276,8 +288,18 @@ def _joint_lift(candidates: Sequence[Candidate]) -> LiftSpec:
     return LiftSpec(tuple(needs), sparsify, options, weights, first.reference)
 
 
-def plan_reductions(candidates: Sequence[Candidate]) -> tuple[Reduction, ...]:
-    """The fewest reductions that these candidates need, by round; within a round in order of first appearance.
+def _for_experts(candidate: Candidate, experts: int | None) -> Params:
+    """The parameters with 1/N for the share `even`."""
+    if EVEN not in candidate.params.values():
+        return candidate.params
+    if experts is None:
+        raise MergeError(f"what {candidate} lifts depends on how many experts are merged, which is not known here")
+    return {name: even_share(value, experts) if value == EVEN else value for name, value in candidate.params.items()}
+
+
+def plan_reductions(candidates: Sequence[Candidate], experts: int | None = None) -> tuple[Reduction, ...]:
+    """The fewest reductions that these candidates need of that many experts (None: not known, see `candidate_lift`), by
+    round; within a round in order of first appearance.
 
     Candidates share a reduction where their lifts differ in the statistics only and read the same of an expert (its
     adapter, or a measurement too: nobody else waits for that). Candidates of earlier rounds that others read are
@@ -293,10 +315,12 @@ def plan_reductions(candidates: Sequence[Candidate]) -> tuple[Reduction, ...]:
             step = step.reference
     groups: dict[Hashable, list[Candidate]] = {}
     for candidate in sorted(wanted, key=lambda c: c.rounds):
-        own = candidate_lift(candidate)
+        own = candidate_lift(candidate, experts)
         alike = replace(own, statistics=("sum",)), own.measurement, own.support
         groups.setdefault(alike, []).append(candidate)
-    return tuple(Reduction(_joint_lift(members), tuple(members), members[0].rounds) for members in groups.values())
+    return tuple(
+        Reduction(_joint_lift(members, experts), tuple(members), members[0].rounds) for members in groups.values()
+    )
 
 
 def check_without_model(candidate: Candidate) -> None:
@@ -318,9 +342,9 @@ def describe_plan(reductions: Sequence[Reduction]) -> str:
     return "\n".join(lines)
 
 
-def check_served(candidate: Candidate, spec: LiftSpec) -> None:
-    """Raise MergeError unless this candidate can be lowered from the reduction."""
-    own = candidate_lift(candidate)
+def check_served(candidate: Candidate, spec: LiftSpec, experts: int | None = None) -> None:
+    """Raise MergeError unless this candidate can be lowered from the reduction of that many experts."""
+    own = candidate_lift(candidate, experts)
     served = set(spec.statistics)
     if served >= _COUNTS and not spec.weighted:
         served |= {"count"}

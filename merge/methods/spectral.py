@@ -51,7 +51,17 @@ class Spectrum:
         """(mean s / mean q) U diag(q) Vᵀ of the module's docstring, fp32, in the matrix's own shape."""
         gains = self.values.clamp(min=floor).pow(p - 1)
         total = float((self.values * gains).sum())
-        gains = gains.mul_(float(self.values.sum()) / total if total else 0.0).float()
+        return self._scaled(gains.mul_(float(self.values.sum()) / total if total else 0.0))
+
+    def isotropic(self, keep: int, floor: float) -> Tensor:
+        """mean(s) · UVᵀ of the `keep` largest directions, fp32; of those above `floor` only, where these are fewer."""
+        held = self.values > floor
+        held[: max(0, held.numel() - keep)] = False  # by rising singular value
+        mean = float(self.values[held].mean()) if bool(held.any()) else 0.0
+        return self._scaled(torch.where(held, mean / self.values.clamp(min=floor), 0.0))
+
+    def _scaled(self, gains: Tensor) -> Tensor:
+        gains = gains.float()
         if self.wide:
             return (self.vectors * gains) @ self.projected.T
         return (self.projected * gains) @ self.vectors.T
@@ -62,30 +72,35 @@ def spectrum(matrix: Tensor) -> Spectrum:
 
     Raises MergeError where the matrix is not finite, or where its eigenvalues are not found.
     """
-    low, high = (float(end) for end in torch.aminmax(matrix))
-    largest = max(-low, high)
-    if not math.isfinite(largest):
-        raise MergeError("the sum of the experts' changes overflows fp32; look for a diverged expert")
     wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if wide else matrix
-    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=matrix.device)
-    for rows in _row_chunks(tall.shape):
-        part = tall[rows].double().div_(largest or 1.0)  # squares of the smallest fp32 numbers are no fp64 ones
-        gram.addmm_(part.T, part)
-    try:
-        _, vectors = torch.linalg.eigh(gram)
-    except RuntimeError as error:  # LinAlgError, or the library's own
-        raise MergeError(f"no eigenvalues of the summed change's Gram matrix: {error}") from None
-    del gram
+    largest, vectors = eigenvectors(tall)
     projected = torch.empty(tall.shape, dtype=torch.float32, device=matrix.device)
     squares = torch.zeros(tall.shape[1], dtype=torch.float64, device=matrix.device)
-    for rows in _row_chunks(tall.shape):
+    for rows in row_chunks(tall.shape):
         part = tall[rows].double().div_(largest or 1.0) @ vectors
         # roots of eigenvalues would be 1e-8 of the largest where there is nothing
         squares += torch.linalg.vector_norm(part, dim=0).square_()
         projected[rows] = part.mul_(largest).float()
     values = squares.sqrt_()
     return Spectrum(values / (values.max() or 1.0), vectors.float(), projected, wide)
+
+
+def eigenvectors(tall: Tensor) -> tuple[float, Tensor]:
+    """The largest |entry| of a matrix fp32 [m, n], m ≥ n, and its right singular vectors, fp64 [n, n] in columns, by
+    rising singular value. Raises as `spectrum`."""
+    low, high = (float(end) for end in torch.aminmax(tall))
+    largest = max(-low, high)
+    if not math.isfinite(largest):
+        raise MergeError("the sum of the experts' changes overflows fp32; look for a diverged expert")
+    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
+    for rows in row_chunks(tall.shape):
+        part = tall[rows].double().div_(largest or 1.0)  # squares of the smallest fp32 numbers are no fp64 ones
+        gram.addmm_(part.T, part)
+    try:
+        return largest, torch.linalg.eigh(gram)[1]
+    except RuntimeError as error:  # LinAlgError, or the library's own
+        raise MergeError(f"no eigenvalues of the summed change's Gram matrix: {error}") from None
 
 
 def split_rows(name: str, shape: Sequence[int], fused: Sequence[int] = ()) -> tuple[int, ...]:
@@ -100,11 +115,18 @@ def split_rows(name: str, shape: Sequence[int], fused: Sequence[int] = ()) -> tu
     return tuple(fused) or (shape[0],)
 
 
+def stacked(name: str, shape: Sequence[int]) -> tuple[int, int, int]:
+    """The matrices that a tensor of two or more dimensions is, all of one shape: how many, their rows and columns."""
+    parts = split_rows(name, shape)
+    return len(parts), parts[0], math.prod(shape) // max(1, sum(parts))
+
+
 def merge_device() -> str:
     """Where this process finds singular vectors: on the GPU that it was given, if any."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _row_chunks(shape: Sequence[int]) -> list[slice]:
+def row_chunks(shape: Sequence[int]) -> list[slice]:
+    """The rows of a matrix of this shape, `CHUNK_BYTES` in double precision at a time."""
     step = max(1, CHUNK_BYTES // (8 * max(1, shape[1])))
     return [slice(start, start + step) for start in range(0, shape[0], step)]

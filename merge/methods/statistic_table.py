@@ -7,7 +7,7 @@ from zero, how it is lifted from one expert, and which measurement of the expert
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from infra.errors import MergeError
+from merge.methods.directions import HEAD, leading
 from merge.methods.parameters import Params, number
+from merge.methods.sparsify import kept
+from merge.methods.spectral import stacked
 from workers.adapters.support import SparseTensor
 
 MAX_EXPERTS = 65_535
@@ -49,7 +52,8 @@ class Lifted:
 
     `values` fp32 [n] at `indices` int64 [n], flat row-major, ascending; `weight` is the expert's in a weighted
     reduction, else None; `reference`: this tensor of the earlier round's merged δ, if there is one that has it;
-    `measured`: what the reduction's measurement has of this tensor, if anything; `options`: of the reduction.
+    `measured`: what the reduction's measurement has of this tensor, if anything; `options`: of the reduction; `name`:
+    the tensor's. `whole` fp32 [matrices, rows, columns]: δ with its weight, where a reduction keeps no positions of it.
     """
 
     shape: tuple[int, ...]
@@ -59,6 +63,8 @@ class Lifted:
     reference: SparseTensor | None
     measured: Tensor | None
     options: Params
+    name: str = ""
+    whole: Tensor | None = None
 
     @cached_property
     def delta(self) -> Tensor:
@@ -73,25 +79,33 @@ class Lifted:
         return torch.ones_like(self.values, dtype=_COUNT) if held is None else held.view(_COUNT)
 
 
+Extent = Callable[[str, Sequence[int], Params, int], tuple[int, ...]]
+"""From a tensor's name and shape, the reduction's options and how many experts are joined, to a matrix' shape."""
+
+
 @dataclass(frozen=True)
 class Statistic:
     """One statistic.
 
     A `mass` is fp32 and a `count` an integer (fp32 when weighted), one a position of the support. A `matrix` is fp32 of
-    its own shape, beside the support; one without elements means that there is nothing to join.
+    its own shape (`extent`), beside the support; one without elements means that there is nothing to join. The rows of
+    one that is joined by `below` are written below each other; its extent has the most rows that there can be.
     `lift` makes it of one expert; `carrier` names a count: where it is zero, so is this statistic, and files leave it
     out. `measurement`: of which a tensor's part is read (`workers.measuring.catalogue`). `support`: what the reduction
-    that has this statistic makes of an expert's positions before anything is lifted; `full` where that may be all.
+    that has this statistic makes of an expert's positions before anything is lifted; `full` where that may be all,
+    `bare` where it is none of a matrix.
     """
 
     name: str
-    operator: Literal["sum", "max"]
+    operator: Literal["sum", "max", "below"]
     kind: Literal["mass", "count", "matrix"]
     lift: Callable[[Lifted], Tensor]
     carrier: str | None = None
     measurement: str | None = None
     support: Callable[[Lifted], Lifted] | None = None
     full: bool = False
+    bare: bool = False
+    extent: Extent | None = None
 
 
 # -- of δ alone, and how many experts ---------------------------------------------------------------------------
@@ -176,10 +190,93 @@ def _gram_product(x: Lifted) -> Tensor:
 
 
 _GRAM = (
-    Statistic("gram", "sum", "matrix", _gram, None, "gram", _dense, full=True),
+    Statistic("gram", "sum", "matrix", _gram, None, "gram", _dense, full=True,
+              extent=lambda name, shape, options, experts: (*shape[-1:], *shape[-1:])),
     Statistic("gram_count", "sum", "matrix", lambda x: torch.zeros(0) if x.measured is None else torch.ones(1),
-              None, "gram", _dense, full=True),
+              None, "gram", _dense, full=True, extent=lambda name, shape, options, experts: (1,)),
     Statistic("gram_product", "sum", "mass", _gram_product, None, "gram", _dense, full=True),
+)  # fmt: skip
+
+# -- a weight as a matrix, of which no positions are kept ---------------------------------------------------------
+
+
+def _as_matrices(x: Lifted) -> Lifted:
+    """δ as the matrices that the tensor is, and no positions; vectors and scalars keep theirs."""
+    if len(x.shape) < 2 or not x.values.numel():
+        return x
+    flat = x.delta
+    if flat.numel() != math.prod(x.shape):
+        flat = torch.zeros(math.prod(x.shape)).index_copy_(0, x.indices, flat)
+    return replace(x, indices=x.indices[:0], values=x.values[:0], whole=flat.view(stacked(x.name, x.shape)))
+
+
+def _own_regression(x: Lifted) -> Tensor:
+    """δG above G = δᵀδ / ‖δ‖² for each matrix [rows, columns]: [matrices, rows + columns, columns]; 0 for δ = 0."""
+    if x.whole is None:
+        return torch.zeros(0)
+    matrices, rows, columns = x.whole.shape
+    joined = torch.zeros(matrices, rows + columns, columns)
+    for delta, own in zip(x.whole, joined, strict=True):
+        unit = delta / (delta.abs().max() or 1.0)  # squares of the smallest fp32 numbers are none
+        unit /= torch.linalg.vector_norm(unit) or 1.0
+        gram = torch.mm(unit.T, unit, out=own[rows:])
+        torch.mm(delta, gram, out=own[:rows])
+    return joined.add_(0.0)
+
+
+def _own_regression_extent(name: str, shape: Sequence[int], options: Params, experts: int) -> tuple[int, ...]:
+    if len(shape) < 2:
+        return (0,)
+    matrices, rows, columns = stacked(name, shape)
+    return matrices, rows + columns, columns
+
+
+def own_count(side: int, options: Params) -> int:
+    """How many directions each expert has of a matrix with that smaller side: TSV-M's, one at least, or as many as
+    Iso-CTS leaves to it, if any."""
+    common, share = options.get("common_share"), number(options, "rank_share")
+    return kept(share, side) if common is None else round((side - int(side * float(common))) * share)
+
+
+def _directions(x: Lifted) -> Tensor:
+    """The expert's leading directions (`merge.methods.directions`)."""
+    if x.whole is None:
+        return torch.zeros(0)
+    keep = own_count(min(x.whole.shape[1:]), x.options)
+    return torch.cat([leading(delta, keep, which) for which, delta in enumerate(x.whole)]).add_(0.0)
+
+
+def _own_directions(x: Lifted) -> Tensor:
+    """Those of what the expert has outside of the common left directions, which the reference R = c U Vᵀ holds: of
+    δ - U Uᵀ δ, with c² = ‖Rᵀ R‖² / ‖R‖²."""
+    if x.whole is None or x.reference is None or not x.reference.values.any():
+        return _directions(x)
+    rest = []
+    common = torch.zeros(x.reference.numel).index_copy_(0, x.reference.indices, x.reference.values)
+    for delta, isotropic in zip(x.whole, common.view(x.whole.shape), strict=True):
+        unit = isotropic / (float(torch.linalg.vector_norm(isotropic, dtype=torch.float64)) or 1.0)
+        upright = unit.shape[0] > unit.shape[1]
+        gram = unit.T @ unit if upright else unit @ unit.T
+        scale = float(gram.double().square().sum()) or 1.0
+        shared = unit @ (unit.T @ delta) if upright else gram @ delta
+        rest.append(delta - shared / scale)
+    return _directions(replace(x, whole=torch.stack(rest)))
+
+
+def _directions_extent(name: str, shape: Sequence[int], options: Params, experts: int) -> tuple[int, ...]:
+    if len(shape) < 2:
+        return (0,)
+    matrices, rows, columns = stacked(name, shape)
+    return experts * matrices * own_count(min(rows, columns), options), HEAD + rows + columns
+
+
+_MATRICES = (
+    Statistic("directions", "below", "matrix", _directions, support=_as_matrices, bare=True,
+              extent=_directions_extent),
+    Statistic("own_directions", "below", "matrix", _own_directions, support=_as_matrices, bare=True,
+              extent=_directions_extent),
+    Statistic("own_regression", "sum", "matrix", _own_regression, support=_as_matrices, bare=True,
+              extent=_own_regression_extent),
 )  # fmt: skip
 
 # -- SCE's second round (Wan et al., FuseChat, arXiv 2408.07990) ------------------------------------------------
@@ -217,12 +314,14 @@ def finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
-STATISTICS: dict[str, Statistic] = {each.name: each for each in (*_DELTA, *_FISHER, *_GRAM, *_SCE)}
+STATISTICS: dict[str, Statistic] = {each.name: each for each in (*_DELTA, *_FISHER, *_GRAM, *_MATRICES, *_SCE)}
 """All statistics that can be asked for.
 
 Of δ: `sum`, `positive_mass` and `negative_mass` (the negative sum of negatives), `square_sum`, `positive_max` (largest
 max(δ, 0)), `negative_max` (largest max(-δ, 0)). Experts: `count` (whose support holds the position), `positive_count`,
 `negative_count`, `zero_count`. Σf and Σfδ: `fisher`, `fisher_mass`. Against the result of an earlier round:
 `agreement_count` (consensus), `agreeing_mass` and `agreeing_weight` (SCE). RegMean: `gram` [in, in], `gram_count` []
-(experts that have one) and `gram_product` (Σ δG).
+(experts that have one) and `gram_product` (Σ δG). Of weights as matrices: `own_regression` (Σ δG above Σ G, G the
+expert's own δᵀδ / ‖δ‖²), `directions` (each expert's leading ones) and, after an earlier round that found the common
+ones, `own_directions`.
 """

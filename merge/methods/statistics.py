@@ -2,7 +2,8 @@
 
 A tensor's statistics are a support (the union of the experts' supports) and one array per statistic on it. Every merge
 method is made of such arrays; joining two of them is a sum or a maximum per position, so that any tree of joins gives
-what one join of all experts gives (exactly where floating-point addition is exact, else within rounding).
+what one join of all experts gives (exactly where floating-point addition is exact, else within rounding). Beside them
+there are matrices, which are added up or written below each other.
 
 Masses are fp32. Counts are uint8 as long as the experts joined number at most 255 and int32 above (uint16 in files): 20
 experts cost one byte a count, and a count never wraps because it cannot exceed the number of experts. In a weighted
@@ -97,6 +98,7 @@ class Accumulator:
         self._dtypes = {name: statistic_dtype(name, experts, weighted) for name in self.names}
         self._elementwise = tuple(n for n in self.names if STATISTICS[n].kind != "matrix")
         self._matrices: dict[str, Tensor] = {}
+        self._rows: dict[str, list[Tensor]] = {}
         self._experts = 0
         self._compact: list[TensorStatistics] | None = [] if entries * _COMPACT_BELOW < self.numel else None
         self._full = False
@@ -136,7 +138,12 @@ class Accumulator:
             if name in self._elementwise or not matrix.numel():
                 continue
             known = self._matrices.get(name)
-            if known is None:
+            if STATISTICS[name].operator == "below":
+                below = self._rows.setdefault(name, [])
+                if below and below[0].shape[1:] != matrix.shape[1:]:
+                    raise MergeError(f"cannot combine {name} of {below[0].shape[1]} and {matrix.shape[1]} columns")
+                below.append(matrix)
+            elif known is None:
                 self._matrices[name] = matrix.clone()
             elif known.shape != matrix.shape:
                 raise MergeError(f"cannot combine {name} of shapes {list(known.shape)} and {list(matrix.shape)}")
@@ -169,6 +176,7 @@ class Accumulator:
             full = indices.numel() == self.numel
             arrays = {n: a if full else a.index_select(0, indices) for n, a in self._scratch.items()}
         none = torch.zeros(0)
+        self._matrices |= {name: torch.cat(rows) for name, rows in self._rows.items()}
         joined = {
             name: arrays[name].to(statistic_dtype(name, self._experts, self.weighted))
             if name in arrays

@@ -21,7 +21,7 @@ from merge.files.delta import DeltaReader
 from merge.files.node import StatisticsReader
 from merge.methods.lift import LiftInput, lift
 from merge.methods.specs import LiftSpec
-from merge.methods.statistic_table import STATISTICS, count_dtype
+from merge.methods.statistic_table import count_dtype
 from merge.methods.statistics import Accumulator, TensorStatistics, statistic_dtype
 from merge.tree.prefetch import Load, prefetch
 from workers.adapters.support import SparseTensor
@@ -245,9 +245,9 @@ class Join:
             reference = _Once(partial(self._load_reference, name))
             references.append(reference)
             shape = self.shapes[name]
-            matrix = 4 * shape[-1] ** 2 if shape and any(_is_matrix(n) for n in self.spec.statistics) else 0
             for child in having:
-                yield Load(partial(child.load, name, reference), child.count(name) * width + matrix)
+                matrices = self.spec.matrix_bytes(name, shape, len(child.experts))
+                yield Load(partial(child.load, name, reference), child.count(name) * width + matrices)
 
     def _load_reference(self, name: str) -> SparseTensor | None:
         if self._reference is None or not _has(self._reference.names, name):
@@ -261,10 +261,6 @@ class Join:
     def elements(self) -> int:
         """Elements of all tensors."""
         return sum(math.prod(self.shapes[name]) for name in self.names)
-
-
-def _is_matrix(name: str) -> bool:
-    return STATISTICS[name].kind == "matrix"
 
 
 def _has(names: Sequence[str], name: str) -> bool:

@@ -89,8 +89,8 @@ async def _merge(
     threads = Threads(store, {"node": workers}) if isinstance(workers, int) else workers
     engine = KeyedEngine(store, threads, expiry_s, say)
     merges = Merges(
-        engine, plan_reductions(candidates), list(experts), fan_in, base_sha256, expert, measurement, complete,
-        base_weights, fused, tell=made,
+        engine, plan_reductions(candidates, len(experts)), list(experts), fan_in, base_sha256, expert, measurement,
+        complete, base_weights, fused, tell=made,
     )  # fmt: skip
 
     async def flow() -> Stored:

@@ -167,9 +167,9 @@ def reduce_root(
     """
     if not sinks:
         raise MergeError("no candidate to lower the merge for")
-    for candidate in sinks:
-        check_served(candidate, spec)
     join = Join.open(children, spec, base_sha256, reference)
+    for candidate in sinks:
+        check_served(candidate, spec, len(join.experts))
     weights = TensorReader(base, damaged("the base's safetensors file")) if base is not None else None
     if weights:
         _check_in_base(weights, join)
@@ -232,7 +232,7 @@ def flat_merge(
     for candidate in candidates:
         check_candidate(candidate, [child.name for child in children])
         check_without_model(candidate)
-    plan = plan_reductions(candidates)
+    plan = plan_reductions(candidates, len(children))
     read_later = {reduction.spec.reference for reduction in plan} - {None}
     if read_later and scratch is None:
         raise MergeError("methods of several rounds need a folder for the earlier rounds' results")

@@ -122,7 +122,7 @@ class Merges:
     async def _existing(self, at: int) -> tuple[dict[Candidate, Manifest], tuple[tuple[Candidate, Recipe], ...]]:
         inputs, candidates = await self._inputs(at), self._reductions[at].candidates
         keys = await self._root_keys(at)
-        recipes = [(each, merged_recipe(each, keys[candidate_lift(each)])) for each in candidates]
+        recipes = [(each, merged_recipe(each, keys[candidate_lift(each, len(self._names))])) for each in candidates]
         looked = await self._engine.find([(recipe.key, inputs) for _, recipe in recipes])
         existing = {each: found for each, found in zip(candidates, looked, strict=True) if found is not None}
         self._engine.tally.add(MERGES, 0, len(existing))
@@ -218,7 +218,7 @@ class Merges:
         leaves, reference = await self._leaves(at), await self._reference(at)
         experts = {name: ref.key for name, (ref, _) in leaves.items()}
         measured = {name: each.key for name, (_, each) in leaves.items() if each is not None}
-        lifts = {candidate_lift(candidate) for candidate in self._reductions[at].candidates}
+        lifts = {candidate_lift(each, len(self._names)) for each in self._reductions[at].candidates}
         after = reference.key if reference else None
         return {lift: root_key(lift, self._tree, experts, measured, after) for lift in lifts}
 

@@ -117,7 +117,7 @@ def merge_plan(config: PipelineConfig, listed: Candidates) -> str:
     lines = [
         f"merge: {len(listed.all)} candidates, {scored} of {len(listed.eligible) * tasks} validation scores to choose "
         f"among {len(listed.eligible)} (candidates on further tasks: {halving}); "
-        + describe_plan(plan_reductions(listed.all))
+        + describe_plan(plan_reductions(listed.all, tasks))
     ]
     if listed.per_task:
         lines.append(

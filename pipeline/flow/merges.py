@@ -16,7 +16,7 @@ def merges_of(flow: Flow) -> Merges:
     inputs, config = flow.inputs, flow.inputs.config
     return Merges(
         flow.engine,
-        plan_reductions(inputs.candidates.all),
+        plan_reductions(inputs.candidates.all, len(config.held_in)),
         list(config.held_in),
         config.merge.fan_in,
         inputs.base.sha256,

@@ -25,12 +25,25 @@ _PER_MATRIX_ELEMENT = 52
 """Bytes an element of a Gram matrix [in, in]: the sum, those being read, and in double precision the matrix, its
 factors and their work space."""
 
-
 _PER_DENSE_ELEMENT = 24
 """Further bytes an element where a method makes a matrix of a weight: Σδ, Σδ times its singular vectors, the merged δ
 and its positions."""
 _PER_SIDE = 56
 """Bytes an element of the smaller Gram matrix there: in double precision the matrix, its vectors, their work space."""
+
+# Reductions that keep matrices of a weight and no positions; with these constants within -8 % and +45 % of the peaks
+# measured with 8 full experts of 576 x 576 to 1024 x 4096.
+_PER_BARE_ELEMENT = 144
+"""Bytes an element: the dense δ being read and lifted, the joined matrices, the merged δ and its positions."""
+_PER_BARE_REFERENCE = 75
+"""Further bytes where they read an earlier round's merge."""
+_PER_BARE_MATRIX = 46
+"""Bytes an element of what they add up beyond the weight's own size."""
+_PER_BARE_SIDE = 150
+"""Bytes an element of the smaller Gram matrix, where experts' directions are found (two experts at a time) and made
+orthogonal."""
+_PER_DIRECTION_BYTE = 7
+"""Bytes for each one of the directions that are more than a weight has."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +65,26 @@ def largest_node(
         methods = tuple(dict.fromkeys(candidate.method for candidate in reduction.candidates))
         for name, shape in shapes.items():
             dense = any(METHODS[method].matrix for method in methods)
-            needs.append(NodeNeed(_bytes(reduction.spec, shape, experts, union, dense), name, shape, methods))
+            bare = any(STATISTICS[each].bare for each in reduction.spec.statistics)
+            size = _bare(reduction.spec, name, shape, experts) if bare else 0
+            needs.append(NodeNeed(size or _bytes(reduction.spec, shape, experts, union, dense), name, shape, methods))
     return max(needs, key=lambda need: need.bytes)
+
+
+def node_file(spec: LiftSpec, shapes: Mapping[str, tuple[int, int]], experts: int, union: float) -> float:
+    """About the bytes of one node's statistics: 11 a position, or a reduction's matrices."""
+    if any(STATISTICS[each].bare for each in spec.statistics):
+        return sum(spec.matrix_bytes(name, shape, experts) for name, shape in shapes.items())
+    return 11 * union * sum(map(prod, shapes.values()))
+
+
+def _bare(spec: LiftSpec, name: str, shape: tuple[int, int], experts: int) -> int:
+    held, side = spec.matrix_bytes(name, shape, experts), min(shape)
+    need = prod(shape) * (_PER_BARE_ELEMENT + (_PER_BARE_REFERENCE if spec.reference else 0))
+    if any(STATISTICS[each].operator == "below" for each in spec.statistics):
+        more = max(0, held - 4 * side * sum(shape))
+        return need + _PER_BARE_SIDE * side**2 + _PER_DIRECTION_BYTE * more
+    return need + _PER_BARE_MATRIX * (held // 4 - prod(shape))
 
 
 def _bytes(spec: LiftSpec, shape: tuple[int, int], experts: int, union: float, dense: bool) -> int:

@@ -33,7 +33,7 @@ from pipeline.plan.check_base import base_tokenizer, check_adapted, check_rows, 
 from pipeline.plan.check_refine import RefineNeed, check_refine_room, check_refine_rows, refine_need, refined_count
 from pipeline.plan.cluster import slots_of
 from pipeline.plan.figures import given, needed, there_is
-from pipeline.plan.node_memory import largest_node
+from pipeline.plan.node_memory import largest_node, node_file
 from pipeline.plan.waiting import missing
 from pipeline.records.outcome import Inputs
 from workers.base.cache import cache_dir
@@ -266,18 +266,20 @@ def expected_cost(
     everywhere = EXPERT_KINDS[config.expert].everywhere
     union = adapted * (1 if everywhere else 1 - (1 - config.mask.density) ** len(config.held_in))
     listed = list_candidates(config).all
-    reductions = plan_reductions(listed)
+    reductions = plan_reductions(listed, len(config.held_in))
     check_node_memory(config, reductions, model)
+    shapes = adapted_shapes(config, model)
     kinds = {reduction.spec.measurement for reduction in reductions} - {None}
-    measured = [MEASUREMENTS[str(kind)].needed(adapted_shapes(config, model), trainable) for kind in kinds]
+    measured = [MEASUREMENTS[str(kind)].needed(shapes, trainable) for kind in kinds]
     for each in measured:  # one row at a time, in fp32
         worker = max(worker, PROCESS_GIB * GIB + parameters * 4 + each.memory + longest * saved * 4)
     merges = 4.2 * sum(adapted if METHODS[candidate.method].matrix else union for candidate in listed)
+    nodes = sum(node_file(each.spec, shapes, len(config.held_in), union / adapted) for each in reductions)
     stored = {
         "base": parameters * 2,
         "experts": len(config.held_in) * trainable * 3.2,
         "importances": len(config.held_in) * sum(each.file for each in measured),
-        "merge_nodes": union * 2 * 11 * len(reductions),
+        "merge_nodes": 2 * nodes,
         "merges": merges,
         "checkpoints": parameters * 4 if config.merge.export else 0,
     }

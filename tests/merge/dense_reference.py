@@ -244,6 +244,87 @@ def spectral(experts: Experts, c: Candidate) -> list[float]:
     return (c.params["lambda"] * s.mean() / q.mean() * u @ torch.diag(q) @ v).view(-1).tolist()
 
 
+def deltas(experts: Experts, c: Candidate) -> list[Tensor]:
+    """Each expert's δ as a matrix, times its weight."""
+    rows = zip(weight_list(experts, c), rows_of(experts), strict=True)
+    return [w * torch.tensor(row, dtype=torch.float64).view(SHAPE) for w, row in rows]
+
+
+def least_interference(experts: Experts, c: Candidate) -> list[float]:
+    """WUDI's least squares, by its normal equations with a ridge."""
+    above, below = torch.zeros(SHAPE, dtype=torch.float64), torch.zeros(SHAPE[1], SHAPE[1], dtype=torch.float64)
+    for delta in deltas(experts, c):
+        gram = delta.T @ delta / (delta.square().sum() or 1.0)
+        above, below = above + delta @ gram, below + gram
+    if not below.any():
+        return [0.0] * NUMEL
+    below = below + c.params["ridge"] * below.diagonal().mean() * torch.eye(SHAPE[1])
+    return (c.params["lambda"] * above @ torch.linalg.inv(below)).view(-1).tolist()
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, s and Vᵀ without directions of no length."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    held = s > 1e-6 * (s[0] or 1.0)
+    return u[:, held], s[held], v[held]
+
+
+def procrustes(vectors: Tensor) -> Tensor:
+    """The nearest orthonormal columns; of dependent ones, those on what they span."""
+    u, s, v = torch.linalg.svd(vectors, full_matrices=False)
+    held = s > 1e-6 * (s[0] if len(s) else 1.0)
+    return u[:, held] @ v[held]
+
+
+def task_singular_vectors(experts: Experts, c: Candidate) -> list[float]:
+    """TSV-M as FusionBench computes it: the leading 1/N of each expert's directions, whitened by Procrustes."""
+    share = 1 / len(experts) if c.params["rank_share"] == "even" else c.params["rank_share"]
+    keep = max(1, int(min(SHAPE) * share))
+    parts = [svd(delta) for delta in deltas(experts, c)]
+    u = procrustes(torch.cat([u[:, :keep] for u, _, _ in parts], 1))
+    s = torch.cat([s[:keep] for _, s, _ in parts])
+    v = procrustes(torch.cat([v[:keep] for _, _, v in parts]).T).T
+    return (c.params["lambda"] * u @ torch.diag(s) @ v).view(-1).tolist()
+
+
+def common_space(experts: Experts, c: Candidate) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Iso-CTS' leading directions of Σδ, and how many it leaves to each expert; as FusionBench computes them."""
+    side, n = min(SHAPE), len(experts)
+    own = round((side - int(side * c.params["common_share"])) / n)
+    u, s, v = svd(sum(deltas(experts, c)))
+    common = max(0, side - own * n)
+    return u[:, :common], s[:common], v[:common], own
+
+
+def isotropic_common(experts: Experts, c: Candidate) -> list[float]:
+    u, s, v, _ = common_space(experts, c)
+    return (u @ v * (s.mean() if len(s) else 0.0)).view(-1).tolist()
+
+
+def isotropic_common_and_own(experts: Experts, c: Candidate) -> list[float]:
+    u, s, v, own = common_space(experts, c)
+    parts = [svd(delta - u @ u.T @ delta) for delta in deltas(experts, c)]
+    left = procrustes(torch.cat([*(p[0][:, :own] for p in parts), u], 1))
+    right = procrustes(torch.cat([*(p[2][:own] for p in parts), v]).T).T
+    mean = torch.cat([*(p[1][:own] for p in parts), s]).sum() / min(SHAPE)
+    return (c.params["lambda"] * mean * left @ right).view(-1).tolist()
+
+
+def trimmed_first(then: Reference) -> Reference:
+    """Each expert's own values thinned out to the share `trim` of the largest first."""
+
+    def reference(experts: Experts, c: Candidate) -> list[float]:
+        kept = {}
+        for name, e in experts.items():
+            share = by_magnitude(e)[: max(1, int(c.params["trim"] * len(e.held)))]
+            at = torch.tensor(sorted(share if c.params["trim"] < 1 else e.held), dtype=torch.int64)
+            values = torch.tensor(e.dense)[at]
+            kept[name] = Expert(SparseTensor(SHAPE, at, values), e.fisher, e.gram)
+        return then(kept, c)
+
+    return reference
+
+
 def scaled(experts: Experts, c: Candidate) -> list[float]:
     return linear(rows_of(experts), weight_list(experts, c), c.params.get("lambda", 1.0))
 
@@ -270,6 +351,10 @@ REFERENCES: dict[str, Reference] = {
     "sce": sce,
     "emr": elected_largest,
     "tall": scaled,
-    "spectral_power": spectral,
-    "iso_c": spectral,
+    "spectral_power": trimmed_first(spectral),
+    "iso_c": trimmed_first(spectral),
+    "wudi": trimmed_first(least_interference),
+    "tsv_m": trimmed_first(task_singular_vectors),
+    "iso_common": trimmed_first(isotropic_common),
+    "iso_cts": trimmed_first(isotropic_common_and_own),
 }

@@ -75,3 +75,28 @@ def test_kinds_merge_as_their_dense_deltas(tmp_path: Path, method: str) -> None:
         tensor = merged.load(name)
         assert tensor.indices.numel() == tensor.numel
         assert torch.allclose(tensor.values.view(shape), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["spectral_power", "iso_c", "wudi", "tsv_m", "iso_cts"])
+def test_a_weight_as_a_matrix_is_the_same_for_every_kind(tmp_path: Path, method: str) -> None:
+    """Adapters of all kinds against full ones of the same δ: the same bits."""
+    sources, deltas, _ = make(tmp_path)
+    full = {}
+    for at, kind in enumerate(sources):
+        tensors = {}
+        for name, shape in SHAPES.items():
+            dense = deltas[name][at].reshape(-1)
+            tensors[name] = SparseTensor(shape, torch.arange(dense.numel()), dense)
+        save_adapter(tmp_path / f"dense-{kind}", tensors, AdapterMeta(BASE), torch.float32)
+        full[kind] = FileSource(tmp_path / f"dense-{kind}")
+    found = []
+    for given in (sources, full):
+        experts = [ExpertChild(name, AdapterDelta(source, name)) for name, source in given.items()]
+        out = tmp_path / f"out-{len(found)}"
+        flat_merge(experts, [Candidate(method)], lambda c, out=out: AdapterWriter(out), scratch=tmp_path)
+        found.append(AdapterReader(FileSource(out)))
+    for name in SHAPES:
+        merged, expected = found[0].load(name), found[1].load(name)
+        assert merged.values.any()
+        assert torch.equal(merged.indices, expected.indices)
+        assert torch.equal(merged.values, expected.values)

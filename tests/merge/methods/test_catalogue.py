@@ -22,14 +22,18 @@ from workers.adapters.support import SparseTensor
 Join = Callable[[Sequence[TensorStatistics]], TensorStatistics]
 
 
-def merge(experts: Experts, candidate: Candidate, join: Join = combine, beside: Sequence[Candidate] = ()) -> Tensor:
-    """Through all rounds, as a dense vector; `beside` are candidates that share the reductions."""
-    check_candidate(candidate, list(experts))
+def merge(experts: Experts, candidate: Candidate, join: Join = combine) -> Tensor:
+    """Through all rounds, as a dense vector."""
+    return together(experts, [candidate], join)[candidate]
+
+
+def together(experts: Experts, candidates: Sequence[Candidate], join: Join = combine) -> dict[Candidate, Tensor]:
+    """Candidates that share reductions."""
     done: dict[Candidate, SparseTensor] = {}
-    for reduction in plan_reductions([candidate, *beside]):
+    for candidate in candidates:
+        check_candidate(candidate, list(experts))
+    for reduction in plan_reductions(candidates, len(experts)):
         spec = reduction.spec
-        if spec.measurement is not None and candidate not in reduction.candidates:
-            continue
         read = done[spec.reference] if spec.reference else None
         measured = {n: {"fisher": e.fisher, "gram": e.gram}.get(spec.measurement or "") for n, e in experts.items()}
         total = join(
@@ -40,10 +44,13 @@ def merge(experts: Experts, candidate: Candidate, join: Join = combine, beside: 
         )
         for each in reduction.candidates:
             done[each] = lower(Root(total, len(experts), done[each.reference] if each.reference else None), each)
-    result = done[candidate]
-    assert result.values.dtype == torch.float32
-    result.check()
-    return torch.zeros(NUMEL).index_copy_(0, result.indices, result.values)
+    merged = {}
+    for candidate in candidates:
+        result = done[candidate]
+        assert result.values.dtype == torch.float32
+        result.check()
+        merged[candidate] = torch.zeros(NUMEL).index_copy_(0, result.indices, result.values)
+    return merged
 
 
 # Parameters that are dyadic where a tree must give the bits of the flat join.
@@ -83,8 +90,25 @@ CASES: list[tuple[str, dict, bool]] = [
     ("spectral_power", {"p": 0.5, "floor": 0.25}, True),
     ("iso_c", {}, False),
     ("iso_c", {"floor": 0.01}, True),
+    ("iso_c", {"trim": 0.5}, False),
+    ("tsv_m", {}, False),
+    ("tsv_m", {"rank_share": 0.4, "trim": 0.5}, True),
+    ("iso_common", {"common_share": 0.5}, False),
+    ("iso_cts", {}, False),
+    ("iso_cts", {"common_share": 0.4, "trim": 0.7}, False),
 ]
-NOT_DYADIC = [("della", {"epsilon": 0.2}, False), ("della_linear", {"density": 0.7, "epsilon": 0.3}, True)]
+NOT_DYADIC = [
+    ("della", {"epsilon": 0.2}, False),
+    ("della_linear", {"density": 0.7, "epsilon": 0.3}, True),
+    ("wudi", {"ridge": 0.125}, False),
+    ("wudi", {"lambda": 0.5, "trim": 0.5}, True),
+]
+LAPACK = ("regmean", "spectral_power", "iso_c", "wudi", "tsv_m", "iso_common", "iso_cts")
+"""Methods that solve equations: not the same bits everywhere."""
+SOLVED = {"wudi": 1e-4, "tsv_m": 1e-5, "iso_common": 1e-5, "iso_cts": 1e-4}
+"""How far a method may be from the reference: statistics in fp32 are divided by small numbers."""
+CUT = ("tsv_m", "iso_common", "iso_cts")
+"""Methods that keep the largest directions: which of equal ones is not defined."""
 
 
 def candidate_for(case: tuple[str, dict, bool], n: int) -> Candidate:
@@ -102,7 +126,7 @@ def candidate_for(case: tuple[str, dict, bool], n: int) -> Candidate:
 
 
 def test_every_method_cites_its_paper_and_has_a_reference_and_a_case():
-    assert set(REFERENCES) == set(METHODS) == {method for method, _, _ in CASES}
+    assert set(REFERENCES) == set(METHODS) == {method for method, _, _ in CASES + NOT_DYADIC}
     assert all("arXiv " in method.paper for method in METHODS.values())
     for name, method in METHODS.items():
         if method.weights is not None:
@@ -113,9 +137,11 @@ def test_every_method_cites_its_paper_and_has_a_reference_and_a_case():
 @given(st.integers(0, 2**32), st.integers(1, 7), st.integers(1, NUMEL), st.booleans())
 @settings(max_examples=15, deadline=None)
 def test_methods_equal_a_dense_reference(case, seed, n, per_expert, full):
-    experts, candidate = make_experts(seed, n, per_expert, full), candidate_for(case, n)
+    candidate = candidate_for(case, n)
+    experts = real_experts(seed, n, per_expert) if case[0] in CUT else make_experts(seed, n, per_expert, full)
     expected = torch.tensor(REFERENCES[candidate.method](experts, candidate))
-    torch.testing.assert_close(merge(experts, candidate), expected, rtol=2e-6, atol=1e-6)
+    near = SOLVED.get(candidate.method, 1e-6)
+    torch.testing.assert_close(merge(experts, candidate), expected, rtol=2 * near, atol=near)
 
 
 def random_tree(rng: random.Random) -> Join:
@@ -143,9 +169,9 @@ def test_any_tree_gives_the_bits_of_the_flat_join_on_dyadic_values(case, seed, n
 def test_candidates_that_share_reductions_do_not_change_each_other():
     experts = make_experts(5, 4, 20, True)
     everything = [Candidate(method, params) for method, params, weighted in CASES if not weighted]
+    beside = together(experts, everything)
     for candidate in everything:
-        alone, beside = merge(experts, candidate), merge(experts, candidate, beside=everything)
-        assert torch.equal(alone, beside), str(candidate)
+        assert torch.equal(merge(experts, candidate), beside[candidate]), str(candidate)
 
 
 def real_experts(seed: int, n: int, per_expert: int) -> Experts:
@@ -171,9 +197,9 @@ def test_no_bit_of_a_merge_depends_on_what_else_is_merged(seed, n, per_expert, r
         if int(params.get("at_least", 2)) <= n
     ]
     rng.shuffle(everything)
+    beside = together(experts, everything)
     for candidate in everything:
-        alone, beside = merge(experts, candidate), merge(experts, candidate, beside=everything)
-        assert torch.equal(alone, beside), str(candidate)
+        assert torch.equal(merge(experts, candidate), beside[candidate]), str(candidate)
 
 
 def test_a_single_expert_is_kept_whole_by_sce():
@@ -283,6 +309,14 @@ GOLDEN = {
     "iso_c {'floor': 0.01} weighted": "5fe3f7a5635d",
     "della {'epsilon': 0.2}": "b366a5e7709c",
     "della_linear {'density': 0.7, 'epsilon': 0.3} weighted": "b25af4e0d009",
+    "iso_c {'trim': 0.5}": "4199e1c1cabb",
+    "tsv_m {}": "561adf1f364a",
+    "tsv_m {'rank_share': 0.4, 'trim': 0.5} weighted": "488a7398a3ad",
+    "iso_common {'common_share': 0.5}": "75191966ed84",
+    "iso_cts {}": "3e4d751da210",
+    "iso_cts {'common_share': 0.4, 'trim': 0.7}": "9ad1d10e8dad",
+    "wudi {'ridge': 0.125}": "b711e1a3e5b3",
+    "wudi {'lambda': 0.5, 'trim': 0.5} weighted": "f1258e344b26",
 }
 
 
@@ -293,7 +327,7 @@ def test_results_do_not_change_without_a_version():
     for case in CASES + NOT_DYADIC:
         candidate = candidate_for(case, 3)
         merged = merge(golden_experts(), candidate)
-        if candidate.method in ("regmean", "spectral_power", "iso_c"):  # LAPACK: not the same bits everywhere
+        if candidate.method in LAPACK:
             merged = (merged * 2**12).round() + 0.0
         key = f"{candidate.method} {case[1]}{' weighted' if case[2] else ''}"
         digests[key] = hashlib.sha256(merged.numpy().tobytes()).hexdigest()[:12]

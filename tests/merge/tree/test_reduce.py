@@ -37,8 +37,8 @@ CANDIDATES = [
 EXACT = {"regmean": {"off_diagonal": 0.5}}
 """Parameters with which a method's statistics stay dyadic, where the default ones are not."""
 
-ROUNDED = ("della", "della_linear")
-"""Methods whose rescaled values are not dyadic."""
+ROUNDED = ("della", "della_linear", "wudi")
+"""Methods whose statistics are not dyadic."""
 
 
 def by_default(method: str, names) -> Candidate:
@@ -49,7 +49,7 @@ def run_tree(folder: Path, paths: dict[str, Path], fan_in: int, candidates) -> d
     """All reductions and rounds over the whole tree."""
     tree = build_tree(list(paths), fan_in)
     outs: dict[Candidate, Path] = {}
-    for number, reduction in enumerate(plan_reductions(candidates)):
+    for number, reduction in enumerate(plan_reductions(candidates, len(paths))):
         files: dict[Node, Path] = {}
         spec = reduction.spec
         earlier = AdapterDelta(FileSource(outs[spec.reference]), "earlier") if spec.reference else None
@@ -76,7 +76,7 @@ def run_tree(folder: Path, paths: dict[str, Path], fan_in: int, candidates) -> d
 def run_flat(folder: Path, paths: dict[str, Path], candidates, base: Path | None = None):
     """`flat_merge` into a new folder; infos, and the files by candidate."""
     folder.mkdir()
-    measured = {r.spec.measurement for r in plan_reductions(candidates)} - {None}
+    measured = {r.spec.measurement for r in plan_reductions(candidates, len(paths))} - {None}
     outs = {candidate: folder / f"{number}" for number, candidate in enumerate(candidates)}
     infos = flat_merge(
         children(paths, measured.pop() if measured else None),

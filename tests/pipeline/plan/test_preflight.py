@@ -21,7 +21,7 @@ from pipeline.plan import preflight
 from pipeline.plan.check_base import base_tokenizer, check_rows, empty_base
 from pipeline.plan.check_refine import RefineNeed, check_refine_room, check_refine_rows
 from pipeline.plan.cluster import GIB, ray_options, slots_of
-from pipeline.plan.node_memory import NodeNeed, largest_node
+from pipeline.plan.node_memory import NodeNeed, largest_node, node_file
 from pipeline.plan.preflight import (
     Cost,
     Prepared,
@@ -247,7 +247,7 @@ WIDE = {"small.weight": (64, 64), "wide.weight": (256, 1024), "tall.weight": (20
 
 
 def need(*methods: str, union: float = 1.0, experts: int = 4) -> NodeNeed:
-    return largest_node(plan_reductions([Candidate(method) for method in methods]), WIDE, experts, union)
+    return largest_node(plan_reductions([Candidate(method) for method in methods], experts), WIDE, experts, union)
 
 
 def test_a_node_needs_what_its_largest_tensor_takes() -> None:
@@ -265,6 +265,23 @@ def test_a_node_needs_what_its_largest_tensor_takes() -> None:
 def test_singular_vectors_need_memory() -> None:
     plain, matrix = need("task_arithmetic"), need("spectral_power")
     assert matrix.bytes > plain.bytes + 24 * matrix.shape[0] * matrix.shape[1]
+
+
+def test_matrices_of_each_expert_need_memory_and_room() -> None:
+    """Whatever the experts' supports: nodes hold no positions. WUDI's is largest where inputs are many."""
+    for method in ("wudi", "tsv_m", "iso_cts"):
+        assert need(method).bytes > need("spectral_power").bytes
+        assert need(method, union=0.1).bytes == need(method).bytes or method == "iso_cts"  # its first round holds sums
+    assert need("wudi").tensor == "wide.weight"
+    assert need("wudi", experts=40).bytes == need("wudi").bytes
+    many = Candidate("tsv_m", {"rank_share": 0.5})
+    few, lots = (largest_node(plan_reductions([many], n), WIDE, n, 1.0).bytes for n in (2, 40))
+    assert lots > few  # more directions than a weight has
+    own, directions = (plan_reductions([Candidate(method)], 4)[0].spec for method in ("wudi", "tsv_m"))
+    assert node_file(own, WIDE, 4, 0.1) == 4 * sum(a * b + b * b for a, b in WIDE.values())
+    assert node_file(directions, WIDE, 4, 0.1) == 4 * sum(4 * (min(a, b) // 4) * (2 + a + b) for a, b in WIDE.values())
+    (sums,) = plan_reductions([Candidate("mean")])
+    assert node_file(sums.spec, WIDE, 4, 0.1) == pytest.approx(1.1 * sum(a * b for a, b in WIDE.values()))
 
 
 def test_a_node_that_needs_more_than_it_reserves_is_refused_before_training(

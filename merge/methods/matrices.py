@@ -1,0 +1,122 @@
+"""Lowering of methods that need more of each expert than Σδ, of weights as matrices.
+
+They keep no positions of a weight, only matrices; what lies in a weight one below the other (the experts of a mixture)
+is a matrix each, a convolution is the matrix [out, in · height · width]. The merged δ is dense. Vectors and scalars are
+merged as by task arithmetic, as in `merge.methods.spectral`. What follows `lambda` and `density` is found once for all
+candidates of a root.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from infra.errors import MergeError
+from merge.methods.directions import common_directions, in_order, orthogonal, vectors_of
+from merge.methods.lowering import Root, dense, vector
+from merge.methods.parameters import Params, number
+from merge.methods.spectral import stacked
+from merge.methods.statistic_table import finite
+from workers.adapters.support import SparseTensor
+
+
+def wudi(root: Root, params: Params) -> Tensor | SparseTensor:
+    """λ (Σ δG) (Σ G + ridge · mean(diag Σ G) · I)⁻¹ with G = δᵀδ / ‖δ‖²: the W where Σ ‖(W - δ) δᵀ‖² / ‖δ‖² is least.
+
+    That is WUDI's objective (Cheng et al., arXiv 2503.08099), which the paper descends by gradient and here is solved:
+    RegMean with each expert's own δ in place of data. Of a weight [out, in] a node carries out · in + in² numbers of
+    4 bytes, whatever the number of experts; the solution takes some more [in, in] in double precision. The smaller
+    side does not help where in is the larger one: the rows of all experts together, N · out, would have to be fewer
+    than in, and they cannot be added up.
+
+    What rounding of the fp32 sums adds is about 3e-8 · in / (ridge · N · rank of δ) of the result: hence a lower bound
+    of the ridge.
+    """
+    if len(root.statistics.shape) < 2:
+        return vector(root, params)
+    ridge = number(params, "ridge")
+    return _dense(root, params, root.once(("wudi", ridge), lambda: _regressions(root, ridge)))
+
+
+def tsv_m(root: Root, params: Params) -> Tensor | SparseTensor:
+    """λ Σ s u⊥ v⊥ᵀ over the leading directions of every expert, made orthogonal (TSV-M, Gargiulo et al.,
+    arXiv 2412.00081).
+
+    Each expert's δ = U diag(s) Vᵀ brings its r = max(1, ⌊rank_share · min(out, in)⌋) largest directions; the share is
+    1/N as published (`even`), or a number, with which a node does not depend on how many experts there are in all. The
+    left vectors of all together are replaced by the nearest orthonormal ones, and so are the right ones. A node carries
+    4 · (2 + out + in) bytes a direction.
+    """
+    if len(root.statistics.shape) < 2:
+        return vector(root, params)
+    return _dense(root, params, root.once("tsv_m", lambda: _weighed(root)))
+
+
+def iso_cts(root: Root, params: Params) -> Tensor | SparseTensor:
+    """λ · mean(s) · U⊥V⊥ᵀ of the common directions of Σδ and of each expert's own outside of them (Iso-CTS, Marczak et
+    al., arXiv 2502.04959).
+
+    The common ones are the leading `common_share` of Σδ, which the earlier round finds; the rest of min(out, in) is
+    divided among the experts, each of which brings the leading directions of δ - U Uᵀ δ, U the common left ones. All
+    are made orthogonal as in TSV-M, and weigh the same: the sum of their singular values over min(out, in). A node
+    carries what TSV-M's does, for fewer directions.
+    """
+    if len(root.statistics.shape) < 2:
+        return vector(root, params)
+    return _dense(root, params, root.once("iso_cts", lambda: _isotropic(root)))
+
+
+def _regressions(root: Root, ridge: float) -> list[Tensor]:
+    found = []
+    for both in root["own_regression"]:
+        columns = both.shape[1]
+        if not finite(both):
+            raise MergeError("the sum of the experts' changes overflows fp32; look for a diverged expert")
+        product, gram = both.to(root.device).double().split([both.shape[0] - columns, columns])
+        load = ridge * float(gram.diagonal().mean())
+        if not load:  # all δ are 0
+            found.append(torch.zeros(product.shape))
+            continue
+        gram.diagonal().add_(load)
+        factor = torch.linalg.cholesky(gram)
+        found.append(torch.cholesky_solve(product.T, factor).T.float().cpu())
+    return found
+
+
+def _weighed(root: Root) -> list[Tensor]:
+    found = []
+    for values, left, right in _directions(root, "directions"):
+        found.append(((orthogonal(left) * values[:, None]).T @ orthogonal(right)).float().cpu())
+    return found
+
+
+def _isotropic(root: Root) -> list[Tensor]:
+    count, height, width = stacked(root.name, root.statistics.shape)
+    common = torch.zeros(root.statistics.numel)
+    if root.reference is not None:
+        common.index_copy_(0, root.reference.indices, root.reference.values)
+    found = []
+    own = _directions(root, "own_directions")
+    for isotropic, (values, left, right) in zip(common.view(count, height, width), own, strict=True):
+        scale, shared_left, shared_right = common_directions(isotropic.to(root.device))
+        total = float(values.sum()) + scale * len(shared_left)
+        left, right = torch.cat([left, shared_left]), torch.cat([right, shared_right])
+        found.append((total / min(height, width) * orthogonal(left).T @ orthogonal(right)).float().cpu())
+    return found
+
+
+def _directions(root: Root, name: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Singular values fp64 [k] and vectors [k, rows] and [k, columns] of each matrix of the tensor."""
+    count, height, width = stacked(root.name, root.statistics.shape)
+    rows = root[name]
+    if not finite(rows):
+        raise MergeError("the experts' directions are not finite; look for a diverged expert")
+    rows = in_order(rows).to(root.device) if rows.numel() else rows.new_zeros(0, 2 + height + width)
+    return [vectors_of(rows, which, height) for which in range(count)]
+
+
+def _dense(root: Root, params: Params, parts: list[Tensor]) -> SparseTensor:
+    """As `dense`, of matrices that other candidates read too; nothing where there are none."""
+    if not parts:
+        return SparseTensor(root.statistics.shape, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    return dense(root, params, [part.clone() for part in parts])
