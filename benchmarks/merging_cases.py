@@ -77,9 +77,11 @@ def _candidate(method: str, setup: Setup, trimmed: bool = True) -> Any:
 
 
 def ours_adapters(method: str, trimmed: bool = True) -> Prepare:
-    """Adapter files to a merged adapter file, one flat merge."""
+    """Adapter files to a merged adapter file, one flat merge; earlier rounds' results lie beside the output."""
 
     def prepare(setup: Setup, name: str) -> Merge:
+        import tempfile
+
         import torch
 
         from merge.files.merged import AdapterDelta, AdapterWriter
@@ -94,7 +96,12 @@ def ours_adapters(method: str, trimmed: bool = True) -> Prepare:
             experts = [
                 ExpertChild(name, AdapterDelta(FileSource(path), name)) for name, path in setup.adapters().items()
             ]
-            info = flat_merge(experts, [candidate], lambda _: AdapterWriter(setup.out(name)), setup.base_sha256())
+            out = setup.out(name)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+                info = flat_merge(
+                    experts, [candidate], lambda _: AdapterWriter(out), setup.base_sha256(), scratch=Path(scratch)
+                )
             return lambda: {"density": info[candidate].density}
 
         return merge
@@ -326,6 +333,10 @@ CASES: Mapping[str, Case] = {
     "ours_adapters_mean": Case(ours_adapters("mean"), "adapters"),
     "ours_adapters_spectral": Case(ours_adapters("spectral_power"), "adapters"),
     "ours_full_spectral": Case(ours_full("spectral_power"), "checkpoints"),
+    "ours_adapters_iso_c": Case(ours_adapters("iso_c"), "adapters"),
+    "ours_adapters_wudi": Case(ours_adapters("wudi"), "adapters"),
+    "ours_adapters_tsv_m": Case(ours_adapters("tsv_m"), "adapters"),
+    "ours_adapters_iso_cts": Case(ours_adapters("iso_cts"), "adapters"),
     "mergekit_ties_untrimmed": Case(mergekit("ties", trimmed=False), "checkpoints"),
     "ours_adapters_untrimmed": Case(ours_adapters("ties", trimmed=False), "adapters"),
     "ours_full_untrimmed": Case(ours_full("ties", trimmed=False), "checkpoints"),

@@ -21,12 +21,13 @@ HEAD = 2
 """Numbers of a row before its vectors."""
 
 
-def leading(matrix: Tensor, keep: int, which: int = 0) -> Tensor:
+def leading(matrix: Tensor, keep: int, which: int = 0, norm: float = 0.0) -> Tensor:
     """The `keep` largest directions of a matrix fp32 [rows, columns], fp32 [at most keep, 2 + rows + columns].
 
-    Fewer where the matrix has a lower rank. Of each pair of vectors, the largest entry of the right one (of equal ones
-    the first) is positive. Which vectors belong to equal singular values is the library's choice; no method's result
-    depends on it unless `keep` cuts through them.
+    Fewer where the matrix has a lower rank, or where it is what is left of one of that `norm` and the rest is rounding.
+    Of each pair of vectors, the largest entry of the right one (of equal ones the first) is positive. Which vectors
+    belong to equal singular values is the library's choice; no method's result depends on it unless `keep` cuts
+    through them.
     """
     wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if wide else matrix
@@ -38,7 +39,7 @@ def leading(matrix: Tensor, keep: int, which: int = 0) -> Tensor:
         left[rows] = tall[rows].double().div_(largest or 1.0) @ right
     del vectors
     values = torch.linalg.vector_norm(left, dim=0)
-    held = values > NONE * (float(values.max()) if keep else 0.0)
+    held = values > NONE * max(float(values.max()) if keep else 0.0, norm / (largest or 1.0))
     values, left, right = values[held], left[:, held] / values[held], right[:, held]
     if wide:
         left, right = right, left

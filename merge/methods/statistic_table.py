@@ -234,7 +234,7 @@ def _own_regression_extent(name: str, shape: Sequence[int], options: Params, exp
 def own_count(side: int, options: Params) -> int:
     """How many directions each expert has of a matrix with that smaller side: TSV-M's, one at least, or as many as
     Iso-CTS leaves to it, if any."""
-    common, share = options.get("common_share"), number(options, "rank_share")
+    common, share = options.get("common_share"), number({"rank_share": 1.0, **options}, "rank_share")
     return kept(share, side) if common is None else round((side - int(side * float(common))) * share)
 
 
@@ -242,8 +242,13 @@ def _directions(x: Lifted) -> Tensor:
     """The expert's leading directions (`merge.methods.directions`)."""
     if x.whole is None:
         return torch.zeros(0)
-    keep = own_count(min(x.whole.shape[1:]), x.options)
-    return torch.cat([leading(delta, keep, which) for which, delta in enumerate(x.whole)]).add_(0.0)
+    return _leading(x, x.whole, [0.0] * len(x.whole))
+
+
+def _leading(x: Lifted, matrices: Tensor, norms: Sequence[float]) -> Tensor:
+    keep = own_count(min(matrices.shape[1:]), x.options)
+    parts = [leading(each, keep, at, norm) for at, (each, norm) in enumerate(zip(matrices, norms, strict=True))]
+    return torch.cat(parts).add_(0.0)
 
 
 def _own_directions(x: Lifted) -> Tensor:
@@ -260,7 +265,7 @@ def _own_directions(x: Lifted) -> Tensor:
         scale = float(gram.double().square().sum()) or 1.0
         shared = unit @ (unit.T @ delta) if upright else gram @ delta
         rest.append(delta - shared / scale)
-    return _directions(replace(x, whole=torch.stack(rest)))
+    return _leading(x, torch.stack(rest), [float(torch.linalg.vector_norm(delta)) for delta in x.whole])
 
 
 def _directions_extent(name: str, shape: Sequence[int], options: Params, experts: int) -> tuple[int, ...]:

@@ -262,10 +262,10 @@ def least_interference(experts: Experts, c: Candidate) -> list[float]:
     return (c.params["lambda"] * above @ torch.linalg.inv(below)).view(-1).tolist()
 
 
-def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, s and Vᵀ without directions of no length."""
+def svd(matrix: Tensor, of: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """U, s and Vᵀ without directions of no length, beside the longest or beside what the matrix is the rest `of`."""
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    held = s > 1e-6 * (s[0] or 1.0)
+    held = s > 1e-6 * ((s[0] if of is None else of.norm()) or 1.0)
     return u[:, held], s[held], v[held]
 
 
@@ -303,7 +303,7 @@ def isotropic_common(experts: Experts, c: Candidate) -> list[float]:
 
 def isotropic_common_and_own(experts: Experts, c: Candidate) -> list[float]:
     u, s, v, own = common_space(experts, c)
-    parts = [svd(delta - u @ u.T @ delta) for delta in deltas(experts, c)]
+    parts = [svd(delta - u @ u.T @ delta, delta) for delta in deltas(experts, c)]
     left = procrustes(torch.cat([*(p[0][:, :own] for p in parts), u], 1))
     right = procrustes(torch.cat([*(p[2][:own] for p in parts), v]).T).T
     mean = torch.cat([*(p[1][:own] for p in parts), s]).sum() / min(SHAPE)

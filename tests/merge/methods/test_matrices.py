@@ -153,6 +153,14 @@ def test_leading_directions_are_those_of_the_singular_value_decomposition(seed, 
     assert torch.equal(leading(-delta, keep, 3)[:, 2 + rows :], found[:, 2 + rows :].float())
 
 
+def test_what_rounding_leaves_of_an_expert_is_no_direction_of_its_own():
+    """One expert of rank 2, all of whose directions are common."""
+    delta = matrix(4, 8, 12, 2)
+    found = merge([delta], Candidate("iso_cts", {"lambda": 1, "common_share": 0.5}))
+    u, s, v = torch.linalg.svd(delta.double(), full_matrices=False)
+    close(found, float(s.sum()) / 8 * u[:, :2] @ v[:2], 1e-5)
+
+
 def test_a_lower_rank_has_fewer_directions():
     assert leading(matrix(2, 30, 20, 3), 9).shape[0] == 3
     assert leading(torch.zeros(5, 4), 9).shape[0] == 0
