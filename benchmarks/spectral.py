@@ -60,6 +60,7 @@ def run(suite: Mapping[str, Any], seeds: Sequence[int], candidates: Sequence[Any
             for each in candidates
         ],
         "merge.search.evaluations": None,
+        "refine": None,  # merges alone are compared
         "evaluate.serving_dtype": None,
         "registers": False,
         "seeds": list(seeds),
