@@ -312,7 +312,7 @@ def _by_lambda(axes: Axes, families: Mapping[str, Sequence[tuple[float, float]]]
     axes.set_xlabel("λ", color=_INK)
     axes.set_ylabel("mean validation score", color=_INK)
     axes.set_title(f"By λ, on the {tasks} tasks that every candidate was scored on", loc="left", fontsize=10)
-    axes.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=3, borderaxespad=0)
+    axes.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2, borderaxespad=0)
 
 
 # -- loss curves ------------------------------------------------------------------------------------------------
