@@ -58,7 +58,7 @@ def rows_text(data: TaskData) -> str:
         several = f" ({counts.several_answers} with several answers, all right)" if counts.several_answers else ""
         parts.append(f"joined: {counts.joined} with the same input as another row{several}")
     if counts.alike:
-        parts.append(f"{counts.alike} differ from another row in case, whitespace or options only")
+        parts.append(f"{counts.alike} have the same input as another row but for case, whitespace or options")
     if cuts.inputs:
         lost = f", {cuts.instructions} lose the task's beginning {cuts.beginning!r}" if cuts.instructions else ""
         parts.append(f"cut: {cuts.inputs} of {cuts.rows} inputs lose their beginning{lost}")

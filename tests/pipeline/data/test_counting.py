@@ -65,8 +65,8 @@ def test_what_is_tolerated_is_said_all_the_same() -> None:
     (line,) = rows_lines({"clean": CLEAN, "mine": lossy})
     assert line == (
         "mine: 20 rows; dropped: 1 with a blank target; joined: 10 with the same input as another row (3 with several "
-        "answers, all right); 2 differ from another row in case, whitespace or options only; cut: 2 of 9 inputs lose "
-        "their beginning, 2 lose the task's beginning 'a|b'; cut: 1 of 6 targets lose their end"
+        "answers, all right); 2 have the same input as another row but for case, whitespace or options; cut: 2 of 9 "
+        "inputs lose their beginning, 2 lose the task's beginning 'a|b'; cut: 1 of 6 targets lose their end"
     )
     rows = {"clean": TaskRows(**rows_json(CLEAN)), "mine": TaskRows(**rows_json(lossy))}
     assert json.loads(rows["mine"].model_dump_json()) == rows_json(lossy)
