@@ -3,7 +3,6 @@
 One method reads the measurement; the other runs a model, as a job of its own where evaluations run.
 """
 
-import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,6 @@ from rich.console import Console
 from torch import Tensor
 
 from infra.artifacts.snapshot import Snapshot
-from infra.engine.keyed import KeyedEngine
-from infra.engine.threads import Threads
 from infra.errors import MergeError
 from infra.store.s3 import Store
 from merge.files.merged import AdapterDelta
@@ -26,14 +23,12 @@ from merge.methods.parameters import Number, Params
 from merge.methods.specs import Candidate, check_without_model
 from merge.methods.statistic_table import STATISTICS, Lifted, Statistic
 from pipeline.config.model import PipelineConfig
-from pipeline.flow.context import Flow
 from pipeline.flow.recipes import prompt_spec
 from pipeline.flow.rehearse import forecast
-from pipeline.flow.run import run
 from pipeline.plan.preflight import Prepared, prepare_inputs, upload_inputs
 from pipeline.records.outcome import Inputs, Outcome
-from pipeline.report.display import Display
 from pipeline.running.driver import start_run
+from tests.e2e.made import made_here
 from workers.adapters.reader import AdapterReader
 from workers.adapters.support import SparseTensor
 from workers.base.load import load_model, load_tokenizer
@@ -153,14 +148,7 @@ def ran(
     assert (before["importances"].make, before["importances"].at_most) == (2, False)
     assert before["merges"].make == 4
     upload_inputs(prepared)
-    engine = KeyedEngine(store, Threads(store, {}))
-    outcome = Outcome()
-    try:
-        asyncio.run(
-            engine.run(run(Flow(inputs, engine, outcome, Display(list(config.held_in), console), lambda _: None)))
-        )
-    finally:
-        engine.close()
+    engine, outcome = made_here(inputs)
     return Ran(prepared, inputs, outcome, dict(engine.tally.made), tmp_path)
 
 

@@ -1,6 +1,5 @@
 """Merges that are trained on after the search, through whole runs in this process."""
 
-import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,21 +14,18 @@ from rich.console import Console
 
 from infra.artifacts.snapshot import Snapshot
 from infra.engine.keyed import KeyedEngine
-from infra.engine.threads import Threads
 from infra.store.s3 import Store
 from pipeline.config.model import PipelineConfig
 from pipeline.config.refine import YardsticksConfig
-from pipeline.flow.context import Flow
 from pipeline.flow.rehearse import Count, forecast
-from pipeline.flow.run import run
 from pipeline.flow.steps import pooled_tasks
 from pipeline.plan.preflight import Prepared, prepare_inputs, upload_inputs
 from pipeline.records.outcome import Inputs, Outcome
 from pipeline.records.refined import Refined
-from pipeline.report.display import Display
 from pipeline.report.results import build_results
 from pipeline.running.driver import start_run
 from tests.e2e.here import Pipeline
+from tests.e2e.made import made_here
 from workers.adapters.reader import AdapterReader
 from workers.base.load import load_model, load_tokenizer
 from workers.tensors.source import FileSource
@@ -54,12 +50,7 @@ class World:
         return dict(forecast(self.inputs, Snapshot(self.inputs.store), {}).counts)
 
     def run(self) -> tuple[KeyedEngine, Outcome]:
-        engine, outcome = KeyedEngine(self.inputs.store, Threads(self.inputs.store, {})), Outcome()
-        display = Display(list(self.inputs.config.held_in), Console(quiet=True))
-        try:
-            asyncio.run(engine.run(run(Flow(self.inputs, engine, outcome, display, lambda _: None))))
-        finally:
-            engine.close()
+        engine, outcome = made_here(self.inputs)
         outcome.seconds |= {"experts": 0.0, "merge": 0.0, "evaluate": 0.0, "total": 0.0}
         return engine, outcome
 
