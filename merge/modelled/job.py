@@ -7,6 +7,7 @@ Runs where evaluations do, one at a time on a worker, in fp32. What the model is
 import math
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,20 @@ from infra.engine.step import Made, Place
 from infra.environment import environment
 from infra.errors import MergeError
 from infra.store.s3 import Store
-from infra.store.source import StoreSource
-from merge.files.merged import AdapterWriter
 from merge.files.sink import Outline
 from merge.methods.catalogue import METHODS, AtHand
 from merge.methods.specs import Candidate
+from merge.modelled.writing import write_merged
 from merge.tree.jobs import Ref, merged_meta
 from merge.tree.licences import licences_of
-from merge.tree.reduce import ROOT_VERSIONS, DeltaTally, MergedInfo
+from merge.tree.reduce import ROOT_VERSIONS, MergedInfo
 from workers.adapters.reader import AdapterReader, check_base
+from workers.adapters.support import SparseTensor
 from workers.base.cache import cache_dir
 from workers.base.load import load_model, load_tokenizer
 from workers.base.prepare import fetch_base
 from workers.jobs.measurement import TrainingRows, row_losses
-from workers.tensors.reader import TensorReader, damaged
-from workers.tensors.source import FileSource, ReadAhead
+from workers.tensors.source import FileSource
 from workers.training.devices import spread
 from workers.training.in_place import apply_delta
 
@@ -99,19 +99,14 @@ def _write(job: ModelledJob, at_hand: AtHand, store: Store, out: Path) -> Merged
     by_model, candidate = METHODS[job.candidate.method].by_model, job.candidate
     assert by_model is not None
     shapes = {name: tuple(at_hand.reference.shape(name)) for name in at_hand.reference.names}
-    base = TensorReader(ReadAhead(StoreSource(store, job.base_weights)), damaged("the base's safetensors file"))
-    sink, tally = AdapterWriter(out), DeltaTally()
     info: dict[str, Any] = {**candidate.to_dict(), "experts": list(job.experts), "versions": ROOT_VERSIONS}
-    sink.open(Outline(job.base_sha256, shapes, info))
-    try:
+
+    def tensors() -> Iterator[tuple[str, SparseTensor]]:
         for name, tensor in by_model(at_hand, candidate.params):
             if tuple(tensor.shape) != shapes.get(name):
                 raise MergeError(f"{candidate}: {name} {list(tensor.shape)} is no tensor of the merge it starts from")
-            sink.add(name, tensor)
-            tally.add(tensor.values, base.read(name).view(-1).index_select(0, tensor.indices))
-        sink.close()
-    except BaseException:
-        sink.abort()
-        raise
+            yield name, tensor
+
+    tally, size = write_merged(store, job.base_weights, Outline(job.base_sha256, shapes, info), tensors(), out)
     elements = sum(math.prod(shape) for shape in shapes.values())
-    return tally.info(candidate, job.experts, elements, sink.bytes_written, with_base=True)
+    return tally.info(candidate, job.experts, elements, size, with_base=True)

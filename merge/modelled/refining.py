@@ -13,7 +13,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,10 +26,9 @@ from infra.engine.step import Made, Place
 from infra.environment import environment
 from infra.errors import AdapterError, ExpertError
 from infra.store.s3 import Store
-from infra.store.source import StoreSource
-from merge.files.merged import AdapterWriter
 from merge.files.sink import Outline
 from merge.methods.specs import Candidate
+from merge.modelled.writing import write_merged
 from merge.tree.jobs import Ref
 from merge.tree.licences import licences_of
 from merge.tree.reduce import DeltaTally
@@ -42,8 +41,7 @@ from workers.base.prepare import fetch_base
 from workers.jobs.resume import drop_checkpoint, find_checkpoint, keep_state
 from workers.jobs.shared_support import PooledTask, pooled_supports
 from workers.masks.spec import MaskSpec, select_supports, unit_of
-from workers.tensors.reader import TensorReader, damaged
-from workers.tensors.source import FileSource, ReadAhead
+from workers.tensors.source import FileSource
 from workers.text.prompt import Example, encode_examples
 from workers.text.rows import load_rows
 from workers.training.batches import mixed_batches, padding_share
@@ -241,25 +239,19 @@ def _write(
     elements of all tensors."""
     merged = {name: tuple(start.shape(name)) for name in start.names} if start is not None else {}
     shapes = dict(sorted({**trained.shapes, **merged}.items()))
-    base = TensorReader(ReadAhead(StoreSource(store, job.base_weights)), damaged("the base's safetensors file"))
-    sink, tally = AdapterWriter(out), DeltaTally()
     told = job.candidate.to_dict() if job.candidate is not None else {}
     info = {**told, "refined": dict(job.about), "experts": list(job.experts), "recipe": job.recipe.key}
-    sink.open(Outline(job.base_sha256, shapes, info))
-    try:
+
+    def tensors() -> Iterator[tuple[str, SparseTensor]]:
         for name in shapes:
             parts = [start.load(name)] if start is not None and name in merged else []
             if name in trained.delta:
                 change = trained.delta[name]
                 assert isinstance(change, SparseTensor)
                 parts.append(change)
-            total = added(parts)
-            sink.add(name, total)
-            tally.add(total.values, base.read(name).view(-1).index_select(0, total.indices))
-        sink.close()
-    except BaseException:
-        sink.abort()
-        raise
+            yield name, added(parts)
+
+    tally, _ = write_merged(store, job.base_weights, Outline(job.base_sha256, shapes, info), tensors(), out)
     return tally, sum(map(math.prod, shapes.values()))
 
 
