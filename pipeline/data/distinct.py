@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 from workers.text.rows import Row
 
@@ -56,13 +56,21 @@ class RowCounts:
         return sum(self.dropped.values()) / max(1, self.read)
 
 
-@dataclass(frozen=True)
-class Distinct:
+class Distinct(NamedTuple):
     """A row that stands for all that count as the same."""
 
     words: str
     """Its normalised input, which decides about its split."""
     row: Row
+    """Its id is the source's, if it has one."""
+    first: bool = True
+    """False for a row that comes after another one with the same normalised input."""
+
+    def named(self) -> Row:
+        """The row, its id a hash of its content: of the normalised input for the first one that has it."""
+        row = self.row
+        name = content_hash(self.words) if self.first else content_hash(row.input, "", *sorted(row.options or ()))
+        return replace(row, id=name[:16])
 
 
 def normalised(text: str) -> str:
@@ -82,7 +90,7 @@ def distinct_rows(
 
     `by` text: the same input to the letter, and the same options; words: the same but for case and whitespace, whatever
     the options, of which those that come first by content stay. `closed`: targets are labels, even without options.
-    Ids become content hashes, and do not depend on the order of `rows`.
+    What is kept does not depend on the order of `rows`.
     """
     groups: dict[tuple[str, ...], list[Row]] = {}
     blank_input = blank_target = 0
@@ -106,7 +114,7 @@ def distinct_rows(
         several_answers=several,
         alike=sum(count for count in Counter(words for words, _ in kept).values() if count > 1),
     )
-    return _named(kept), counts
+    return _ordered(kept), counts
 
 
 def _judged(
@@ -118,6 +126,9 @@ def _judged(
     lost: Counter[str] = Counter()
     several = 0
     for (words, *_), group in groups.items():
+        if len(group) == 1 and not _is_free(group[0], closed):
+            kept.append((words, group[0]))
+            continue
         if len(group) > 1:
             group = sorted(group, key=_content)
         if all(_is_free(row, closed) for row in group):
@@ -142,6 +153,8 @@ def _is_free(row: Row, closed: bool) -> bool:
 
 def _with_all_answers(group: Sequence[Row], commonest_first: bool) -> Row:
     """The first row of a group with the targets of all."""
+    if len(group) == 1 and len(group[0].targets) == 1:
+        return group[0]  # its target is not blank
     targets = Counter(target for row in group for target in dict.fromkeys(row.targets) if target.strip())
     ordered = [target for target, _ in targets.most_common()] if commonest_first else list(targets)
     return Row("", group[0].input, tuple(ordered), None)
@@ -151,16 +164,14 @@ def _content(row: Row) -> str:
     return content_hash(row.input, *row.targets, "", *(row.options or ()))
 
 
-def _named(kept: Iterable[tuple[str, Row]]) -> list[Distinct]:
-    """With ids: the hash of the normalised input; rows after the first that have the same get one of their own."""
+def _ordered(kept: Iterable[tuple[str, Row]]) -> list[Distinct]:
+    """Those with the same normalised input after each other, by content."""
     alike: dict[str, list[Row]] = {}
     for words, row in kept:
         alike.setdefault(words, []).append(row)
     found = []
-    for words, rows in sorted(alike.items()):
+    for words, rows in alike.items():
         if len(rows) > 1:
             rows.sort(key=_content)
-        for at, row in enumerate(rows):
-            name = content_hash(words) if at == 0 else content_hash(row.input, "", *sorted(row.options or ()))
-            found.append(Distinct(words, Row(name[:16], row.input, row.targets, row.options)))
+        found += [Distinct(words, row, at == 0) for at, row in enumerate(rows)]
     return found

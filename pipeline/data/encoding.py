@@ -75,4 +75,4 @@ def text_of(data: bytes, where: str) -> str:
 
 def has_lone_surrogate(text: str) -> bool:
     """Whether half of a surrogate pair stands alone, as in `"\\ud83d"`: no encoding can write that."""
-    return _SURROGATE.search(text) is not None
+    return not text.isascii() and _SURROGATE.search(text) is not None

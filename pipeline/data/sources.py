@@ -111,25 +111,32 @@ def bigbench_rows(path: Path, source: str, choice: bool) -> list[Row]:
         raise DataError(f"{source}: its task.json has no readable examples ({error})") from error
     rows = []
     for at, example in enumerate(examples):
-        scores, target = example.get("target_scores"), example.get("target")
-        options: tuple[str, ...] | None = None
-        where = f"{source}, example {at}"
-        if scores and (choice or target is None):
-            options = texts_of(list(scores), f"{where}, field target_scores")
-            values = [float(score.text) if isinstance(score, Numeral) else score for score in scores.values()]
-            best = max(values)
-            targets = tuple([option for option, score in zip(options, values, strict=True) if score == best])
-        elif isinstance(target, str):
-            targets = (_text(target, f"{where}, field target"),)
-        else:
-            targets = texts_of(target, f"{where}, field target")
-        rows.append(Row(str(at), _text(str(example["input"]), f"{where}, field input"), targets, options))
+        try:
+            rows.append(Row(str(at), *_bigbench_row(example, choice)))
+        except DataError as error:
+            raise DataError(f"{source}, example {at}, {error}") from error
     return rows
+
+
+def _bigbench_row(example: Mapping[str, Any], choice: bool) -> tuple[str, tuple[str, ...], tuple[str, ...] | None]:
+    """Input, targets and options of an example. Raises DataError, beginning with the field."""
+    scores, target = example.get("target_scores"), example.get("target")
+    options: tuple[str, ...] | None = None
+    if scores and (choice or target is None):
+        options = texts_of(list(scores), "field target_scores")
+        values = [float(score.text) if isinstance(score, Numeral) else score for score in scores.values()]
+        best = max(values)
+        targets = tuple([option for option, score in zip(options, values, strict=True) if score == best])
+    else:
+        targets = texts_of(target, "field target")
+    return _text(str(example["input"]), "field input"), targets, options
 
 
 def texts_of(value: Any, where: str) -> tuple[str, ...]:
     """A text or number, or a list of them, as texts. Raises DataError, beginning with `where`, for anything else, also
     for what is no number (NaN) and no whole character (half of a surrogate pair)."""
+    if isinstance(value, str):
+        return (_text(value, where),)
     values = value if isinstance(value, list | tuple) else [value]
     if not values or any(
         not isinstance(item, str | int | float | Numeral) or isinstance(item, bool) for item in values
