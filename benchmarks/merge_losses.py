@@ -29,7 +29,8 @@ from merge.methods.lowering import Root
 from merge.methods.specs import Candidate, LiftSpec
 from merge.tree.children import ExpertChild, Join
 from pipeline.config.candidates import expand
-from pipeline.config.model import CandidateConfig, PipelineConfig, load_config
+from pipeline.config.model import PipelineConfig, load_config
+from pipeline.config.rounds import CandidateConfig
 from pipeline.data.tasks import TaskData, load_tasks
 from pipeline.flow.recipes import expert_recipe, prompt_spec
 from workers.base.cache import cache_dir

@@ -33,7 +33,7 @@ from merge.tree.jobs import Ref
 from merge.tree.licences import licences_of
 from merge.tree.reduce import DeltaTally
 from workers.adapters.reader import AdapterReader, check_base
-from workers.adapters.support import SparseTensor, SupportSpec, find_blocks
+from workers.adapters.support import SparseTensor, SupportSpec, added, find_blocks
 from workers.base.cache import cache_dir
 from workers.base.load import load_model, load_tokenizer
 from workers.base.memory import map_large_tensors, peak_bytes, reset_peak
@@ -253,17 +253,6 @@ def _write(
 
     tally, _ = write_merged(store, job.base_weights, Outline(job.base_sha256, shapes, info), tensors(), out)
     return tally, sum(map(math.prod, shapes.values()))
-
-
-def added(parts: Sequence[SparseTensor]) -> SparseTensor:
-    """The sum of changes of one weight, fp32, on every position that one of them holds."""
-    if len(parts) == 1:
-        return parts[0]
-    indices = torch.unique(torch.cat([part.indices for part in parts]))
-    values = torch.zeros(indices.numel())
-    for part in parts:
-        values.index_add_(0, torch.searchsorted(indices, part.indices), part.values.float())
-    return SparseTensor(parts[0].shape, indices, values)
 
 
 def _meta(job: RefineJob, trained: TrainedExpert) -> dict[str, Any]:

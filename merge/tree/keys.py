@@ -20,6 +20,9 @@ from merge.tree.trie import Leaf, Node, post_order
 from workers.adapters.task_mask import MASK_FILE_VERSION
 from workers.measuring.file import IMPORTANCE_READ_VERSION
 
+ONTO_VERSION = 1
+"""Part of the key of every merge of a later round: raise it when the same two parts give another sum."""
+
 
 def node_recipe(
     spec: LiftSpec,
@@ -79,6 +82,12 @@ def root_key(
 def merged_recipe(candidate: Candidate, root: str) -> Recipe:
     """A merged adapter is a function of its own lift's statistics (`root`: `root_key` of it) and how it is lowered."""
     return Recipe("merged", 1, {**candidate.recipe(), "versions": ROOT_VERSIONS}, (root,))
+
+
+def onto_recipe(candidate: Candidate, change: str, start: str) -> Recipe:
+    """The merge of a later round is a function of what was merged of its experts' changes, and of the merge that they
+    started from (both by key)."""
+    return Recipe("merged", 1, {**candidate.recipe(), "onto": ONTO_VERSION}, (change, start))
 
 
 def modelled_recipe(candidate: Candidate, reference: str, rows: Sequence[Mapping[str, Any]]) -> Recipe:

@@ -3,7 +3,7 @@
 Everything here works on names and numbers and fails before any service is asked.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +12,8 @@ from merge.methods.catalogue import METHODS
 from merge.methods.parameters import Value
 from merge.methods.specs import Candidate, check_candidate, describe_plan, plan_reductions
 from pipeline.config.expert_kinds import EXPERT_KINDS
-from pipeline.config.model import CandidateConfig, PipelineConfig, Weights
+from pipeline.config.model import PipelineConfig
+from pipeline.config.rounds import CandidateConfig, Weights
 from pipeline.config.search import plan_rungs
 
 
@@ -23,6 +24,8 @@ class Candidates:
     all: tuple[Candidate, ...]
     notes: tuple[str, ...] = ()
     """Candidates that were left out, and why."""
+    between: Candidate | None = None
+    """How the experts of a round are merged for the next one, if there is a next one."""
 
     @cached_property
     def eligible(self) -> tuple[Candidate, ...]:
@@ -66,19 +69,55 @@ def list_candidates(config: PipelineConfig, rows: Mapping[str, int] | None = Non
                 f"{candidate} is left out: all experts hold the same positions, where it equals "
                 f"{_same_on_one_support(candidate)}"
             )
-    listed = Candidates(tuple(found), tuple(notes))
+    between = _between(config, shares) if config.rounds.count > 1 else None
+    listed = Candidates(tuple(found), tuple(notes), between)
     if not listed.eligible:
         raise ConfigError(
             "merge.candidates: every method listed needs the task at inference "
             f"({', '.join(map(str, listed.per_task))}), so none can be chosen; add another, for example mean"
         )
     plan_rungs(len(listed.eligible), len(experts), config.merge.search.evaluations)
+    if between is not None:
+        _check_later_rounds((*listed.all, between), len(experts))
     if config.refine is not None and config.refine.merges > len(listed.eligible):
         raise ConfigError(
             f"refine.merges is {config.refine.merges}, but merge.candidates lists {len(listed.eligible)} that can be "
             "chosen: lower it to that, or list more"
         )
     return listed
+
+
+def _between(config: PipelineConfig, shares: Mapping[str, float]) -> Candidate:
+    """How the experts of a round are merged for the next one. Raises as `list_candidates`."""
+    entry = config.rounds.merge
+    found = [
+        Candidate(entry.method, params, shares if weights == "training_rows" else weights)
+        for params in expand(entry)
+        for weights in _weights(entry)
+    ]
+    if METHODS[entry.method].internal:
+        raise ConfigError(f"merge method {entry.method!r} is a step of other methods and no merge by itself")
+    if len(found) > 1:
+        raise ConfigError(f"rounds.merge is {len(found)} merges, but nothing is scored between rounds: give one")
+    check_candidate(found[0], list(config.held_in))
+    return found[0]
+
+
+def _check_later_rounds(candidates: Iterable[Candidate], experts: int) -> None:
+    """Raises ConfigError for a method that needs more of a later round's experts than their changes."""
+    for candidate in candidates:
+        method = METHODS[candidate.method]
+        measured = any(each.spec.measurement for each in plan_reductions([candidate], experts))
+        for does, what in (
+            (method.per_task, "needs the task at inference"),
+            (method.by_model, "runs a model"),
+            (measured, "reads measurements of the experts"),
+        ):
+            if does:
+                raise ConfigError(
+                    f"merge method {candidate.method!r} {what}, which is not there for experts of several rounds: "
+                    "leave it out, or set rounds=1"
+                )
 
 
 def expand(entry: CandidateConfig) -> Iterator[dict[str, Value]]:
@@ -123,6 +162,11 @@ def merge_plan(config: PipelineConfig, listed: Candidates) -> str:
         lines.append(
             f"{', '.join(map(str, listed.per_task))}: needs the task at inference; {len(listed.per_task) * tasks} "
             "further scores, never chosen"
+        )
+    if listed.between is not None:
+        lines.append(
+            f"rounds: experts are trained in {config.rounds.count}, each from the merge of the one before by "
+            f"{listed.between}; the above is of the last"
         )
     if (refine := config.refine) is not None:
         rows = refine.rows_per_task * tasks

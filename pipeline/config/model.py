@@ -18,6 +18,7 @@ from pipeline.config.errors import explain
 from pipeline.config.mask import MaskConfig
 from pipeline.config.refine import RefineConfig, YardsticksConfig
 from pipeline.config.resources import GIB, ResourcesConfig, WorkerResources
+from pipeline.config.rounds import CandidateConfig, RoundsConfig
 from pipeline.config.section import DType, Section
 from pipeline.data.encoding import text_of
 from pipeline.data.fields import LONGEST_NAME, Name, Natural, Number, Positive, Whole
@@ -28,10 +29,6 @@ from workers.text.prompt import ANSWER, DEFAULT_TARGET_TOKENS
 from workers.text.wrapper import AUTO
 
 __all__ = ["GIB", "PipelineConfig", "ResourcesConfig", "WorkerResources", "dump_config", "load_config"]
-
-Strict = Annotated[float, Field(strict=True)]
-"""A number where YAML has one: `true` is none, nor is text."""
-Weights = dict[str, Strict] | Literal["training_rows"]
 
 
 class PromptConfig(Section):
@@ -129,18 +126,6 @@ class TrainConfig(Section):
         if self.micro_batch_size and self.micro_batch_size > self.batch_size:
             raise ValueError("micro_batch_size is the part of a batch that runs at a time: at most batch_size")
         return self
-
-
-class CandidateConfig(Section):
-    """A merge method. A list, of a parameter's values or of weights, stands for one candidate per element."""
-
-    method: str
-    """Name of a method in `merge/methods/catalogue.py`."""
-    params: dict[str, Strict | str | Annotated[list[Strict | str], Field(min_length=1)]] = Field(default_factory=dict)
-    """The method's parameters."""
-    weights: Weights | Annotated[list[Weights], Field(min_length=1)] | None = None
-    """A weight for every held-in task, for methods that take weights; `training_rows`: in proportion to the rows that
-    the experts are trained on, with sum 1."""
 
 
 class SearchConfig(Section):
@@ -245,6 +230,8 @@ class PipelineConfig(Section):
     """Low-rank experts."""
     train: TrainConfig
     """How experts are trained."""
+    rounds: RoundsConfig = RoundsConfig()
+    """In how many rounds, with merges between them."""
     merge: MergeConfig = MergeConfig()
     """How experts are merged."""
     refine: RefineConfig | None = None
@@ -320,6 +307,21 @@ class PipelineConfig(Section):
                     f"{name}.rows_per_task is more than a task's training rows (splits.train): at most "
                     f"{self.splits.train}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_fit(self) -> Self:
+        rounds, mask = self.rounds, self.mask
+        if rounds.count == 1:
+            return self
+        if self.objective == "classification":
+            raise ValueError("rounds: in a classification every task has a head, which no merge has: remove rounds")
+        if self.train.steps and self.train.steps < rounds.count:
+            raise ValueError(f"rounds.count is {rounds.count}, more than train.steps ({self.train.steps}): lower it")
+        if rounds.support == "kept" and (self.expert != "sparse" or mask.reselect_every):
+            raise ValueError("rounds.support=kept is for sparse experts that choose their positions once: remove it")
+        if rounds.support == "fresh" and mask.shared and mask.spec(0).needs_data:
+            raise ValueError(f"mask.shared is scored by {mask.criterion} once, at the base: give rounds.support=kept")
         return self
 
     @model_validator(mode="after")

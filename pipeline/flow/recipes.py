@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from infra.artifacts.manifests import Recipe, canonical_json
+from infra.errors import ConfigError
 from merge.modelled.refining import REFINE_VERSION
 from pipeline.config.expert_kinds import EXPERT_KINDS, derived_seed, mask_spec
 from pipeline.config.model import PipelineConfig, TrainConfig
@@ -36,11 +37,25 @@ def training_steps(train: TrainConfig, rows: int) -> int:
     return train.steps or max(1, round((train.epochs or 1.0) * rows / min(train.batch_size, rows)))
 
 
-def train_spec(config: PipelineConfig, data: TaskData) -> TrainSpec:
-    """The optimisation of one expert, epochs turned into steps."""
-    train = config.train
+def in_round(config: PipelineConfig, number: int) -> PipelineConfig:
+    """The configuration with the seed of which everything is drawn in a round: positions, factors, batches. In the
+    first one it is the run's."""
+    if number == 1:
+        return config
+    return config.model_copy(update={"seed": derived_seed(config.seed, "round", str(number))})
+
+
+def train_spec(config: PipelineConfig, data: TaskData, number: int = 1) -> TrainSpec:
+    """The optimisation of one expert in a round, epochs turned into steps. Steps that do not divide go to the first
+    rounds. Raises ConfigError where the steps of all are fewer than the rounds."""
+    config, train = in_round(config, number), config.train
+    steps, rounds = training_steps(train, len(data.splits["train"])), config.rounds.count
+    if steps < rounds:
+        raise ConfigError(
+            f"rounds.count is {rounds}, but the expert for {data.name} takes {steps} optimizer steps in all: lower it"
+        )
     return TrainSpec(
-        steps=training_steps(train, len(data.splits["train"])),
+        steps=steps // rounds + (number <= steps % rounds),
         batch_size=train.batch_size,
         learning_rate=train.learning_rate or EXPERT_KINDS[config.expert].learning_rate,
         weight_decay=train.weight_decay,
@@ -85,21 +100,29 @@ def support_recipe(config: PipelineConfig, base_sha256: str, tasks: Mapping[str,
     )
 
 
-def expert_recipe(config: PipelineConfig, base_sha256: str, data: TaskData, support: str | None = None) -> Recipe:
-    """An expert is a function of base, training and validation rows, prompt, kind, optimisation, a shared support."""
+def expert_recipe(
+    config: PipelineConfig, base_sha256: str, data: TaskData, support: str | None = None, number: int = 1,
+    start: str | None = None,
+) -> Recipe:  # fmt: skip
+    """An expert is a function of base, training and validation rows, prompt, kind, optimisation, and positions that
+    were chosen before (`support`: the key of what holds them); in a later round of the merge that it starts from
+    (`start`: its key). An expert of the first round does not know that others follow."""
     body: dict[str, Any] = {
         "base": base_sha256,
         "data": {split: data.fingerprints[split] for split in ("train", "validation")},
         "prompt": {**config.prompt.model_dump(), "template": data.config.template},
         "kind": config.expert,
-        config.expert: _plain(expert_spec(config, data)),
-        "train": _plain(train_spec(config, data)),
+        config.expert: _plain(expert_spec(in_round(config, number), data)),
+        "train": _plain(train_spec(config, data, number)),
         "compute_dtype": config.train.compute_dtype,
         "value_dtype": config.train.value_dtype,
     }
     if config.objective == "classification":
         body |= {"labels": list(data.labels), "classification_version": CLASSIFICATION_VERSION}
-    return Recipe("expert", TRAIN_VERSION, body, (support,) if support else ())
+    if number > 1:
+        rounds = config.rounds
+        body["round"] = {"number": number, "last": number == rounds.count, "support": rounds.support}
+    return Recipe("expert", TRAIN_VERSION, body, tuple(key for key in (support, start) if key))
 
 
 def refine_mask(config: PipelineConfig, refine: RefineConfig) -> MaskSpec:
@@ -148,10 +171,14 @@ def refine_recipe(
     return Recipe("refined", REFINE_VERSION, body, (start,))
 
 
+def expert_rows(config: PipelineConfig, data: TaskData) -> int:
+    """Training rows that one expert sees in all rounds, rows that come again counted again."""
+    return training_steps(config.train, len(data.splits["train"])) * config.train.batch_size
+
+
 def experts_rows(config: PipelineConfig, tasks: Mapping[str, TaskData]) -> int:
-    """Training rows that all experts together see, rows that come again counted again."""
-    specs = (train_spec(config, tasks[name]) for name in config.held_in)
-    return sum(spec.steps * spec.batch_size for spec in specs)
+    """Those of all experts together."""
+    return sum(expert_rows(config, tasks[name]) for name in config.held_in)
 
 
 def multitask_refining(config: PipelineConfig, tasks: Mapping[str, TaskData]) -> RefineConfig | None:

@@ -5,7 +5,7 @@ Nothing is made and nothing registered: the flow of a run goes through an engine
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from rich.console import Console
@@ -13,13 +13,15 @@ from rich.console import Console
 from infra.artifacts.manifests import Manifest, Recipe
 from infra.artifacts.snapshot import Snapshot
 from infra.engine.once import Failed
-from infra.engine.rehearsal import Rehearsal, unmade
+from infra.engine.rehearsal import Rehearsal
+from infra.engine.step import Step
 from infra.registry.versions import Model
 from infra.store.s3 import ObjectInfo
+from pipeline.flow import experts
 from pipeline.flow.context import Flow
 from pipeline.flow.queries import Registry
 from pipeline.flow.run import run
-from pipeline.flow.steps import KINDS, REFINED, SUPPORT, YARDSTICKS, expert_step, support_step
+from pipeline.flow.steps import KINDS, REFINED, SUPPORT, YARDSTICKS, support_step
 from pipeline.records.outcome import Inputs, Outcome
 from pipeline.report.display import Display
 
@@ -47,6 +49,10 @@ class Forecast:
     """What would be reused, scores included."""
     inner_nodes: int
     """Merge nodes that are no roots."""
+    consumed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """By task, digests by key of what its expert would be made of, beside base and rows."""
+    rounds: tuple[tuple[str, ...], ...] = ()
+    """Tasks whose expert would be trained, by round; none of them said: `stale` is the only one."""
 
     @cached_property
     def support_recipe(self) -> Recipe | None:
@@ -56,7 +62,7 @@ class Forecast:
 
     @cached_property
     def experts(self) -> dict[str, Recipe]:
-        """By task."""
+        """By task, of the last round."""
         return expert_recipes(self.inputs)
 
 
@@ -67,7 +73,7 @@ def forecast(
     runs of other seeds make before, to which those of this one are added. Raises StoreError."""
     services = Registry(models, inputs.store)
     engine = Rehearsal(snapshot, KINDS, services, set() if expected is None else expected)
-    outcome = _rehearse(inputs, engine)
+    outcome, trained = _rehearse(inputs, engine)
     tally, doubtful = engine.tally, engine.doubtful()
     optional = {REFINED: inputs.config.refine, YARDSTICKS: inputs.config.yardsticks.multitask}
     absent = {kind for kind, section in optional.items() if section is None}
@@ -83,6 +89,10 @@ def forecast(
         stale=tuple(task for task in inputs.config.held_in if outcome.experts[task].key in engine.lacking),
         found=tuple(engine.found),
         inner_nodes=sum(step.label == "statistics" for step in engine.steps),
+        consumed={task: step.inputs for task, step in trained[-1].items()},
+        rounds=tuple(
+            tuple(task for task, step in steps.items() if step.keys[0] in engine.lacking) for steps in trained
+        ),
     )
 
 
@@ -95,21 +105,35 @@ def known_keys(inputs: Inputs) -> frozenset[str]:
 
 
 def expert_recipes(inputs: Inputs) -> dict[str, Recipe]:
-    """The recipes of a run's experts by task."""
-    step = support_step(inputs)
-    shared = None if step is None else unmade(step.recipes[0], step.label)
-    return {task: expert_step(inputs, task, shared).recipes[0] for task in inputs.config.held_in}
+    """The recipes of a run's experts by task, of the last round."""
+    engine = Rehearsal(Snapshot(_Nothing()), KINDS, Registry({}, inputs.store))
+    steps = asyncio.run(_trained(_flow(inputs, engine)))[-1]
+    return {task: step.recipes[0] for task, step in steps.items()}
 
 
-def _rehearse(inputs: Inputs, engine: Rehearsal) -> Outcome:
-    """Raises what kept the rehearsal from its end."""
-    display = Display(list(inputs.config.held_in), Console(quiet=True))
-    flow = Flow(inputs, engine, Outcome(), display, lambda keys: None, rehearsed=True)
+def _rehearse(inputs: Inputs, engine: Rehearsal) -> tuple[Outcome, list[Mapping[str, Step]]]:
+    """The outcome, and the experts' steps by round. Raises what kept the rehearsal from its end."""
+    flow = _flow(inputs, engine)
+
+    async def rehearsed() -> list[Mapping[str, Step]]:
+        await run(flow)
+        return await _trained(flow)
+
     try:
-        asyncio.run(run(flow))
+        return flow.outcome, asyncio.run(rehearsed())
     except Failed:
         raise flow.errors[0] from None
-    return flow.outcome
+
+
+def _flow(inputs: Inputs, engine: Rehearsal) -> Flow:
+    display = Display(list(inputs.config.held_in), Console(quiet=True))
+    return Flow(inputs, engine, Outcome(), display, lambda keys: None, rehearsed=True)
+
+
+async def _trained(flow: Flow) -> list[Mapping[str, Step]]:
+    """How the experts of each round are made, by task."""
+    rounds = range(1, flow.inputs.config.rounds.count + 1)
+    return [(await experts.looked(flow, number)).steps for number in rounds]
 
 
 class _Nothing:

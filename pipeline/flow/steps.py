@@ -9,12 +9,14 @@ from dataclasses import asdict, replace
 
 from infra.artifacts.manifests import Manifest
 from infra.engine.step import Needs, Step
+from infra.store.s3 import FileRef
 from merge.methods.specs import Candidate
 from merge.modelled.job import ModelledJob
 from merge.modelled.refining import RefineJob
+from merge.modelled.rounds import OntoJob
 from merge.tree.export import export_job
 from merge.tree.jobs import Ref
-from merge.tree.keys import modelled_recipe
+from merge.tree.keys import modelled_recipe, onto_recipe
 from merge.tree.reduction import MERGES
 from pipeline.config.expert_kinds import mask_spec, shares_scored_support
 from pipeline.config.model import GIB, PipelineConfig
@@ -25,7 +27,7 @@ from pipeline.gate.opponent import Opponent
 from pipeline.records.outcome import Inputs
 from pipeline.records.refined import Refined
 from workers.jobs.evaluator import EvaluationJob
-from workers.jobs.expert import ExpertJob
+from workers.jobs.expert import ExpertJob, StartRef
 from workers.jobs.measurement import MeasurementJob, TrainingRows
 from workers.jobs.shared_support import PooledTask, SupportJob, SupportRef
 from workers.scoring.classification import ClassifySpec
@@ -71,14 +73,26 @@ def support_step(inputs: Inputs) -> Step | None:
 
 
 def support_ref(config: PipelineConfig, manifest: Manifest) -> SupportRef:
-    """The finished support, for experts."""
-    return SupportRef(manifest.key, manifest.digest, manifest.files["support"], mask_spec(config, "shared"))
+    """The finished support, or the positions of an expert of the round before."""
+    file = manifest.files.get("support") or changed(manifest)
+    return SupportRef(manifest.key, manifest.digest, file, mask_spec(config, "shared"))
 
 
-def expert_step(inputs: Inputs, task: str, support: Manifest | None) -> Step:
-    """Train one expert."""
+def changed(expert: Manifest) -> FileRef:
+    """What an expert changes of what it started from."""
+    return expert.files.get("change") or expert.files["adapter"]
+
+
+def expert_step(
+    inputs: Inputs, task: str, support: Manifest | None, number: int = 1, start: Manifest | None = None
+) -> Step:
+    """Train one expert in a round; in a later one from the merge `start`. `support` has positions that were chosen
+    before."""
     config, data = inputs.config, inputs.tasks[task]
-    recipe = recipes.expert_recipe(config, inputs.base.sha256, data, support.key if support else None)
+    recipe = recipes.expert_recipe(
+        config, inputs.base.sha256, data, support.key if support else None, number, start.key if start else None
+    )
+    last = number == config.rounds.count
     job = ExpertJob(
         task=task,
         recipe=recipe,
@@ -88,8 +102,8 @@ def expert_step(inputs: Inputs, task: str, support: Manifest | None) -> Step:
         prompt=recipes.prompt_spec(config, data),
         max_target_tokens=config.prompt.max_target_tokens,
         labels=data.labels if config.objective == "classification" else None,
-        expert=recipes.expert_spec(config, data),
-        train=recipes.train_spec(config, data),
+        expert=recipes.expert_spec(recipes.in_round(config, number), data),
+        train=recipes.train_spec(config, data, number),
         support=support_ref(config, support) if support else None,
         compute_dtype=config.train.compute_dtype,
         value_dtype=config.train.value_dtype,
@@ -100,13 +114,34 @@ def expert_step(inputs: Inputs, task: str, support: Manifest | None) -> Step:
         parent_run_id=inputs.run_id,
         tags={"suite": config.suite, "base": inputs.base.name, "source": data.config.source},
         provenance=provenance(inputs, data),
+        round=number,
+        start=StartRef(start.key, start.digest, start.files["adapter"]) if start else None,
+        last=last,
     )
-    consumed = {support.key: support.digest} if support else {}
-    return Step(EXPERTS, f"expert {task}", (recipe,), consumed, job, _EXPERT, "adapter")
+    label = "adapter" if start is None or last else "change"
+    return Step(EXPERTS, f"expert {job.title}", (recipe,), job.inputs, job, _EXPERT, label)
+
+
+def onto_step(
+    inputs: Inputs, candidate: Candidate, start: Manifest, change: Manifest, experts: Mapping[str, Manifest]
+) -> Step:
+    """The merge of a later round: what was merged of its experts' changes (`change`), on what they started from."""
+    recipe = onto_recipe(candidate, change.key, start.key)
+    job = OntoJob(
+        candidate=candidate,
+        recipe=recipe,
+        base_sha256=inputs.base.sha256,
+        base_weights=inputs.base_weights,
+        start=Ref.of(start),
+        change=Ref.of(change),
+        inputs={each.key: each.digest for each in (start, change, *experts.values())},
+        experts=tuple(sorted(experts)),
+    )
+    return Step(MERGES, f"merge {candidate} of a later round", (recipe,), job.inputs, job, Needs("node"), "adapter")
 
 
 def expected_tokens(inputs: Inputs, task: str) -> float:
-    """About how long an expert trains, to begin with the longest."""
+    """About how long an expert trains in a round, to begin with the longest."""
     data = inputs.tasks[task]
     return recipes.train_spec(inputs.config, data).steps * data.mean_tokens
 

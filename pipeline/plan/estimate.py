@@ -168,30 +168,40 @@ def _experts(
     forecasts: Sequence[Forecast], before: Mapping[str, Manifest], found: Sequence[Manifest], cost: Cost, slots: int,
     flops: Callable[[], float],
 ) -> Stage:  # fmt: skip
-    """Each expert at the speed of the one before; else of the suite's others; else of this machine."""
+    """Each expert at the speed of the one before; else of the suite's others; else of this machine. One round begins
+    when the one before is over."""
     experts = [manifest for manifest in [*found, *before.values()] if manifest.kind == "expert"]
     known = [rate for manifest in experts if (rate := _Rate.of(manifest))]
-    tasks = [task for each in forecasts for task in each.stale]
-    sizes = [_size(manifest) for manifest in experts]
-    size = _mean(sizes) or cost.kind_bytes["experts"] / len(cost.expert_tokens)
-    durations, sources = [], Counter[str]()
+    rounds = zip(*(each.rounds or (each.stale,) for each in forecasts), strict=True)
+    count = forecasts[0].inputs.config.rounds.count
+    seconds, size, existing, sources = 0.0, 0.0, 0, Counter[str]()
     speed = 0.0
-    for task in tasks:
-        tokens, own = cost.expert_tokens[task], _Rate.of(before[task]) if task in before else None
-        if own is not None:
-            durations.append(own.per_token * tokens + own.beside)
-            sources["the expert before"] += 1
-        elif known:
-            per_token, beside = (_mean([getattr(rate, name) for rate in known]) for name in ("per_token", "beside"))
-            durations.append((per_token or 0) * tokens + (beside or 0))
-            sources["other experts"] += 1
-        else:
-            speed = speed or flops()
-            durations.append(cost.seconds(1, speed) * tokens / sum(cost.expert_tokens.values()))
-            sources[f"calculated, at {speed / 1e9:.0f} GFLOP/s a slot"] += 1
+    for number, stale in enumerate(rounds, 1):
+        tasks, durations = [task for each in stale for task in each], []
+        for task in tasks:
+            tokens, own = cost.expert_tokens[task] / count, _Rate.of(before[task]) if task in before else None
+            if own is not None:
+                durations.append(own.per_token * tokens + own.beside)
+                sources["the expert before"] += 1
+            elif known:
+                per_token, beside = (_mean([getattr(rate, name) for rate in known]) for name in ("per_token", "beside"))
+                durations.append((per_token or 0) * tokens + (beside or 0))
+                sources["other experts"] += 1
+            else:
+                speed = speed or flops()
+                durations.append(cost.seconds(1, speed) * tokens / sum(cost.expert_tokens.values()))
+                sources[f"calculated, at {speed / 1e9:.0f} GFLOP/s a slot"] += 1
+        seconds += spread(durations, slots)
+        sizes = [_size(manifest) for manifest in experts if _round(manifest) == number]
+        existing += len(sizes) if tasks else 0
+        size += len(tasks) * (_mean(sizes) or cost.expert_bytes(number, count))
     time = ", ".join(f"{source} ({count})" for source, count in sources.items())
-    bytes_from = f"mean of {len(sizes)} that exist" if sizes else "calculated"
-    return Stage("experts", spread(durations, slots), round(size * len(tasks)), f"time: {time}; bytes: {bytes_from}")
+    bytes_from = f"mean of {existing} that exist" if existing else "calculated"
+    return Stage("experts", seconds, round(size), f"time: {time}; bytes: {bytes_from}")
+
+
+def _round(expert: Manifest) -> int:
+    return int(dict(expert.config.get("round", {})).get("number", 1))
 
 
 def _mixed(

@@ -26,7 +26,7 @@ from pipeline.config.expert_kinds import EXPERT_KINDS
 from pipeline.config.model import GIB, PipelineConfig
 from pipeline.data.counting import check_shares, rows_lines, with_cuts
 from pipeline.data.tasks import TaskData, learned_elsewhere, load_tasks
-from pipeline.flow.recipes import multitask_refining, train_spec
+from pipeline.flow.recipes import expert_rows, multitask_refining, train_spec
 from pipeline.flow.registration import CHECKPOINT, MERGED
 from pipeline.flow.steps import REFINED, YARDSTICKS
 from pipeline.plan.check_base import base_tokenizer, check_adapted, check_rows, empty_base, settle_prompt
@@ -77,6 +77,14 @@ class Cost:
     cache_bytes: int
     mixed: Mapping[str, RefineNeed] = field(default_factory=dict)
     """Of one training on rows of all tasks, by kind of artifact."""
+    whole_bytes: int = 0
+    """Of an expert of the last of several rounds, beside what it changes."""
+
+    def expert_bytes(self, number: int, rounds: int) -> float:
+        """Of one expert of a round, in the object store."""
+        experts = len(self.expert_tokens)
+        change = (self.kind_bytes["experts"] - experts * self.whole_bytes) / (experts * rounds)
+        return change + (self.whole_bytes if number == rounds else 0)
 
     @property
     def store_bytes(self) -> int:
@@ -213,7 +221,7 @@ def _load_tasks(config: PipelineConfig, tokenizer: Any, console: Console) -> dic
 
 def _fused_rows(config: PipelineConfig, model: Any, listed: Candidates) -> dict[str, tuple[int, int, int]]:
     """Where query, key and value lie in fused weights, if a candidate asks. Raises ConfigError where nobody can say."""
-    if not any(candidate.splits_fused for candidate in listed.all):
+    if not any(candidate.splits_fused for candidate in (*listed.all, listed.between) if candidate):
         return {}
     targets = find_targets(model, config.mask.modules)
     return stacked_rows(model.config, {f"{name}.weight": tuple(t.module.weight.shape) for name, t in targets.items()})
@@ -249,9 +257,9 @@ def expected_cost(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tokens, means, longest = {}, {}, 0
     for name in config.held_in:
-        train = train_spec(config, tasks[name])
+        train_spec(config, tasks[name])  # refuses too few steps for the rounds
         means[name] = sum(lengths[name]) / len(lengths[name])
-        tokens[name] = round(train.steps * train.batch_size * means[name])
+        tokens[name] = round(expert_rows(config, tasks[name]) * means[name])
         longest = max(longest, *lengths[name])
     width = torch.finfo(getattr(torch, config.train.compute_dtype)).bits // 8
     hidden, inner, layers = _sizes(model)
@@ -265,7 +273,8 @@ def expected_cost(
     worker = PROCESS_GIB * GIB + parameters * width + state_bytes + activations(width)
     everywhere = EXPERT_KINDS[config.expert].everywhere
     union = adapted * (1 if everywhere else 1 - (1 - config.mask.density) ** len(config.held_in))
-    listed = list_candidates(config).all
+    found, rounds = list_candidates(config), config.rounds.count
+    listed = (*found.all, *([found.between] if found.between else []))
     reductions = plan_reductions(listed, len(config.held_in))
     check_node_memory(config, reductions, model)
     shapes = adapted_shapes(config, model)
@@ -273,18 +282,23 @@ def expected_cost(
     measured = [MEASUREMENTS[str(kind)].needed(shapes, trainable) for kind in kinds]
     for each in measured:  # one row at a time, in fp32
         worker = max(worker, PROCESS_GIB * GIB + parameters * 4 + each.memory + longest * saved * 4)
-    merges = 4.2 * sum(adapted if METHODS[candidate.method].matrix else union for candidate in listed)
+    sizes = [adapted if METHODS[candidate.method].matrix else union for candidate in listed]
+    merges, whole_bytes = 4.2 * sum(sizes), 0
     nodes = sum(node_file(each.spec, shapes, len(config.held_in), union / adapted) for each in reductions)
+    if rounds > 1:  # every merge of a later round is stored twice, and the last experts once more with their start
+        merges += 4.2 * (len(listed) * adapted + (rounds - 2) * (sizes[-1] + adapted))
+        whole_bytes = adapted * (torch.finfo(getattr(torch, config.train.value_dtype)).bits // 8)
+        worker = max(worker, PROCESS_GIB * GIB + parameters * width + max(adapted * width, 4 * trainable + whole_bytes))
     stored = {
         "base": parameters * 2,
-        "experts": len(config.held_in) * trainable * 3.2,
+        "experts": len(config.held_in) * (trainable * 3.2 * rounds + whole_bytes),
         "importances": len(config.held_in) * sum(each.file for each in measured),
         "merge_nodes": 2 * nodes,
         "merges": merges,
         "checkpoints": parameters * 4 if config.merge.export else 0,
     }
     mixed = {}
-    dense = everywhere or any(METHODS[candidate.method].matrix for candidate in listed)
+    dense = everywhere or rounds > 1 or any(METHODS[candidate.method].matrix for candidate in listed)
     for kind, refine, changed, count in (
         (REFINED, config.refine, adapted if dense else round(union), refined_count(config)),
         (YARDSTICKS, multitask_refining(config, tasks), 0, 1),
@@ -294,7 +308,9 @@ def expected_cost(
             stored[kind] = mixed[kind].file_bytes * count
     kind_bytes = {kind: int(size) for kind, size in stored.items()}
     cache_bytes = parameters * (2 + width) + merges
-    return Cost(trainable, adapted, parameters, tokens, int(worker), kind_bytes, int(cache_bytes), mixed)
+    return Cost(
+        trainable, adapted, parameters, tokens, int(worker), kind_bytes, int(cache_bytes), mixed, int(whole_bytes)
+    )
 
 
 def _sizes(model: Any) -> tuple[int, int, int]:

@@ -58,9 +58,8 @@ class _Lookup:
         return self.forecast.inputs
 
     def reasons(self, task: str) -> Reasons:
-        recipe, support = self.forecast.experts[task], self.forecast.support
-        consumed = {support.key: support.digest} if support else {}
-        lost = why_lost(self.snapshot, recipe.key, consumed)
+        recipe = self.forecast.experts[task]
+        lost = why_lost(self.snapshot, recipe.key, self.forecast.consumed.get(task, {}))
         if lost is not None:
             return Reasons(task, (lost,), peek(self.snapshot, recipe.key))
         last = self.latest.held_in.get(task) if self.latest else None

@@ -14,7 +14,7 @@ from infra.store.layout import manifest_name
 from pipeline.config.expert_kinds import EXPERT_KINDS, derived_seed
 from pipeline.config.model import PipelineConfig
 from pipeline.data.tasks import TaskData
-from pipeline.flow.recipes import pooled, training_steps
+from pipeline.flow.recipes import in_round, pooled, training_steps
 from workers.text.rows import Row
 
 Rows = Callable[[str], Sequence[Row] | None]
@@ -61,8 +61,16 @@ def why_stale(
         found += _changed(_kind_fields(now["kind"], now), now[now["kind"]], then.get(then["kind"], {}))
     found += _training(config, now, then, rows, same_kind)
     found += _changed({f"train.{name}": name for name in ("compute_dtype", "value_dtype")}, now, then)
-    found += _seeds(config, now, then)
-    if supports is not None and before.inputs and set(recipe.inputs) != set(before.inputs):
+    rounds, earlier = now.get("round", {}), then.get("round", {})
+    found += _changed({"round": "number"}, {"number": 1} | rounds, {"number": 1} | earlier)
+    if rounds and earlier:
+        found += _changed({"rounds.support": "support"}, rounds, earlier)
+    number = rounds.get("number", 1)
+    if number == earlier.get("number", 1):
+        found += _seeds(config, number, now, then)
+    if rounds and not found and set(recipe.inputs) != set(before.inputs):
+        found.append(f"the merge of round {number - 1}, which it starts from, is another")
+    if not rounds and supports is not None and before.inputs and set(recipe.inputs) != set(before.inputs):
         found.append(_support(config, *supports))
     if not found:  # labels that are not configured follow from the rows of every split, test and gate among them
         found += _changed({f"labels of {data.name} in its rows:": "labels"}, now, then)
@@ -77,7 +85,8 @@ def why_lost(store: Readable, key: str, inputs: Mapping[str, str]) -> str | None
     if manifest is None:
         return "its manifest cannot be read"
     if manifest.inputs != dict(inputs):
-        return "the shared support was or will be made again: its bytes are others, or not known yet"
+        what = "merge that it starts from" if "round" in manifest.config else "shared support"
+        return f"the {what} was or will be made again: its bytes are others, or not known yet"
     gone = [label for label, ref in manifest.files.items() if store.head(ref.name) is None]
     return "its file is gone" if gone else "its file is not as long as recorded"
 
@@ -125,14 +134,14 @@ def _training(
     return _changed(paths, now["train"], old)
 
 
-def _seeds(config: PipelineConfig, now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
+def _seeds(config: PipelineConfig, number: int, now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
     """Whether the run's seed or the sharing of a seed by all experts changed: the seeds in recipes derive from it."""
-    rows = then.get("data", {}).get("train", "")
-    if then.get("train", {}).get("seed") != derived_seed(config.seed, "batches", rows):
+    rows, seed = then.get("data", {}).get("train", ""), in_round(config, number).seed
+    if then.get("train", {}).get("seed") != derived_seed(seed, "batches", rows):
         return [f"{SEED} {config.seed}"]
     if now["kind"] != "sparse" or then.get("kind") != "sparse":
         return []
-    was_shared = then["sparse"].get("seed") == derived_seed(config.seed, "mask", "shared")
+    was_shared = then["sparse"].get("seed") == derived_seed(seed, "mask", "shared")
     return [] if was_shared == config.mask.shared else [f"mask.shared {_shown(was_shared)} → {_shown(not was_shared)}"]
 
 

@@ -11,7 +11,7 @@ index once the claim is checked).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +59,19 @@ def rounded_sum(base: torch.Tensor, delta: torch.Tensor, stored: torch.dtype | N
     rounded once. What every join of a base and an adapter writes."""
     wide = torch.promote_types(base.dtype, torch.float32)
     return (base.to(wide) + delta.to(wide)).to(stored or base.dtype)
+
+
+def added(parts: Sequence[SparseTensor]) -> SparseTensor:
+    """The sum of changes of one weight, fp32, on every position that one of them holds; one alone as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    every = next((part.indices for part in parts if part.indices.numel() == part.numel), None)
+    indices = torch.unique(torch.cat([part.indices for part in parts])) if every is None else every
+    values = torch.zeros(indices.numel())
+    for part in parts:
+        at = torch.searchsorted(indices, part.indices) if every is None else part.indices
+        values.index_add_(0, at, part.values.float())
+    return SparseTensor(parts[0].shape, indices, values)
 
 
 class LazyTensors(Mapping[str, SparseTensor]):

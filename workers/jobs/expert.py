@@ -2,6 +2,10 @@
 
 A plain function of a job, a store and a progress callback. It logs its own MLflow run through the server. If its recipe
 has a saved state (`workers.jobs.resume`), training goes on from there.
+
+An expert of a later round starts from a merge: the base with that in it, frozen. What it trains is the file `change`,
+which the next merge reads; the expert of the last round is the file `adapter` beside it, merge and change added up, a
+change of the base as any expert is.
 """
 
 import contextlib
@@ -24,7 +28,10 @@ from infra.engine.step import Made, Place
 from infra.environment import environment
 from infra.errors import ExpertError, RegistryError
 from infra.registry import runs
-from infra.store.s3 import Store
+from infra.store.s3 import FileRef, Store
+from workers.adapters.format import LowRank
+from workers.adapters.reader import AdapterReader, check_base
+from workers.adapters.support import LazyTensors, SparseTensor, added
 from workers.adapters.writer import AdapterMeta, save_adapter
 from workers.base.cache import cache_dir
 from workers.base.load import (
@@ -40,9 +47,11 @@ from workers.jobs.resume import drop_checkpoint, find_checkpoint, keep_state
 from workers.jobs.shared_support import SupportRef, load_support
 from workers.masks.spec import MaskSpec, unit_of
 from workers.scoring.classification import Classification, encode_labelled
+from workers.tensors.source import FileSource
 from workers.text.prompt import PromptSpec, encode_example
 from workers.text.rows import Row, load_rows
 from workers.training.devices import algorithms, spread
+from workers.training.in_place import apply_delta
 from workers.training.kinds import ExpertSpec, kind_name
 from workers.training.loop import StepReport, TrainedExpert, TrainSpec, train_expert
 from workers.training.objectives import Objective, language_modelling
@@ -51,6 +60,15 @@ from workers.training.state import as_rows
 _LOG = logging.getLogger(__name__)
 TRAINING_LOSS, VALIDATION_LOSS = "loss/training", "loss/validation"
 """Metrics of an expert's run, by step."""
+
+
+@dataclass(frozen=True)
+class StartRef:
+    """The merge that an expert of a later round starts from, in the object store."""
+
+    key: str
+    digest: str
+    file: FileRef
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,8 @@ class ExpertJob:
     expert: ExpertSpec
     train: TrainSpec
     support: SupportRef | None
-    """Positions shared by all experts, made before; None if the expert selects its own."""
+    """Positions that were chosen before: shared by all experts, or those of the round before; None if the expert
+    selects its own."""
     compute_dtype: str
     value_dtype: str
     recompute: bool
@@ -85,6 +104,21 @@ class ExpertJob:
     tags: Mapping[str, str]
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Names and licences of base and data, for the manifest."""
+    round: int = 1
+    start: StartRef | None = None
+    """None: the base."""
+    last: bool = True
+    """Whether no round follows."""
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Digests by key of what the expert is a function of, beside base and rows."""
+        return {ref.key: ref.digest for ref in (self.support, self.start) if ref}
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return self.task if self.round == 1 else f"{self.task}, round {self.round}"
 
     def __call__(self, store: Store, place: Place) -> Made:
         return (make_expert(store, self, place.devices, place.threads, partial(place.report, self.task)),)
@@ -106,28 +140,27 @@ def make_expert(
     reset_peak()
     torch.set_num_threads(threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts; deterministic products need it
-    consumed = {job.support.key: job.support.digest} if job.support else {}
-    found = find(store, job.recipe.key, consumed)
+    found = find(store, job.recipe.key, job.inputs)
     if found is not None:  # made meanwhile, or by a try that was lost between publishing and answering
         drop_checkpoint(store, job.recipe.key)
         return found, False
     run_id = runs.start_run(
-        job.experiment, job.task, {**job.tags, "kind": "expert", "expert_key": job.recipe.key},
+        job.experiment, job.title, {**job.tags, "kind": "expert", "expert_key": job.recipe.key},
         _parameters(job), parent_run_id=job.parent_run_id,
     )  # fmt: skip
     status = "FAILED"
     try:
         runs.log_data(run_id, job.task, Path(job.train_rows).stem, job.tags.get("source", ""), "train")
-        with algorithms(job.deterministic):
-            trained = _train(store, job, devices, on_step)
-        untold = _untold(run_id, _curves(as_rows(trained.history)))
-        meta = _meta(job, trained, run_id, devices)
         with tempfile.TemporaryDirectory(prefix="factory-expert-") as folder:
-            file = Path(folder) / "adapter.safetensors"
-            _save(file, job, trained)
-            meta["adapter_bytes"] = file.stat().st_size
+            start = _start(store, job, Path(folder))
+            with algorithms(job.deterministic):
+                trained = _train(store, job, start, devices, on_step)
+            untold = _untold(run_id, _curves(as_rows(trained.history)))
+            meta = _meta(job, trained, run_id, devices)
+            files = _save(Path(folder), job, trained, start)
+            meta["adapter_bytes"] = next(iter(files.values())).stat().st_size
             meta["seconds"] = time.time() - started_at
-            manifest, made = publish(store, job.recipe, {"adapter": file}, consumed, meta)
+            manifest, made = publish(store, job.recipe, files, job.inputs, meta)
         drop_checkpoint(store, job.recipe.key)
         status = "FINISHED"
         final = (
@@ -137,9 +170,8 @@ def make_expert(
         numbers = {"best_validation_loss": meta["validation_loss"], **{name: meta[name] for name in final}}
         untold = _untold(run_id, [*untold, {f"result/{name}": value for name, value in numbers.items()}])
         with contextlib.suppress(RegistryError):
-            runs.set_tags(
-                run_id, {"adapter_uri": store.uri(manifest.files["adapter"].name), "adapter_digest": manifest.digest}
-            )
+            stored = store.uri(manifest.files[next(iter(files))].name)
+            runs.set_tags(run_id, {"adapter_uri": stored, "adapter_digest": manifest.digest})
         if untold:
             _LOG.warning("the expert of %r is made, but MLflow does not have all of its curves", job.task)
         return manifest, made
@@ -174,9 +206,19 @@ def _curves(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{names.get(name, f"training/{name}"): value for name, value in row.items()} for row in rows]
 
 
+def _start(store: Store, job: ExpertJob, folder: Path) -> AdapterReader | None:
+    """The merge that training starts from, if it does."""
+    if job.start is None:
+        return None
+    start = AdapterReader(FileSource(store.download_file(job.start.file, folder / "start.safetensors")))
+    check_base(start, job.base_sha256)
+    return start
+
+
 def _train(
-    store: Store, job: ExpertJob, devices: Sequence[str], on_step: Callable[[StepReport], None]
-) -> TrainedExpert:
+    store: Store, job: ExpertJob, start: AdapterReader | None, devices: Sequence[str],
+    on_step: Callable[[StepReport], None],
+) -> TrainedExpert:  # fmt: skip
     path = fetch_base(store, job.base_sha256, cache_dir())
     dtype = getattr(torch, job.compute_dtype)
     tokenizer = load_tokenizer(path) if job.labels is None else load_classifier_tokenizer(path)
@@ -189,6 +231,8 @@ def _train(
     else:
         model = spread(load_classifier(path, len(labels), dtype, job.train.seed), devices)
         objective, head = Classification(pad_id), head_parameters(model)
+    if start is not None:
+        apply_delta(model, start)
 
     def encode(row: Row) -> Any:
         if labels is not None:
@@ -215,8 +259,8 @@ def _train(
     )
 
 
-def _save(file: Path, job: ExpertJob, trained: TrainedExpert) -> None:
-    """Write the adapter file."""
+def _save(folder: Path, job: ExpertJob, trained: TrainedExpert, start: AdapterReader | None) -> dict[str, Path]:
+    """Write the expert's files; returns them by label, what people are shown first."""
     info: dict[str, Any] = {"recipe": job.recipe.key, "task": job.task, "expert": dataclasses.asdict(job.expert)}
     blocks = {}
     if isinstance(job.expert, MaskSpec):
@@ -224,14 +268,37 @@ def _save(file: Path, job: ExpertJob, trained: TrainedExpert) -> None:
         blocks = {name: unit for name, unit in units.items() if unit is not None}
     if job.labels is not None:
         info["labels"] = list(job.labels)
+    adapter, change = folder / "adapter.safetensors", folder / "change.safetensors"
+    dtype = getattr(torch, job.value_dtype)
+    if job.start is not None:
+        info["start"] = job.start.key
     save_adapter(
-        file,
+        adapter if start is None else change,
         trained.delta,
         AdapterMeta(base_sha256=job.base_sha256, kind=kind_name(job.expert), info=info),
-        value_dtype=getattr(torch, job.value_dtype),
+        value_dtype=dtype,
         head=trained.head,
         blocks=blocks,
     )
+    if start is None:
+        return {"adapter": adapter}
+    if not job.last:
+        return {"change": change}
+    save_adapter(adapter, _whole(start, trained), AdapterMeta(job.base_sha256, info=info), value_dtype=dtype)
+    return {"adapter": adapter, "change": change}
+
+
+def _whole(start: AdapterReader, trained: TrainedExpert) -> LazyTensors:
+    """The merge that was the start and what was trained on it, added up."""
+
+    def make(name: str) -> SparseTensor:
+        parts = [start.load(name)] if name in start.names else []
+        if name in trained.delta:
+            change = trained.delta[name]
+            parts.append(change.lift(name) if isinstance(change, LowRank) else change)
+        return added(parts)
+
+    return LazyTensors({*start.names, *trained.delta}, make)
 
 
 def _meta(job: ExpertJob, trained: TrainedExpert, run_id: str, devices: Sequence[str]) -> dict[str, Any]:
@@ -243,6 +310,7 @@ def _meta(job: ExpertJob, trained: TrainedExpert, run_id: str, devices: Sequence
         "base_sha256": job.base_sha256,
         "expert": kind_name(job.expert),
         "steps": len(history),
+        **({"round": job.round, "start": job.start.key} if job.start is not None else {}),
         "tokens": history[-1].tokens,
         "train_seconds": history[-1].seconds,
         "first_loss": history[0].loss,
@@ -268,6 +336,7 @@ def _parameters(job: ExpertJob) -> dict[str, Any]:
         "base_sha256": job.base_sha256,
         "template": job.prompt.template,
         "expert": kind_name(job.expert),
+        **({"round": job.round} if job.start is not None else {}),
         "compute_dtype": job.compute_dtype,
         "value_dtype": job.value_dtype,
         **{f"{kind_name(job.expert)}.{name}": value for name, value in dataclasses.asdict(job.expert).items()},

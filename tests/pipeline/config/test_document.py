@@ -224,6 +224,9 @@ configurations = st.fixed_dictionaries(
         "mask": some(modules=st.sampled_from(["attention", r".*\.(v|o)_proj"]), density=number(1e-6, 1),
                      granularity=st.sampled_from(["element", "block", "row", "column", "n_m"]), group=whole(2),
                      block_size=st.lists(whole(), min_size=2, max_size=2)),
+        "rounds": st.one_of(
+            st.just(1), some(count=st.just(1), support=st.sampled_from(["fresh", "kept"]), merge=candidates)
+        ),
         "lora": some(rank=whole(), alpha=whole(), dropout=number(0, 0.9)),
         "refine": optional(some(merges=whole(), steps=st.lists(whole(), min_size=1, max_size=3, unique=True),
                                 rows_per_task=st.just(1), learning_rate=number(1e-9, 10),

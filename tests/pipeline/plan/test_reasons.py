@@ -30,7 +30,7 @@ def ask(store: Store, monkeypatch: pytest.MonkeyPatch) -> Any:
     def found(*remembered: str, latest: str | None = None) -> Reasons:
         monkeypatch.setattr("pipeline.plan.reasons.expert_keys", lambda suite, task, limit: list(remembered))
         inputs = SimpleNamespace(config=config(), tasks={"one": data()}, store=store, base=SimpleNamespace(sha256=BASE))
-        given = {"experts": {"one": NOW}, "support": None, "support_recipe": None, "inputs": inputs}
+        given = {"experts": {"one": NOW}, "support": None, "support_recipe": None, "inputs": inputs, "consumed": {}}
         forecast = SimpleNamespace(stale=["one"], **given)
         results = [changed(held_in={"one": held_in_row() | {"expert_key": latest}})] if latest else []
         return find_reasons(cast(Forecast, forecast), Snapshot(store), results)["one"]
