@@ -142,8 +142,11 @@ def _lineage(inputs: Inputs, outcome: Outcome) -> Lineage:
         version = f"models:/{name}/{outcome.versions[task]}" if task in outcome.versions else None
         experts.append(Ancestor(name, manifest.key, manifest.digest, version))
     weights = {"weights": dict(chosen.weights)} if chosen.weights is not None else {}
+    rounds, between = inputs.config.rounds, inputs.candidates.between
+    trained = {"rounds": {"count": rounds.count, "support": rounds.support, **between.to_dict()}} if between else {}
     refined = {"refined": outcome.merged[chosen].meta["refined"]} if isinstance(chosen, Refined) else {}
-    return Lineage(chosen.method, {**chosen.params, **weights, **refined}, outcome.merged[chosen].key, tuple(experts))
+    parameters = {**chosen.params, **weights, **trained, **refined}
+    return Lineage(chosen.method, parameters, outcome.merged[chosen].key, tuple(experts))
 
 
 def _heads(inputs: Inputs, experts: Mapping[str, Manifest]) -> dict[str, dict[str, Any]]:

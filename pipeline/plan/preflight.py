@@ -154,6 +154,10 @@ class Prepared:
                 for name, value in getattr(config, section).model_dump().items()
             },
             **{
+                f"rounds.{name}": value
+                for name, value in (config.rounds.model_dump() if config.rounds.count > 1 else {}).items()
+            },
+            **{
                 f"refine.{name}": value for name, value in (config.refine.model_dump() if config.refine else {}).items()
             },
         }

@@ -14,6 +14,21 @@ class RefinedRow(Part):
     """Those rows as a share of the training rows that all experts together saw."""
 
 
+class RoundsRow(Part):
+    """In how many rounds the experts were trained, and how those of one were merged for the next."""
+
+    count: int
+    """Rounds."""
+    support: str
+    """Which positions were changed in later rounds: `fresh` or `kept`."""
+    method: str
+    """Merge method between rounds."""
+    params: Params
+    """All its parameters, defaults included."""
+    weights: Maybe[dict[str, float]] = None
+    """Weight of each expert; left out for a merge without weights."""
+
+
 class CandidateRow(Part):
     """A merge that was tried and could be chosen."""
 

@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.records.gate_results import Gate
-from pipeline.records.merge_results import CandidateRow, Chosen, Export, PerTaskRow, Search
+from pipeline.records.merge_results import CandidateRow, Chosen, Export, PerTaskRow, RoundsRow, Search
 from pipeline.records.part import Interval, Maybe, Part
 from pipeline.records.row_results import TaskRows
 from pipeline.records.seed_results import Seeds
@@ -245,6 +245,8 @@ class Results(Part):
     versions."""
     rows: dict[str, TaskRows] = Field(default_factory=dict)
     """What became of each task's rows; not in files of earlier versions."""
+    rounds: Maybe[RoundsRow] = None
+    """How the experts were trained in several rounds; left out for one."""
     multitask: Maybe[Multitask] = None
     """The multitask adapter; left out without `yardsticks.multitask`."""
     export: Export | None

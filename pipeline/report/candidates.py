@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 
 from merge.methods.specs import shown_params
-from pipeline.records.merge_results import CandidateRow, Chosen, PerTaskRow, RefinedRow
+from pipeline.records.merge_results import CandidateRow, Chosen, PerTaskRow, RefinedRow, RoundsRow
 from pipeline.records.results import Results
 
 
-def parameters_text(row: CandidateRow | PerTaskRow | Chosen) -> str:
+def parameters_text(row: CandidateRow | PerTaskRow | Chosen | RoundsRow) -> str:
     """Parameters and weights of a candidate for people."""
     return listed_text(shown_params(row.method, row.params), row.weights)
 
@@ -19,6 +19,15 @@ def steps_text(row: CandidateRow | PerTaskRow | Chosen) -> str:
     """How a merge was trained on, to be put behind its name; "" for one as it is."""
     refined = row.refined if isinstance(row, CandidateRow | Chosen) else None
     return f" + {refined.steps} steps" if refined is not None else ""
+
+
+def rounds_text(rounds: RoundsRow) -> str:
+    """How experts were trained in several rounds."""
+    by = f"{rounds.method}{f' ({params})' if (params := parameters_text(rounds)) else ''}"
+    return (
+        f"experts in {rounds.count} rounds, each from the merge of the one before by {by}; positions of later rounds: "
+        f"{rounds.support}"
+    )
 
 
 def rows_text(refined: RefinedRow) -> str:

@@ -20,7 +20,8 @@ from pipeline.data.tasks import TaskData
 from pipeline.records.outcome import Inputs, Outcome
 from pipeline.records.refined import Refined
 from pipeline.records.score import ScoreKey
-from pipeline.report.results import interval
+from pipeline.report.candidates import rounds_text
+from pipeline.report.results import interval, rounds_row
 
 ROOM = 4900
 """Characters of a card, at most, where nothing is added to it; MLflow takes 5000."""
@@ -48,6 +49,7 @@ def expert_card(inputs: Inputs, outcome: Outcome, task: str) -> str:
         ("Training", f"{meta['steps']} steps of {config.train.batch_size} rows, best after {meta['best_step']}, "
                      f"validation loss {meta['validation_loss']:.4f}, {meta['train_seconds']:.0f} s on "
                      f"{meta['device']}; seed {config.seed}"),
+        *_rounds(inputs),
         ("Prompt", _prompt(inputs, data)),
         ("Lineage", _lineage(manifest, inputs, str(meta["run_id"]))),
         ("Made by", _code_version(manifest)),
@@ -98,6 +100,7 @@ def _merge(
         *more,
         ("Choice", f"mean validation score {outcome.standings[chosen].mean:.3f}, the best of "
                    f"{len(outcome.standings)} candidates"),
+        *_rounds(inputs),
         *_training(merged),
         ("Data", f"that of {len(every)} experts; licences: {_licenses(every)}"),
         ("Base", _base(inputs)),
@@ -122,6 +125,12 @@ def _merge(
     used = sum(len(part) + 2 for part in [*top, _bullets(facts)])
     table = _task_table(outcome, held_in, held_out, room - used)
     return "\n\n".join([*top, *([table] if table else []), _bullets(facts)])
+
+
+def _rounds(inputs: Inputs) -> list[tuple[str, str]]:
+    """How experts were trained in several rounds."""
+    row = rounds_row(inputs)
+    return [("Rounds", rounds_text(row))] if row is not None else []
 
 
 def _training(meta: Mapping[str, Any]) -> list[tuple[str, str]]:

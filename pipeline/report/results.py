@@ -8,7 +8,16 @@ from merge.methods.specs import Candidate
 from pipeline.config.search import task_order
 from pipeline.data.counting import rows_json
 from pipeline.data.tasks import learned_elsewhere
-from pipeline.records.merge_results import CandidateRow, Chosen, Export, PerTaskRow, RefinedRow, RungRow, Search
+from pipeline.records.merge_results import (
+    CandidateRow,
+    Chosen,
+    Export,
+    PerTaskRow,
+    RefinedRow,
+    RoundsRow,
+    RungRow,
+    Search,
+)
 from pipeline.records.outcome import Counters, Inputs, Outcome, utilisation
 from pipeline.records.part import Interval
 from pipeline.records.refined import Merge, Refined
@@ -62,6 +71,7 @@ def build_results(inputs: Inputs, outcome: Outcome) -> Results:
         chosen=_chosen(inputs, outcome, outcome.chosen),
         learned_elsewhere=learned_elsewhere(inputs.tasks, config.held_in),
         rows={task: TaskRows(**rows_json(data)) for task, data in inputs.tasks.items()},
+        rounds=rounds_row(inputs),
         multitask=_multitask(inputs, outcome),
         export=_export(inputs, outcome),
         gate=gate_results(inputs, outcome),
@@ -254,6 +264,14 @@ def _chosen(inputs: Inputs, outcome: Outcome, candidate: Merge) -> Chosen:
         rounding_loss_bfloat16=merged.meta["rounding_loss_bfloat16"],
         **_refined(outcome, candidate),
     )
+
+
+def rounds_row(inputs: Inputs) -> RoundsRow | None:
+    """In how many rounds the experts were trained, if in several."""
+    rounds, between = inputs.config.rounds, inputs.candidates.between
+    if between is None:
+        return None
+    return RoundsRow(count=rounds.count, support=rounds.support, **_told(between))
 
 
 def _told(candidate: Merge) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from rich.text import Text
 from pipeline.records.merge_results import Chosen
 from pipeline.records.results import Results, scores
 from pipeline.records.seed_results import Spread
-from pipeline.report.candidates import parameters_text, rows_text, steps_text
+from pipeline.report.candidates import parameters_text, rounds_text, rows_text, steps_text
 from pipeline.report.gate import gate_lines
 from pipeline.report.rows import lost_lines
 
@@ -91,7 +91,8 @@ def _merge_lines(results: Results) -> list[str]:
             f"merged weights rounded to {chosen.serving_dtype}: score {held_in.merged_serving:.3f}; "
             f"rounding to bfloat16 loses {chosen.rounding_loss_bfloat16:.0%} of the merged change's norm"
         )
-    return [*lines, *_multitask_lines(results), _size_line(chosen)]
+    rounds = [rounds_text(results.rounds)] if results.rounds is not None else []
+    return [*lines, *rounds, *_multitask_lines(results), _size_line(chosen)]
 
 
 def _multitask_lines(results: Results) -> list[str]:

@@ -150,6 +150,25 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"objective": "classification", "refine": {}, **task(metric="f1")},
         "in a classification every task has a head of its own: remove refine",
     ),
+    "no round": ({"rounds": 0}, "rounds.count: Input should be greater than 0"),
+    "rounds in words": ({"rounds": "two"}, "rounds: Input should be a valid dictionary"),
+    "more rounds than steps": ({"rounds": 3}, "rounds.count is 3, more than train.steps (2): lower it"),
+    "rounds of classifiers": (
+        {"objective": "classification", "rounds": 2, **task(metric="f1")},
+        "every task has a head, which no merge has: remove rounds",
+    ),
+    "positions of LoRA that are kept": (
+        {"expert": "lora", "rounds": {"count": 2, "support": "kept"}},
+        "rounds.support=kept is for sparse experts that choose their positions once: remove it",
+    ),
+    "positions that are kept and chosen again": (
+        {"rounds": {"count": 2, "support": "kept"}, "mask": {"criterion": "fisher", "reselect_every": 1}},
+        "that choose their positions once: remove it",
+    ),
+    "a shared support that is scored in every round": (
+        {"rounds": 2, "mask": {"criterion": "fisher", "shared": True}},
+        "mask.shared is scored by fisher once, at the base: give rounds.support=kept",
+    ),
     "multitask by more rows than there are": (
         {"splits": {"train": 4}, "yardsticks": {"multitask": {"rows_per_task": 5}}},
         "yardsticks.multitask.rows_per_task is more than a task's training rows (splits.train): at most 4",

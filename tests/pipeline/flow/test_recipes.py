@@ -6,6 +6,8 @@ from typing import get_args
 
 import pytest
 
+from infra.artifacts.manifests import Recipe
+from infra.errors import ConfigError
 from pipeline.config.expert_kinds import EXPERT_KINDS, shares_scored_support
 from pipeline.config.model import PipelineConfig, load_config
 from pipeline.config.refine import RefineConfig
@@ -14,11 +16,13 @@ from pipeline.flow.recipes import (
     evaluation_recipe,
     expert_recipe,
     expert_spec,
+    experts_rows,
     measurement_recipe,
     multitask_refining,
     refine_mask,
     refine_recipe,
     support_recipe,
+    train_spec,
 )
 from workers.measuring.file import IMPORTANCE_FILE_VERSION
 from workers.scoring.likelihood import EvaluateSpec
@@ -151,6 +155,42 @@ def test_the_multitask_adapter_sees_as_many_rows_as_the_experts_unless_it_is_tol
 
 def test_refining_leaves_the_keys_of_experts() -> None:
     assert key("refine={}") == key()
+
+
+def in_rounds(*overrides: str, number: int = 1, start: str | None = None, support: str | None = None) -> Recipe:
+    return expert_recipe(load_config(CONFIG, list(overrides)), BASE, data(), support, number, start)
+
+
+def test_an_expert_of_the_first_round_is_that_of_a_run_of_one() -> None:
+    assert in_rounds("rounds=1").key == key()
+    assert in_rounds("rounds=2").key == in_rounds("rounds=4", "train.steps=40").key == key("train.steps=10")
+    assert in_rounds("rounds.count=2", "rounds.support=kept", "rounds.merge.method=mean").key == key("train.steps=10")
+
+
+def test_a_later_expert_is_a_function_of_the_merge_it_starts_from() -> None:
+    second = in_rounds("rounds=2", number=2, start="a")
+    assert second.inputs == ("a",)
+    others = [
+        in_rounds("rounds=2", number=2, start="b"),
+        in_rounds("rounds=3", "train.steps=30", number=2, start="a"),  # not the last: it has no file for the base
+        in_rounds("rounds=3", "train.steps=30", number=3, start="a"),
+        in_rounds("rounds.count=2", "rounds.support=kept", number=2, start="a", support="s"),
+    ]
+    assert len({each.key for each in [second, *others]}) == 5
+    first = in_rounds("rounds=2")
+    assert {name for name in first.config if first.config[name] != second.config[name]} == {"sparse", "train"}
+    assert in_rounds("rounds.count=2", "rounds.merge={method: mean}", number=2, start="a").key == second.key
+
+
+def test_steps_that_do_not_divide_go_to_the_first_rounds() -> None:
+    config = load_config(CONFIG, ["rounds=3"])
+    specs = [train_spec(config, data(), number) for number in (1, 2, 3)]
+    assert [spec.steps for spec in specs] == [7, 7, 6]
+    assert len({spec.seed for spec in specs}) == 3, "other rows in every round"
+    assert experts_rows(config, dict.fromkeys(config.held_in, data())) == 20 * 8 * len(config.held_in)
+    epochs = config.model_copy(update={"train": config.train.model_copy(update={"steps": None, "epochs": 1.0})})
+    with pytest.raises(ConfigError, match="but the expert for task takes 2 optimizer steps in all"):
+        train_spec(epochs, data())
 
 
 def test_licences_are_in_no_key() -> None:

@@ -128,6 +128,31 @@ def test_of_nothing_everything_is_made(world: World) -> None:
     }
 
 
+def test_rounds_are_planned_to_the_last_artifact(store: Store, tmp_path: Path) -> None:
+    """Of nothing, after a run, and after a task got other rows"""
+    world = World(inputs(store, 5, False, **SMALL, rounds=3), tmp_path)
+    before = world.forecast()
+    assert before.counts["experts"] == Count(3 * 5)
+    assert before.counts["merges"] == Count(1 + 2 + 2 * 4), "between rounds, one of them added up; each candidate twice"
+    assert before.rounds == (before.stale,) * 3
+    engine, outcome = world.run()
+    assert {kind: engine.tally.made[kind] for kind in before.counts} == {
+        kind: count.make for kind, count in before.counts.items()
+    }
+    assert {manifest.key for manifest in outcome.experts.values()} == {
+        recipe.key for recipe in expert_recipes(world.given).values()
+    }
+    assert not any(count.make for count in world.forecast().counts.values())
+    again, _ = world.run()
+    assert +again.tally.made == {}
+    task = world.given.tasks["task1"]
+    rows = {**task.fingerprints, "train": "0" * 64}
+    other = replace(world.given, tasks={**world.given.tasks, "task1": replace(task, fingerprints=rows)})
+    after = forecast(other, Snapshot(store), {})
+    assert after.counts["experts"] == Count(1 + 2 * 5, 4)
+    assert [len(tasks) for tasks in after.rounds] == [1, 5, 5]
+
+
 def test_refining_is_counted_before_anybody_knows_which_merge_is_the_best(store: Store, tmp_path: Path) -> None:
     """Of nothing; with experts, merges and their scores; and after a run, of which the plan said what it would make."""
     plain = World(inputs(store, 5, False, **SMALL), tmp_path).forecast()

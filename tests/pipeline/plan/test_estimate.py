@@ -55,6 +55,17 @@ def test_an_expert_costs_what_the_one_before_cost_for_each_token() -> None:
     assert of(counts, stale=("task0",), before={"task0": trained}, slots=1)["experts"].seconds == pytest.approx(own)
 
 
+def test_one_round_begins_when_the_one_before_is_over() -> None:
+    given = inputs(NOWHERE, 4, merge={"fan_in": 2, "candidates": [{"method": "mean"}]}, rounds=2)
+    trained = manifest("expert", 1, 50, tokens=100, train_seconds=5.0, seconds=7.0)
+    one = 0.05 * 150 + 2  # half of the tokens
+    forecast = Forecast(given, None, {"experts": Count(5)}, tuple(TASKS), (trained,), INNER, rounds=(("task0",), TASKS))
+    cost = replace(COST, whole_bytes=500)
+    (stage,) = estimate([forecast], {}, [], cost, Slots(2, 2, "a test"), lambda: 1000.0).stages
+    assert stage.seconds == pytest.approx(one + 2 * one)
+    assert stage.bytes == 50 + 4 * ((4000 - 4 * 500) / 8 + 500), "of the first round one exists"
+
+
 def test_without_any_expert_training_and_bytes_are_calculated() -> None:
     stage = of({"experts": Count(4)}, stale=tuple(TASKS))["experts"]
     assert stage.seconds == pytest.approx(COST.seconds(2, 1000.0))

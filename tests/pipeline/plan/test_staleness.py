@@ -155,6 +155,23 @@ def supports(then: dict[str, TaskData], now: dict[str, TaskData]) -> list[str]:
     return why_stale(shared, now["one"], recipe, before, lambda _: None, str, (new, made(old), now))
 
 
+def test_another_merge_before_is_told_where_nothing_else_is(store: Store) -> None:
+    two = config(train={"steps": 4}, rounds=2)
+
+    def why_second(now: PipelineConfig, start: str, before: Manifest) -> list[str]:
+        recipe = expert_recipe(now, BASE, data(), None, 2, start)
+        return why_stale(now, data(), recipe, before, lambda _: None, str)
+
+    old = made(expert_recipe(two, BASE, data(), None, 2, "a" * 64), {"a" * 64: "digest"})
+    assert why_second(two, "a" * 64, old) == []
+    assert why_second(two, "b" * 64, old) == ["the merge of round 1, which it starts from, is another"]
+    slower = config(train={"steps": 4, "learning_rate": 0.5}, rounds=2)
+    assert why_second(slower, "b" * 64, old) == ["train.learning_rate 0.002 → 0.5"]
+    assert why_second(config(train={"steps": 4}, rounds=2, seed=1), "b" * 64, old) == ["seed → 1"]
+    one = made(expert_recipe(config(train={"steps": 4}), BASE, data()))
+    assert why_second(two, "a" * 64, one) == ["train.steps 4 → 2", "round 1 → 2"]
+
+
 def test_a_shared_support_changes_with_the_rows_of_any_task() -> None:
     tasks = {"one": data(), "two": data(name="two", template="{input}!")}
     assert supports(tasks, tasks) == []

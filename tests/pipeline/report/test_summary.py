@@ -38,6 +38,14 @@ def test_the_lines_below_the_table() -> None:
     assert "total 9; 2 slots 50% busy with experts" in lines
 
 
+def test_rounds_are_told() -> None:
+    row = {"count": 2, "support": "kept", "method": "ties", "params": {"lambda": 1.0}}
+    assert (
+        "experts in 2 rounds, each from the merge of the one before by ties (lambda 1); positions of later rounds: kept"
+    ) in summary_lines(changed(rounds=row))
+    assert "rounds" not in results().to_json()
+
+
 def test_a_multitask_adapter_is_a_line_with_its_rows_and_what_the_merge_has_of_its_gain() -> None:
     plain = results()
     yardstick = {"key": "k", "digest": "d", "uri": "u", "steps": 160, "rows": 3200, "share": 1.0}

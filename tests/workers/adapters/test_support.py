@@ -9,6 +9,7 @@ from infra.errors import AdapterError, ConfigError
 from workers.adapters.support import (
     SparseTensor,
     SupportSpec,
+    added,
     block_runs,
     decode_blocks,
     decode_support,
@@ -101,3 +102,16 @@ def test_unsorted_or_out_of_range_positions(bad: list[int]) -> None:
         SparseTensor((3, 3), torch.tensor(bad), torch.zeros(2)).check("w")
     with pytest.raises(ConfigError):
         SupportSpec((3, 3), torch.tensor(bad)).check("w")
+
+
+@given(st.lists(supports(), min_size=1, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_changes_of_one_weight_add_up(cases: list[tuple[torch.Tensor, int]]) -> None:
+    numel = max(numel for _, numel in cases)
+    parts = [SparseTensor((numel,), indices, torch.rand(indices.numel())) for indices, _ in cases]
+    parts += [SparseTensor((numel,), torch.arange(numel), torch.rand(numel))] if numel % 2 else []
+    total = added(parts)
+    total.check()
+    assert set(total.indices.tolist()) == {at for part in parts for at in part.indices.tolist()}
+    dense = [torch.zeros(numel).index_add(0, part.indices, part.values) for part in parts]
+    assert torch.equal(torch.zeros(numel).index_add(0, total.indices, total.values), sum(dense[1:], dense[0]))
