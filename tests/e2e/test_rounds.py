@@ -35,6 +35,7 @@ MASK = {"granularity": "element", "density": 0.2, "modules": r".*\.(v_proj|o_pro
 SCORED = MASK | {"criterion": "connection_sensitivity"}
 MERGE = {"fan_in": 2, "candidates": [{"method": "consensus"}, {"method": "task_arithmetic", "params": {"lambda": 0.5}}]}
 ROUNDS = {"count": 2, "merge": {"method": "spectral_power", "params": {"p": 0.5, "lambda": 0.9}}}
+EXACT = {"steps": 8, "batch_size": 8, "learning_rate": 0.02, "compute_dtype": "float32", "value_dtype": "float32"}
 TASKS = ("in0", "in1", "in2")
 
 
@@ -100,7 +101,8 @@ def check_sums(world: World, outcome: Outcome) -> Manifest:
         change, whole = (dense(world.delta(manifest, label)) for label in ("change", "adapter"))
         for name in before:
             assert change[name].any()
-            assert torch.allclose(whole[name], before[name] + change[name], rtol=2**-7, atol=1e-8)
+            rounding = 2**-7 * (before[name].abs() + change[name].abs())  # both are stored, perhaps in bfloat16
+            assert (whole[name] - before[name] - change[name]).abs().le(rounding).all()
     merged = outcome.merged[Candidate("task_arithmetic", {"lambda": 0.5})]
     assert set(merged.inputs) >= {begun.key, *(expert.key for expert in outcome.experts.values())}
     changes = [dense(world.delta(expert, "change")) for expert in outcome.experts.values()]
@@ -119,6 +121,9 @@ def test_experts_of_the_second_round_start_from_the_merge_of_the_first(world: Ca
     assert made == planned
     assert {expert.meta["steps"] for expert in outcome.experts.values()} == {4}
     start = check_sums(two, outcome)
+    experts = [*two.experts_of(start).values(), *outcome.experts.values()]
+    size = sum(file.size for expert in experts for file in expert.files.values())
+    assert size == pytest.approx(two.prepared.cost.kind_bytes["experts"], rel=0.3)
     (refined,) = (manifest for manifest in outcome.merged.values() if manifest.kind == "refined")
     assert two.delta(refined, "adapter").keys() == two.delta(start, "adapter").keys()
     # a second run makes nothing, and a plan says so
@@ -153,11 +158,10 @@ def test_a_task_that_changes_remakes_every_expert_of_the_second_round(world: Cal
     [
         {"mask": SCORED, "rounds": ROUNDS | {"support": "kept"}},
         {"mask": SCORED | {"shared": True}, "rounds": ROUNDS | {"support": "kept"}},
-        {"mask": MASK | {"criterion": "magnitude", "shared": True}},
-        {"expert": "lora"},
+        {"expert": "lora", "train": EXACT},
         {"expert": "full", "rounds": {"count": 2, "merge": {"method": "mean"}}},
     ],
-    ids=["kept", "shared", "anew", "lora", "full"],
+    ids=["kept", "shared", "lora", "full"],
 )
 def test_every_kind_of_expert_can_be_trained_in_rounds(
     world: Callable[..., World], sections: dict[str, Any], request: pytest.FixtureRequest
