@@ -14,11 +14,14 @@ from rich.console import Console
 
 from infra.artifacts.manifests import Manifest, peek
 from infra.artifacts.snapshot import Snapshot
+from infra.engine.step import Place
+from infra.store.layout import manifest_name
 from infra.store.s3 import Store
 from merge.methods.specs import Candidate
 from pipeline.config.model import PipelineConfig
 from pipeline.config.rounds import RoundsConfig
 from pipeline.flow.rehearse import Forecast, forecast
+from pipeline.flow.steps import expert_step
 from pipeline.plan.preflight import Prepared, prepare_inputs, upload_inputs
 from pipeline.plan.reasons import find_reasons
 from pipeline.records.outcome import Inputs, Outcome
@@ -176,6 +179,27 @@ def test_every_kind_of_expert_can_be_trained_in_rounds(
         for task, expert in outcome.experts.items():
             before, after = two.delta(first[task], "adapter"), two.delta(expert, "change")
             assert all(torch.equal(before[name].indices, after[name].indices) for name in before)
+
+
+def test_an_interrupted_expert_of_a_later_round_goes_on_to_the_same_bytes(world: Callable[..., World]) -> None:
+    two = world("resumed", mask=SCORED | {"reselect_every": 2}, train=EXACT | {"checkpoint_every": 1})
+    _, outcome = two.run()
+    before, store = outcome.experts["in0"], two.inputs.store
+    store.delete(manifest_name(before.key))
+    start = peek(store, before.meta["start"])
+    step = expert_step(two.inputs, "in0", None, 2, start)
+    assert step.keys == (before.key,)
+
+    def stop(subject: str, report: Any) -> None:
+        if report.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        step.call(store, Place(report=stop))
+    ((again, made),) = step.call(store, Place())
+    assert made
+    assert again.meta["resumed_after"] == 2
+    assert again.digest == before.digest
 
 
 def test_a_run_registers_and_reports_what_came_of_several_rounds(
