@@ -279,8 +279,9 @@ def expected_cost(
     union = adapted * (1 if everywhere else 1 - (1 - config.mask.density) ** len(config.held_in))
     found, rounds = list_candidates(config), config.rounds.count
     listed = (*found.all, *([found.between] if found.between else []))
-    reductions = plan_reductions(listed, len(config.held_in))
-    check_node_memory(config, reductions, model)
+    reductions = plan_reductions(found.all, len(config.held_in))
+    between = plan_reductions([found.between], len(config.held_in)) if found.between else ()
+    check_node_memory(config, (*reductions, *between), model)
     shapes = adapted_shapes(config, model)
     kinds = {reduction.spec.measurement for reduction in reductions} - {None}
     measured = [MEASUREMENTS[str(kind)].needed(shapes, trainable) for kind in kinds]
@@ -288,7 +289,8 @@ def expected_cost(
         worker = max(worker, PROCESS_GIB * GIB + parameters * 4 + each.memory + longest * saved * 4)
     sizes = [adapted if METHODS[candidate.method].matrix else union for candidate in listed]
     merges, whole_bytes = 4.2 * sum(sizes), 0
-    nodes = sum(node_file(each.spec, shapes, len(config.held_in), union / adapted) for each in reductions)
+    trees = (*reductions, *(rounds - 1) * between)
+    nodes = sum(node_file(each.spec, shapes, len(config.held_in), union / adapted) for each in trees)
     if rounds > 1:  # every merge of a later round is stored twice, and the last experts once more with their start
         merges += 4.2 * (len(listed) * adapted + (rounds - 2) * (sizes[-1] + adapted))
         whole_bytes = adapted * (torch.finfo(getattr(torch, config.train.value_dtype)).bits // 8)
