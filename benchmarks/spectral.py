@@ -10,10 +10,6 @@ is missing. Needs the local stack (`make up`) and its environment.
 
 from __future__ import annotations
 
-import json
-import statistics
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +18,9 @@ from typing import Any
 import click
 import yaml
 
+from benchmarks.pipeline_runs import ROOT, check_names, folder_name, made, spread, with_floor
 from pipeline.records.results import Results
 
-ROOT = Path(__file__).resolve().parent.parent
 PLAN = ROOT / "benchmarks" / "spectral.yaml"
 
 
@@ -52,25 +48,15 @@ class Row:
 
 def run(suite: Mapping[str, Any], seeds: Sequence[int], candidates: Sequence[Any], out: Path) -> Results:
     """One run of the pipeline with these merge candidates; its results.json."""
-    floor = {"floor": suite["floor"]}
     fields = {
         **suite.get("overrides", {}),
-        "merge.candidates": [
-            each | {"params": each["params"] | (floor if each["method"] == "spectral_power" else {})}
-            for each in candidates
-        ],
+        "merge.candidates": with_floor(candidates, suite["floor"]),
         "merge.search.evaluations": None,
         "refine": None,  # merges alone are compared
         "evaluate.serving_dtype": None,
-        "registers": False,
         "seeds": list(seeds),
     }
-    command = [sys.executable, "pipeline/main.py", "--config", suite["config"], "--report", str(out)]
-    command += [f"{name}={json.dumps(value)}" for name, value in fields.items()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.with_suffix(".log").open("w") as log:
-        subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
-    return Results.model_validate_json((out / "results.json").read_text())
+    return made(ROOT / suite["config"], fields, out)
 
 
 def row_of(suite: str, method: str, results: Results) -> Row:
@@ -110,16 +96,6 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def spread(values: Sequence[float], percent: bool = False) -> str:
-    """Mean ± standard error."""
-    scale, digits = (100, 0) if percent else (1, 3)
-    text = f"{scale * statistics.fmean(values):.{digits}f}"
-    if len(values) > 1:
-        error = statistics.stdev(values) / len(values) ** 0.5
-        text += f" ± {scale * error:.{digits}f}"
-    return text + " %" * percent
-
-
 @click.command()
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the reports.")
 @click.option("--suite", "suites", multiple=True, help="Suites of benchmarks/spectral.yaml; default: all.")
@@ -127,17 +103,14 @@ def spread(values: Sequence[float], percent: bool = False) -> str:
 def main(out: Path, suites: tuple[str, ...], seeds: tuple[int, ...]) -> None:
     """Compare the powers of benchmarks/spectral.yaml."""
     plan = yaml.safe_load(PLAN.read_text())
-    if unknown := set(suites) - set(plan["suites"]):
-        raise click.BadParameter(f"unknown suites {sorted(unknown)}; known: {', '.join(plan['suites'])}")
+    check_names("suites", suites, plan["suites"])
     out, rows = out.resolve(), []
     for name, suite in plan["suites"].items():
         own = [seed for seed in suite["seeds"] if not seeds or seed in seeds]
         if (suites and name not in suites) or not own:
             continue
         for method, candidates in plan["methods"].items():
-            results = run(
-                suite, own, candidates, out / name.replace(", ", "-") / method.split(" (")[0].replace(" ", "")
-            )
+            results = run(suite, own, candidates, out / folder_name(name) / method.split(" (")[0].replace(" ", ""))
             rows.append(row_of(name, method, results))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     text = table(rows) + "\n"
