@@ -53,6 +53,9 @@ class CandidateRow(Part):
     """Whether this is the merge that the run reports and registers."""
     refined: Maybe[RefinedRow] = None
     """How it was trained on after the merge that the other fields name; left out for merges as they are."""
+    by_task: Maybe[dict[str, float]] = None
+    """Validation score by task; of refined merges and of those that they started from, where these were scored on
+    every task."""
 
 
 class RungRow(Part):

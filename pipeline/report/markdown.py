@@ -7,6 +7,7 @@ from pipeline.report.candidates import candidates_section
 from pipeline.report.gate import gate_section
 from pipeline.report.rows import rows_section
 from pipeline.report.summary import MEAN, MODELS, TITLES, score_rows, summary_lines
+from pipeline.report.training_rows import by_task_section
 
 
 def bullets(lines: Iterable[str]) -> list[str]:
@@ -24,11 +25,12 @@ def markdown_table(results: Results) -> list[str]:
 
 
 def report_markdown(results: Results, pictures: Iterable[str] = ()) -> str:
-    """report.md. `pictures`: names of files beside it, scores….png, candidates….png and loss….png."""
+    """report.md. `pictures`: names of files beside it, scores….png, candidates….png, training-rows.png and
+    loss….png."""
     pictures = list(pictures)
     shown = {
         about: [f"![{about}]({name})" for name in pictures if name.startswith(about)]
-        for about in ("scores", "candidates", "loss")
+        for about in ("scores", "candidates", "training-rows", "loss")
     }
     lines = [
         f"# {results.suite}",
@@ -47,6 +49,9 @@ def report_markdown(results: Results, pictures: Iterable[str] = ()) -> str:
         "",
         *shown["candidates"],
         "",
+        *shown["training-rows"],
+        "",
+        *by_task_section(results),
         *_intervals_section(results),
         *rows_section(results.rows),
     ]

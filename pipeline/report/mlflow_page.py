@@ -73,7 +73,7 @@ def description(results: Results, path: str, report: Collection[str]) -> str:
     )
     if held_out.merged is not None and held_out.base is not None:
         means += f"; of {len(results.held_out)} held-out tasks: merged {held_out.merged:.3f}, base {held_out.base:.3f}"
-    files = ("report.html", "scores.png", "candidates.png", "loss.png", "results.json")
+    files = ("report.html", "scores.png", "candidates.png", "training-rows.png", "loss.png", "results.json")
     links = " · ".join(f"[{name}]({path}/artifacts/report/{name})" for name in files if name in report)
     if merge := results.gate.models.get(MERGED):
         links += f" · [{merge.name} version {merge.version}](#/models/{merge.name}/versions/{merge.version})"

@@ -32,7 +32,7 @@ _WIDTH = 11.0
 """Inches."""
 _LONGEST = 48
 """Characters of a label; a longer one loses its middle."""
-_INK, _PALE = "#333333", "#8c8c8c"
+INK, PALE = "#333333", "#8c8c8c"
 _CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", ":", "-.")
 _SHAPES = "osD^vPX*"
@@ -72,9 +72,9 @@ def draw(results: Results, curves: Mapping[str, Curve]) -> dict[str, bytes]:
     """All pictures of a run. `curves`: by task, of the experts whose histories are known."""
     known = [(task, curves[task]) for task in results.held_in if task in curves]
     return {
-        **_numbered("scores", [_png(_scores(results, *page)) for page in _pages(_score_rows(results))]),
-        "candidates.png": _png(_candidates(results)),
-        **_numbered("loss", [_png(_losses(results, *page)) for page in _pages(known)]),
+        **_numbered("scores", [png(_scores(results, *page)) for page in _pages(_score_rows(results))]),
+        "candidates.png": png(_candidates(results)),
+        **_numbered("loss", [png(_losses(results, *page)) for page in _pages(known)]),
     }
 
 
@@ -90,13 +90,13 @@ def _pages(items: Sequence[Any]) -> Iterator[tuple[Sequence[Any], str]]:
         yield page, f" ({at + 1} of {count})" if count > 1 else ""
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", facecolor="white", metadata={"Software": None})
     return out.getvalue()
 
 
-def _figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
     """A figure without pyplot: nothing global, so any thread may draw."""
     return Figure(figsize=(_WIDTH, height), dpi=_DPI, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
 
@@ -108,16 +108,16 @@ def _short(text: str, longest: int = _LONGEST) -> str:
     return cut.replace("$", r"\$")
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_PALE)
-    axes.tick_params(colors=_INK, length=0, labelsize=9)
+    axes.spines[["left", "bottom"]].set_color(PALE)
+    axes.tick_params(colors=INK, length=0, labelsize=9)
     axes.grid(axis="x", color="#e3e3e3", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _head(figure: Figure, title: str, handles: Sequence[Line2D]) -> None:
-    figure.suptitle(title.replace("$", r"\$"), x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)
+def head(figure: Figure, title: str, handles: Sequence[Line2D]) -> None:
+    figure.suptitle(title.replace("$", r"\$"), x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=9.5)
 
 
@@ -176,7 +176,7 @@ def _values(
 def _scores(results: Results, rows: Sequence[_Row], part: str) -> Figure:
     """One line a task, one mark a model."""
     pitch = 0.4 if len(rows) <= 40 else 0.32
-    figure = _figure(1.5 + pitch * len(rows))
+    figure = new_figure(1.5 + pitch * len(rows))
     axes = figure.add_subplot()
     models = [model for model in _MODELS if any(model.name in row.scores for row in rows)]
     offsets = {model.name: (at - (len(models) - 1) / 2) * 0.2 for at, model in enumerate(models)}
@@ -205,16 +205,16 @@ def _scores(results: Results, rows: Sequence[_Row], part: str) -> Figure:
         label.set_fontweight("bold" if row.mean else "normal")
     right = axes.secondary_yaxis("right")
     right.set_yticks(range(len(rows)), [row.metric for row in rows])
-    right.tick_params(colors=_PALE, length=0, labelsize=8)
+    right.tick_params(colors=PALE, length=0, labelsize=8)
     right.spines["right"].set_visible(False)
-    _plain(axes)
+    plain(axes)
     axes.tick_params(axis="x", labeltop=len(rows) > 20)
-    axes.set_xlabel("score on the test split", color=_INK)
+    axes.set_xlabel("score on the test split", color=INK)
     handles = [
         Line2D([], [], marker=model.shape, color=model.colour, label=model.label, markersize=6) for model in models
     ]
-    _head(figure, f"{results.suite}: scores by task{part}", handles)
-    figure.supxlabel(_interval_note(results), x=0.01, ha="left", fontsize=8.5, color=_INK)
+    head(figure, f"{results.suite}: scores by task{part}", handles)
+    figure.supxlabel(_interval_note(results), x=0.01, ha="left", fontsize=8.5, color=INK)
     return figure
 
 
@@ -233,13 +233,13 @@ def _candidates(results: Results) -> Figure:
     apart = sorted(results.per_task, key=lambda row: -row.validation)
     families = _families(results.candidates)
     heights = [1.0 + 0.3 * (len(listed) + len(apart)), *([4.2] if families else [])]
-    figure = _figure(0.9 + sum(heights))
+    figure = new_figure(0.9 + sum(heights))
     panels = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     handles = _candidate_list(panels[0], listed, apart, len(results.held_in))
     if families:
         _by_lambda(panels[1], families, results.search.rungs[0].tasks)
-    _head(figure, f"{results.suite}: merge candidates", handles)
-    figure.supxlabel("Lines: 95 % intervals, rows resampled within tasks.", x=0.01, ha="left", fontsize=8.5, color=_INK)
+    head(figure, f"{results.suite}: merge candidates", handles)
+    figure.supxlabel("Lines: 95 % intervals, rows resampled within tasks.", x=0.01, ha="left", fontsize=8.5, color=INK)
     return figure
 
 
@@ -264,11 +264,11 @@ def _candidate_list(
         tick.set_fontweight("bold" if row.chosen else "normal")
     right = axes.secondary_yaxis("right")
     right.set_yticks(range(len(rows)), [f"{row.tasks} tasks" for row in listed] + ["needs the task"] * len(apart))
-    right.tick_params(colors=_PALE, length=0, labelsize=8)
+    right.tick_params(colors=PALE, length=0, labelsize=8)
     right.spines["right"].set_visible(False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    _plain(axes)
-    axes.set_xlabel("mean validation score over the tasks that a candidate was scored on", color=_INK)
+    plain(axes)
+    axes.set_xlabel("mean validation score over the tasks that a candidate was scored on", color=INK)
     shown = {"chosen": Line2D([], [], marker="D", linestyle="", color=red)}
     if any(row.tasks == tasks and not row.chosen for row in listed):
         shown["scored on all tasks"] = Line2D([], [], marker="o", linestyle="", color=blue)
@@ -307,10 +307,10 @@ def _by_lambda(axes: Axes, families: Mapping[str, Sequence[tuple[float, float]]]
             *zip(*points, strict=True), color=_CYCLE[at % len(_CYCLE)], marker=_SHAPES[at % len(_SHAPES)],
             linestyle=_DASHES[at // len(_CYCLE) % len(_DASHES)], markersize=6, label=_short(name),
         )  # fmt: skip
-    _plain(axes)
+    plain(axes)
     axes.grid(axis="y", color="#e3e3e3", linewidth=0.8)
-    axes.set_xlabel("λ", color=_INK)
-    axes.set_ylabel("mean validation score", color=_INK)
+    axes.set_xlabel("λ", color=INK)
+    axes.set_ylabel("mean validation score", color=INK)
     axes.set_title(f"By λ, on the {tasks} tasks that every candidate was scored on", loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2, borderaxespad=0)
 
@@ -337,9 +337,9 @@ def _losses(results: Results, curves: Sequence[tuple[str, Curve]], part: str) ->
         )  # fmt: skip
         best = results.held_in[task].best_step
         if best is not None:
-            axes.axvline(best, color=_INK, linestyle=":", linewidth=1.2, zorder=1)
-        axes.set_title(_short(task, 27), fontsize=8.5, loc="left", pad=3, color=_INK)
-        _plain(axes)
+            axes.axvline(best, color=INK, linestyle=":", linewidth=1.2, zorder=1)
+        axes.set_title(_short(task, 27), fontsize=8.5, loc="left", pad=3, color=INK)
+        plain(axes)
         axes.grid(axis="y", color="#e9e9e9", linewidth=0.8)
         axes.tick_params(labelsize=7.5)
         axes.set_ylim(bottom=0)
@@ -349,14 +349,14 @@ def _losses(results: Results, curves: Sequence[tuple[str, Curve]], part: str) ->
     handles = [
         Line2D([], [], color="#56B4E9", label="training, each batch"),
         Line2D([], [], color="#D55E00", marker="o", markersize=4, label="validation"),
-        Line2D([], [], color=_INK, linestyle=":", label="step that was kept"),
+        Line2D([], [], color=INK, linestyle=":", label="step that was kept"),
     ]
     figure.legend(handles=handles, loc="upper right", ncols=3, frameon=False, fontsize=9.5)
     title = f"{results.suite}: loss of the experts{part}".replace("$", r"\$")
-    figure.text(0.01, 1 - 0.1 / total, title, va="top", fontsize=13, fontweight="bold", color=_INK)
-    figure.text(0.53, 0.1 / total, "optimizer step", ha="center", fontsize=9.5, color=_INK)
+    figure.text(0.01, 1 - 0.1 / total, title, va="top", fontsize=13, fontweight="bold", color=INK)
+    figure.text(0.53, 0.1 / total, "optimizer step", ha="center", fontsize=9.5, color=INK)
     unit = "an example" if results.objective == "classification" else "a target token"
-    figure.text(0.012, 0.5, f"loss, nats {unit}", va="center", rotation="vertical", fontsize=9.5, color=_INK)
+    figure.text(0.012, 0.5, f"loss, nats {unit}", va="center", rotation="vertical", fontsize=9.5, color=INK)
     return figure
 
 

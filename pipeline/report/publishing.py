@@ -18,7 +18,7 @@ from infra.store.layout import RESULTS, run_file
 from infra.store.s3 import Store
 from pipeline.config.model import PipelineConfig, dump_config
 from pipeline.records.results import Results
-from pipeline.report import mlflow_page, plots
+from pipeline.report import mlflow_page, plots, training_rows
 from pipeline.report.candidates import candidates_csv
 from pipeline.report.html import render
 from pipeline.report.markdown import report_markdown
@@ -44,7 +44,7 @@ def publish_report(
     console.print(summary_table(results))
     for line in summary_lines(results):
         console.print(line, highlight=False, markup=False)
-    pictures = plots.draw(results, _curves(results))
+    pictures = plots.draw(results, _curves(results)) | training_rows.draw(results)
     markdown = report_markdown(results, pictures)
     page = render(markdown, f"{results.suite} {run_id}", pictures)
     report = {"report.md": markdown.encode(), "report.html": page.encode(), **pictures}

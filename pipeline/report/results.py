@@ -223,7 +223,9 @@ def _candidate(inputs: Inputs, outcome: Outcome, candidate: Merge) -> CandidateR
     """A candidate's row: how far it came, and the mean validation score over the tasks it was scored on."""
     standing, model, seed = outcome.standings[candidate], candidate.to_json(), inputs.config.seed
     tasks = task_order(list(inputs.config.held_in), seed)[: standing.tasks]
-    first = [outcome.scores[ScoreKey(model, "validation", task)].score for task in tasks[: outcome.rungs[0].tasks]]
+    scores = {task: outcome.scores[ScoreKey(model, "validation", task)].score for task in tasks}
+    first = [scores[task] for task in tasks[: outcome.rungs[0].tasks]]
+    told = any(candidate in (each, each.start) for each in outcome.standings if isinstance(each, Refined))
     return CandidateRow(
         **_told(candidate),
         validation=standing.mean,
@@ -232,6 +234,9 @@ def _candidate(inputs: Inputs, outcome: Outcome, candidate: Merge) -> CandidateR
         tasks=standing.tasks,
         rung=standing.rung,
         chosen=candidate == outcome.chosen,
+        by_task={task: scores[task] for task in inputs.config.held_in}
+        if told and standing.tasks == len(inputs.config.held_in)
+        else None,
         **_refined(outcome, candidate),
     )
 

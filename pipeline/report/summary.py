@@ -79,9 +79,11 @@ def _merge_lines(results: Results) -> list[str]:
     params = parameters_text(chosen)
     steps = f"{steps_text(chosen)} ({rows_text(chosen.refined)})" if chosen.refined is not None else ""
     retention = "undefined" if held_in.retention is None else f"{held_in.retention:.0%}"
+    beside = "" if held_in.of_multitask is None else f" and {held_in.of_multitask:.0%} of the multitask adapter's"
     lines = [
         f"chosen on validation: {chosen.method}{f' ({params})' if params else ''}{steps}; the merge keeps "
-        f"{retention} of the experts' gain (merged {held_in.merged:.3f}, 95 % interval {low:.3f} to {high:.3f})",
+        f"{retention} of the experts' gain{beside} "
+        f"(merged {held_in.merged:.3f}, 95 % interval {low:.3f} to {high:.3f})",
         f"experts above base: {held_in.experts_above_base} of {len(results.held_in)}",
         "format-free scores, held-in: "
         + ", ".join(f"{model} {held_in.format_free[model]:.3f}" for model in ("base", "expert", "merged")),
@@ -102,11 +104,10 @@ def _multitask_lines(results: Results) -> list[str]:
         return []
     low, high = held_in.multitask_interval
     outside = f", held-out {held_out.multitask:.3f}" if held_out.multitask is not None else ""
-    share = f"; the merge has {held_in.of_multitask:.0%} of its gain" if held_in.of_multitask is not None else ""
     return [
         f"multitask, one adapter trained on all tasks from the base ({yardstick.steps} steps, {yardstick.rows} "
         f"training rows, {yardstick.share:.0%} of the experts'): held-in {held_in.multitask:.3f} (95 % interval "
-        f"{low:.3f} to {high:.3f}){outside}{share}"
+        f"{low:.3f} to {high:.3f}){outside}"
     ]
 
 

@@ -26,10 +26,10 @@ from pipeline.config.model import dump_config, load_config
 from pipeline.plan.cluster import submission_id
 from pipeline.plan.preflight import Prepared, check_services, prepare_inputs, upload_inputs
 from pipeline.records.outcome import Inputs, Outcome
+from pipeline.records.replicates import combine
 from pipeline.report import mlflow_page
 from pipeline.report.display import Display
 from pipeline.report.publishing import publish_report
-from pipeline.report.replicates import combine
 from pipeline.report.results import build_results
 from pipeline.running.announcing import Announcements
 from pipeline.running.execute import Crew, Hear, Stopped, execute

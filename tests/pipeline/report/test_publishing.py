@@ -32,6 +32,7 @@ def publish(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple[str, list
     for name, made in empty.items():
         monkeypatch.setattr(publishing, name, made)
     monkeypatch.setattr(publishing.plots, "draw", lambda *_: {"scores.png": b"png"})
+    monkeypatch.setattr(publishing.training_rows, "draw", lambda *_: {})
     for name in ("metrics", "tags", "description"):
         monkeypatch.setattr(publishing.mlflow_page, name, lambda *_: {})
     store = SimpleNamespace(put=stored.__setitem__, uri=lambda name: f"s3://bucket/{name}")

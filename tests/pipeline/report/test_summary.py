@@ -54,7 +54,8 @@ def test_a_multitask_adapter_is_a_line_with_its_rows_and_what_the_merge_has_of_i
     line = next(line for line in summary_lines(found) if line.startswith("multitask"))
     assert line == (
         "multitask, one adapter trained on all tasks from the base (160 steps, 3200 training rows, 100% of the "
-        "experts'): held-in 0.750 (95 % interval 0.500 to 1.000), held-out 0.500; the merge has 50% of its gain"
+        "experts'): held-in 0.750 (95 % interval 0.500 to 1.000), held-out 0.500"
     )
+    assert "keeps 50% of the experts' gain and 50% of the multitask adapter's (merged 0.500," in summary_lines(found)[0]
     assert not any("multitask" in line for line in summary_lines(plain))
     assert "multitask" not in plain.to_json()

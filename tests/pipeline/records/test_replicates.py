@@ -2,8 +2,8 @@
 
 import pytest
 
+from pipeline.records.replicates import combine
 from pipeline.records.results import Results
-from pipeline.report.replicates import combine
 from tests.pipeline.report.given import changed, held_in_row, told
 
 

@@ -41,11 +41,10 @@ def combine(seeds: Sequence[int], results: Sequence[Results]) -> Results:
 
 
 def _means(summary: HeldInSummary | HeldOutSummary) -> dict[str, float]:
-    """Mean scores, and retention where it is defined."""
-    found = scores(summary)
-    if isinstance(summary, HeldInSummary) and summary.retention is not None:
-        found["retention"] = summary.retention
-    return found
+    """Mean scores, and shares of gains where they are defined."""
+    shares = ("retention", "of_multitask") if isinstance(summary, HeldInSummary) else ()
+    known = {name: value for name in shares if (value := getattr(summary, name)) is not None}
+    return scores(summary) | known
 
 
 def _spread(rows: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
