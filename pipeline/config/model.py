@@ -294,6 +294,16 @@ class PipelineConfig(Section):
 
     @model_validator(mode="after")
     def _can_mix_tasks(self) -> Self:
+        if self.yardsticks.few_shot_merge and (self.objective == "classification" or not self.evaluate.few_shot):
+            raise ValueError(
+                "yardsticks.few_shot_merge shows the merge the examples of evaluate.few_shot, of which this run has "
+                "none: remove it, or raise evaluate.few_shot of a language model"
+            )
+        if self.objective == "classification" and self.yardsticks.routed is not None:
+            raise ValueError(
+                "yardsticks.routed has experts answer rows of any task, but in a classification every task has a head "
+                "of its own: remove yardsticks.routed"
+            )
         for name, section in (("refine", self.refine), ("yardsticks.multitask", self.yardsticks.multitask)):
             if section is None:
                 continue

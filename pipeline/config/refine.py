@@ -78,9 +78,21 @@ class MultitaskConfig(Section):
         return self
 
 
+class RoutedConfig(Section):
+    """The experts as one model: each row is answered by the one that a router picks from its prompt alone."""
+
+    rows: Positive = 64
+    """Training rows of each task whose mean is its centroid; at most all."""
+
+
 class YardsticksConfig(Section):
     """What the merge is held against beside base and experts: made, scored on test rows and reported, never chosen or
     registered."""
 
     multitask: MultitaskConfig | None = None
     """One adapter trained on rows of all held-in tasks mixed evenly; null: none."""
+    routed: RoutedConfig | None = None
+    """Experts behind a router: the task whose centroid among the base's mean hidden states is nearest to the prompt's;
+    null: none."""
+    few_shot_merge: bool = False
+    """The chosen merge shown as many training examples as the few-shot base (`evaluate.few_shot`)."""

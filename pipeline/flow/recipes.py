@@ -6,7 +6,7 @@ keys of the inputs. Not in a key: names of tasks, resources, retries, paths, end
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from infra.artifacts.manifests import Recipe, canonical_json
@@ -14,7 +14,7 @@ from infra.errors import ConfigError
 from merge.modelled.refining import REFINE_VERSION
 from pipeline.config.expert_kinds import EXPERT_KINDS, derived_seed, mask_spec
 from pipeline.config.model import PipelineConfig, TrainConfig
-from pipeline.config.refine import RefineConfig
+from pipeline.config.refine import RefineConfig, RoutedConfig
 from pipeline.data.tasks import TaskData
 from workers.masks.spec import MaskSpec
 from workers.measuring.catalogue import MEASUREMENTS
@@ -22,6 +22,7 @@ from workers.measuring.file import IMPORTANCE_FILE_VERSION
 from workers.scoring.classification import CLASSIFICATION_VERSION, ClassifySpec
 from workers.scoring.likelihood import SCORING_VERSION, EvaluateSpec
 from workers.scoring.metrics import METRIC_VERSIONS
+from workers.scoring.routing import ROUTING_VERSION
 from workers.text.prompt import PromptSpec
 from workers.training.kinds import ExpertSpec
 from workers.training.loop import TRAIN_VERSION, TrainSpec
@@ -176,6 +177,19 @@ def expert_rows(config: PipelineConfig, data: TaskData) -> int:
     return training_steps(config.train, len(data.splits["train"])) * config.train.batch_size
 
 
+def router_recipe(
+    config: PipelineConfig, routed: RoutedConfig, base_sha256: str, tasks: Mapping[str, TaskData]
+) -> Recipe:
+    """A router is a function of the base, its type, and the training rows and prompts of all held-in tasks."""
+    body = {
+        "base": base_sha256,
+        "tasks": [pooled(config, tasks[name]) for name in pooled_order(config, tasks)],
+        "rows": routed.rows,
+        "compute_dtype": config.evaluate.compute_dtype,
+    }
+    return Recipe("router", ROUTING_VERSION, body)
+
+
 def experts_rows(config: PipelineConfig, tasks: Mapping[str, TaskData]) -> int:
     """Those of all experts together."""
     return sum(expert_rows(config, tasks[name]) for name in config.held_in)
@@ -206,7 +220,7 @@ def measurement_recipe(config: PipelineConfig, kind: str, expert: str, data: Tas
 
 
 def evaluation_recipe(
-    model_digest: str,
+    model_digest: str | Sequence[str],
     data: TaskData,
     split: str,
     spec: EvaluateSpec | ClassifySpec,
@@ -216,7 +230,8 @@ def evaluation_recipe(
 ) -> Recipe:
     """A score is a function of the model's bytes, the rows, the prompt and decoding, the metric and the dtypes.
 
-    `head` of a classification: the digest of the expert that has it, or the seed of an untrained one.
+    `model_digest`: of the model, or of each part that it is made of. `head` of a classification: the digest of the
+    expert that has it, or the seed of an untrained one.
     """
     classifies = isinstance(spec, ClassifySpec)
     body = {

@@ -26,7 +26,7 @@ async def run(flow: Flow, merges: Merges | None = None) -> None:
     merges = merges or merges_of(flow)
     experts.start(flow)
     alone = flow.once("alone", lambda: _experts_and_base(flow))
-    await every(alone, _merge(flow, merges), refining.multitask(flow))
+    await every(alone, _merge(flow, merges), refining.multitask(flow), scoring.test_routed(flow))
 
 
 async def _experts_and_base(flow: Flow) -> None:

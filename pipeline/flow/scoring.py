@@ -7,8 +7,9 @@ from infra.artifacts.manifests import Manifest
 from infra.engine.once import every
 from infra.engine.step import make_one
 from merge.methods.specs import Candidate
+from pipeline.flow import experts
 from pipeline.flow.context import Flow
-from pipeline.flow.steps import base_models, evaluation_job, evaluation_step
+from pipeline.flow.steps import base_models, evaluation_job, evaluation_step, routed_job, router_step
 from pipeline.records.score import Score, ScoreKey
 from workers.jobs.evaluator import EvaluationJob
 
@@ -61,12 +62,29 @@ async def base_tests(flow: Flow) -> None:
     await every(*(base_test(flow, task, *way) for task in tasks for way in base_models(config)))
 
 
+async def test_routed(flow: Flow) -> None:
+    """Score the experts behind a router on every task, as a yardstick, where a configuration asks for it. Raises
+    Failed."""
+    step = router_step(flow.inputs)
+    if step is None:
+        return
+    router, config = await flow.need(step, "making the router"), flow.inputs.config
+    made = dict(zip(config.held_in, await every(*(experts.expert(flow, task) for task in config.held_in)), strict=True))
+    jobs = (routed_job(flow.inputs, task, router, made) for task in (*config.held_in, *config.held_out))
+    await every(*(score_needed(flow, job, f"scoring {job.model} experts on {job.task!r}") for job in jobs))
+
+
 async def test_merge(flow: Flow, manifest: Manifest) -> None:
-    """Score the chosen merge on every task, and on held-in ones as it would be served."""
+    """Score the chosen merge on every task, on held-in ones as it would be served, and with examples if asked for."""
     config = flow.inputs.config
     serving = config.evaluate.serving_dtype
+    tasks, shots = [*config.held_in, *config.held_out], config.evaluate.few_shot
     await every(
-        *(score(flow, "merged", "test", task, manifest) for task in [*config.held_in, *config.held_out]),
+        *(score(flow, "merged", "test", task, manifest) for task in tasks),
+        *(
+            score(flow, "merged_few_shot", "test", task, manifest, few_shot=shots)
+            for task in (tasks if config.yardsticks.few_shot_merge else ())
+        ),
         *(
             score(flow, "serving", "test", task, manifest, weights_dtype=serving)
             for task in (config.held_in if serving is not None else ())

@@ -26,22 +26,23 @@ from pipeline.flow import recipes
 from pipeline.gate.opponent import Opponent
 from pipeline.records.outcome import Inputs
 from pipeline.records.refined import Refined
-from workers.jobs.evaluator import EvaluationJob
+from workers.jobs.evaluator import EvaluationJob, Routes
 from workers.jobs.expert import ExpertJob, StartRef
 from workers.jobs.measurement import MeasurementJob, TrainingRows
+from workers.jobs.router import RouterJob
 from workers.jobs.shared_support import PooledTask, SupportJob, SupportRef
 from workers.scoring.classification import ClassifySpec
 from workers.scoring.likelihood import EvaluateSpec
 from workers.text.prompt import PromptSpec
 
-SUPPORT, EXPERTS, MEASUREMENTS, REFINED, YARDSTICKS, EVALUATIONS, CHECKPOINTS = (
-    "support", "experts", "importances", "refined", "yardsticks", "evaluations", "checkpoints",
+SUPPORT, EXPERTS, MEASUREMENTS, REFINED, YARDSTICKS, ROUTERS, EVALUATIONS, CHECKPOINTS = (
+    "support", "experts", "importances", "refined", "yardsticks", "routers", "evaluations", "checkpoints",
 )  # fmt: skip
 REGISTRATIONS = "registrations"
-MULTITASK = "multitask"
-"""Name of the yardstick, and of its scores."""
+MULTITASK, ROUTED = "multitask", "routed"
+"""Names of the yardsticks, and of their scores."""
 KINDS = (
-    SUPPORT, EXPERTS, MEASUREMENTS, "merge_nodes", "merges", "task_masks", REFINED, YARDSTICKS, EVALUATIONS,
+    SUPPORT, EXPERTS, MEASUREMENTS, "merge_nodes", "merges", "task_masks", REFINED, YARDSTICKS, ROUTERS, EVALUATIONS,
     CHECKPOINTS, REGISTRATIONS,
 )  # fmt: skip
 """What is counted, in the order of a run. Merge nodes count the roots too, and merges what roots are lowered to."""
@@ -224,6 +225,37 @@ def multitask_step(inputs: Inputs) -> Step | None:
         licences={"base": [inputs.base.license], "data": data},
     )
     return Step(YARDSTICKS, MULTITASK, (job.recipe,), {}, job, Needs("refine"), "adapter")
+
+
+def router_step(inputs: Inputs) -> Step | None:
+    """Take the centroids of all held-in tasks, if a configuration asks for routed experts."""
+    config, routed = inputs.config, inputs.config.yardsticks.routed
+    if routed is None:
+        return None
+    data = sorted({inputs.tasks[name].license for name in config.held_in})
+    job = RouterJob(
+        recipe=recipes.router_recipe(config, routed, inputs.base.sha256, inputs.tasks),
+        base_sha256=inputs.base.sha256,
+        tasks=pooled_tasks(inputs),
+        rows=routed.rows,
+        compute_dtype=config.evaluate.compute_dtype,
+        batch_size=config.evaluate.batch_size,
+        provenance={"licenses": {"base": [inputs.base.license], "data": data}},
+    )
+    return Step(ROUTERS, "router", (job.recipe,), {}, job, Needs("evaluator", base=inputs.base.sha256), "router")
+
+
+def routed_job(inputs: Inputs, task: str, router: Manifest, experts: Mapping[str, Manifest]) -> EvaluationJob:
+    """Score the experts behind a router on the test rows of a task."""
+    config, data = inputs.config, inputs.tasks[task]
+    parts = [experts[name] for name in recipes.pooled_order(config, inputs.tasks)]
+    job = evaluation_job(inputs, ROUTED, "test", task, None, None)
+    digests, dtype = [each.digest for each in (router, *parts)], job.compute_dtype
+    return replace(
+        job,
+        recipe=recipes.evaluation_recipe(digests, data, "test", job.spec, dtype, dtype),
+        routes=Routes(router.files["router"], tuple(each.files["adapter"] for each in parts)),
+    )
 
 
 def _mixed_job(inputs: Inputs, refine: RefineConfig, steps: int, name: str, start: Manifest | None) -> RefineJob:

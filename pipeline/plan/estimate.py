@@ -32,6 +32,7 @@ _MANIFESTS: Mapping[str, tuple[str, ...]] = {
     "task_masks": ("task_mask",),
     "refined": ("refined",),
     "yardsticks": ("multitask",),
+    "routers": ("router",),
     "evaluations": ("evaluation",),
     "checkpoints": ("checkpoint",),
 }

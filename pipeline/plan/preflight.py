@@ -302,6 +302,7 @@ def expected_cost(
         "merge_nodes": 2 * nodes,
         "merges": merges,
         "checkpoints": parameters * 4 if config.merge.export else 0,
+        "routers": len(config.held_in) * _sizes(model)[0] * 4 if config.yardsticks.routed else 0,
     }
     mixed = {}
     dense = everywhere or rounds > 1 or any(METHODS[candidate.method].matrix for candidate in listed)

@@ -53,6 +53,7 @@ class Counters:
     """Merges that were trained on."""
     yardsticks: int = 0
     """Multitask adapters."""
+    routers: int = 0
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pipeline.records.part import Interval, Maybe, Part
 from pipeline.records.row_results import TaskRows
 from pipeline.records.seed_results import Seeds
 
-MODELS = ("base", "base_few_shot", "expert", "merged", "merged_serving", "multitask")
+MODELS = ("base", "base_few_shot", "expert", "merged", "merged_serving", "multitask", "routed", "merged_few_shot")
 """What is scored on test rows, by its names in this file."""
 
 
@@ -68,6 +68,10 @@ class HeldInTask(Part):
     """Score of the chosen merge with its weights rounded to `evaluate.serving_dtype`; left out without that."""
     multitask: Maybe[float] = None
     """Score of the multitask adapter; left out without `yardsticks.multitask`."""
+    routed: Maybe[float] = None
+    """Score of the experts behind a router; left out without `yardsticks.routed`."""
+    merged_few_shot: Maybe[float] = None
+    """Score of the chosen merge with examples in the prompt; left out without `yardsticks.few_shot_merge`."""
 
 
 class HeldOutTask(Part):
@@ -89,6 +93,10 @@ class HeldOutTask(Part):
     """Score of the base with examples in the prompt; left out where `evaluate.few_shot` is 0."""
     multitask: Maybe[float] = None
     """Score of the multitask adapter; left out without `yardsticks.multitask`."""
+    routed: Maybe[float] = None
+    """Score of the experts behind a router; left out without `yardsticks.routed`."""
+    merged_few_shot: Maybe[float] = None
+    """Score of the chosen merge with examples in the prompt; left out without `yardsticks.few_shot_merge`."""
 
 
 class Multitask(Part):
@@ -143,6 +151,12 @@ class HeldInSummary(Part):
     of_multitask: Maybe[float] = None
     """Share of the multitask adapter's gain that the merge has: (merged - base) / (multitask - base); left out where
     that gains 0.01 or less."""
+    routed: Maybe[float] = None
+    """Mean score of the experts behind a router; left out without `yardsticks.routed`."""
+    merged_few_shot: Maybe[float] = None
+    """Mean score of the chosen merge with examples in the prompt; left out without `yardsticks.few_shot_merge`."""
+    routed_interval: Maybe[Interval] = None
+    """Interval of `routed`."""
 
 
 class HeldOutSummary(Part):
@@ -164,6 +178,10 @@ class HeldOutSummary(Part):
     """Interval of `base_few_shot`."""
     multitask: Maybe[float] = None
     """Mean score of the multitask adapter; left out without `yardsticks.multitask`."""
+    routed: Maybe[float] = None
+    """Mean score of the experts behind a router; left out without `yardsticks.routed`."""
+    merged_few_shot: Maybe[float] = None
+    """Mean score of the chosen merge with examples in the prompt; left out without `yardsticks.few_shot_merge`."""
 
 
 class Summary(Part):
@@ -194,6 +212,8 @@ class Counts(Part):
     """Merges that were trained on; left out without `refine`."""
     yardsticks: Maybe[int] = None
     """Multitask adapters; left out without `yardsticks`."""
+    routers: Maybe[int] = None
+    """Routers; left out without `yardsticks.routed`."""
 
 
 class Seconds(Part):

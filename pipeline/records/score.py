@@ -8,7 +8,8 @@ from workers.scoring.metrics import LabelScores
 
 
 class ScoreKey(NamedTuple):
-    """`model` is base, few_shot, expert, merged, serving, multitask, or a candidate as JSON; on the gate split
+    """`model` is base, few_shot, expert, merged, serving, multitask, routed,
+    merged_few_shot, or a candidate as JSON; on the gate split
     expert_champion and merged_champion too."""
 
     model: str

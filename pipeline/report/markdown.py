@@ -68,7 +68,7 @@ def _intervals_section(results: Results) -> list[str]:
         "|---|---:|---|",
     ]
     for group, summary in (("held-in", results.summary.held_in), ("held-out", results.summary.held_out)):
-        for model in ("base", "expert", "merged", "multitask"):
+        for model in ("base", "expert", "merged", "multitask", "routed"):
             mean, interval = getattr(summary, model, None), getattr(summary, f"{model}_interval", None)
             if mean is not None and interval is not None:
                 lines.append(f"| {group}, {model} | {mean:.3f} | {interval[0]:.3f} to {interval[1]:.3f} |")

@@ -105,6 +105,8 @@ def _held_in(inputs: Inputs, outcome: Outcome, task: str) -> HeldInTask:
         base_few_shot=_if_tested(outcome, "few_shot", task),
         merged_serving=_if_tested(outcome, "serving", task),
         multitask=_if_tested(outcome, "multitask", task),
+        routed=_if_tested(outcome, "routed", task),
+        merged_few_shot=_if_tested(outcome, "merged_few_shot", task),
     )
 
 
@@ -119,6 +121,8 @@ def _held_out(inputs: Inputs, outcome: Outcome, task: str) -> HeldOutTask:
         format_free={"base": base.format_free, "merged": merged.format_free},
         base_few_shot=_if_tested(outcome, "few_shot", task),
         multitask=_if_tested(outcome, "multitask", task),
+        routed=_if_tested(outcome, "routed", task),
+        merged_few_shot=_if_tested(outcome, "merged_few_shot", task),
     )
 
 
@@ -162,7 +166,21 @@ def _held_in_summary(inputs: Inputs, outcome: Outcome, held_in: dict[str, HeldIn
             _mean(_known(row.merged_serving) for row in rows) if inputs.config.evaluate.serving_dtype else None
         ),
         **_beside_multitask(inputs, outcome, held_in, base, merged),
+        merged_few_shot=_few_shot_merge(inputs, rows),
+        **_routed(inputs, outcome, held_in),
     )
+
+
+def _few_shot_merge(inputs: Inputs, rows: Iterable[HeldInTask | HeldOutTask]) -> float | None:
+    return _mean(_known(row.merged_few_shot) for row in rows) if inputs.config.yardsticks.few_shot_merge else None
+
+
+def _routed(inputs: Inputs, outcome: Outcome, held_in: dict[str, HeldInTask]) -> dict[str, Any]:
+    """The routed experts' fields of the summary; nothing without them."""
+    if inputs.config.yardsticks.routed is None:
+        return {}
+    mean = _mean(_known(row.routed) for row in held_in.values())
+    return {"routed": mean, "routed_interval": interval(outcome, "routed", list(held_in), inputs.config.seed)}
 
 
 def _beside_multitask(
@@ -192,6 +210,8 @@ def _held_out_summary(
         base_few_shot=_mean(_known(row.base_few_shot) for row in rows) if shown else None,
         base_few_shot_interval=interval(outcome, "few_shot", tasks, seed) if shown else None,
         multitask=_mean(_known(row.multitask) for row in rows) if outcome.multitask is not None else None,
+        routed=_mean(_known(row.routed) for row in rows) if inputs.config.yardsticks.routed else None,
+        merged_few_shot=_few_shot_merge(inputs, rows),
     )
 
 
@@ -303,7 +323,9 @@ def _multitask(inputs: Inputs, outcome: Outcome) -> Multitask | None:
 
 def _counts(inputs: Inputs, counted: Counters) -> Counts:
     """What a configuration does not ask for is left out."""
-    optional = {"refined": inputs.config.refine, "yardsticks": inputs.config.yardsticks.multitask}
+    config = inputs.config
+    yardsticks = {"yardsticks": config.yardsticks.multitask, "routers": config.yardsticks.routed}
+    optional = {"refined": config.refine, **yardsticks}
     return Counts(**{name: n for name, n in vars(counted).items() if optional.get(name, counted) is not None})
 
 

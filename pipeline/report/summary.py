@@ -94,7 +94,8 @@ def _merge_lines(results: Results) -> list[str]:
             f"rounding to bfloat16 loses {chosen.rounding_loss_bfloat16:.0%} of the merged change's norm"
         )
     rounds = [rounds_text(results.rounds)] if results.rounds is not None else []
-    return [*lines, *rounds, *_multitask_lines(results), _size_line(chosen)]
+    beside = [*_multitask_lines(results), *_routed_lines(results), *_few_shot_lines(results)]
+    return [*lines, *rounds, *beside, _size_line(chosen)]
 
 
 def _multitask_lines(results: Results) -> list[str]:
@@ -108,6 +109,33 @@ def _multitask_lines(results: Results) -> list[str]:
         f"multitask, one adapter trained on all tasks from the base ({yardstick.steps} steps, {yardstick.rows} "
         f"training rows, {yardstick.share:.0%} of the experts'): held-in {held_in.multitask:.3f} (95 % interval "
         f"{low:.3f} to {high:.3f}){outside}"
+    ]
+
+
+def _routed_lines(results: Results) -> list[str]:
+    """The experts behind a router, as a yardstick."""
+    held_in, held_out = results.summary.held_in, results.summary.held_out
+    if held_in.routed is None or held_in.routed_interval is None:
+        return []
+    low, high = held_in.routed_interval
+    outside = f", held-out {held_out.routed:.3f}" if held_out.routed is not None else ""
+    return [
+        f"routed, each row by the expert that a router picks from its prompt: held-in {held_in.routed:.3f} (95 % "
+        f"interval {low:.3f} to {high:.3f}){outside}; the experts, each on its own task, {held_in.expert:.3f}"
+    ]
+
+
+def _few_shot_lines(results: Results) -> list[str]:
+    """The merge with examples in its prompt, as a yardstick."""
+    merged, base = results.summary.held_in.merged_few_shot, results.summary.held_in.base_few_shot
+    if merged is None:
+        return []
+    outside = results.summary.held_out.merged_few_shot
+    beside = f"; the base with them {base:.3f}" if base is not None else ""
+    return [
+        f"merged with examples in the prompt: held-in {merged:.3f}"
+        + (f", held-out {outside:.3f}" if outside is not None else "")
+        + beside
     ]
 
 

@@ -23,6 +23,7 @@ from pipeline.plan.preflight import Prepared, prepare_inputs, upload_inputs
 from pipeline.records.outcome import Inputs, Outcome
 from pipeline.records.refined import Refined
 from pipeline.report.results import build_results
+from pipeline.report.summary import summary_lines
 from pipeline.running.driver import start_run
 from tests.e2e.here import Pipeline
 from tests.e2e.made import made_here
@@ -36,7 +37,8 @@ from workers.training.objectives import language_modelling, mean_loss
 
 CONFIG = Callable[..., dict[str, Any]]
 REFINE = {"merges": 2, "steps": [3, 6], "rows_per_task": 2, "learning_rate": 0.02}
-YARDSTICKS = {"multitask": {"steps": 6, "rows_per_task": 2, "learning_rate": 0.02}}
+YARDSTICKS = {"multitask": {"steps": 6, "rows_per_task": 2, "learning_rate": 0.02}, "routed": {"rows": 16},
+              "few_shot_merge": True}  # fmt: skip
 MERGE = {"fan_in": 2, "candidates": [{"method": "mean"}, {"method": "task_arithmetic", "params": {"lambda": [0.3, 1]}}]}
 
 
@@ -83,7 +85,7 @@ def world(store: Store, tiny_config: CONFIG, tmp_path: Path, monkeypatch: pytest
 
 def test_the_best_merges_are_trained_on_and_stand_beside_the_others(world: World) -> None:
     planned = world.forecast()
-    assert (planned["refined"], planned["yardsticks"]) == (Count(4), Count(1))
+    assert [planned[kind] for kind in ("refined", "yardsticks", "routers")] == [Count(4), Count(1), Count(1)]
     engine, outcome = world.run()
     made = engine.tally.made
     assert {kind: made[kind] for kind, count in planned.items() if count.make} == {
@@ -118,7 +120,7 @@ def test_the_best_merges_are_trained_on_and_stand_beside_the_others(world: World
     without = {"refine": None, "yardsticks": YardsticksConfig()}
     inputs = replace(world.inputs, config=world.inputs.config.model_copy(update=without))
     plain = World(world.prepared, inputs, world.folder)
-    left_out = ("refined", "yardsticks", "evaluations")
+    left_out = ("refined", "yardsticks", "routers", "evaluations")
     assert {kind: count for kind, count in plain.forecast().items() if kind != "evaluations"} == {
         kind: count for kind, count in after_all.items() if kind not in left_out
     }
@@ -128,6 +130,8 @@ def test_the_best_merges_are_trained_on_and_stand_beside_the_others(world: World
     told = build_results(inputs, outcome).to_json()
     assert "refine" not in told
     assert "multitask" not in told
+    assert "route" not in told
+    assert "merged_few_shot" not in told
 
 
 def check_results(inputs: Inputs, outcome: Outcome, refined: list[Refined]) -> None:
@@ -148,6 +152,14 @@ def check_results(inputs: Inputs, outcome: Outcome, refined: list[Refined]) -> N
     )
     assert summary.held_out.multitask == found.held_out["out0"].multitask
     assert outcome.multitask not in outcome.merged.values()
+    # and the experts behind a router, whose rows are answered by one of them
+    assert summary.held_in.routed == pytest.approx(
+        sum(row.routed or 0.0 for row in found.held_in.values()) / len(found.held_in)
+    )
+    assert summary.held_out.routed == found.held_out["out0"].routed
+    assert summary.held_in.merged_few_shot is not None
+    assert summary.held_out.merged_few_shot == found.held_out["out0"].merged_few_shot
+    assert any(line.startswith("routed, each row by the expert") for line in summary_lines(found))
 
 
 def test_a_run_registers_a_refined_merge_with_its_lineage(

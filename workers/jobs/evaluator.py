@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,26 @@ from workers.base.cache import cache_dir
 from workers.base.load import load_classifier, load_classifier_tokenizer, load_model, load_tokenizer
 from workers.base.prepare import fetch_base
 from workers.scoring.classification import ClassifySpec, evaluate_labels, head_state, set_head
-from workers.scoring.likelihood import EvaluateSpec, evaluate_rows
+from workers.scoring.likelihood import EvaluateSpec, EvaluationResult, evaluate_rows
+from workers.scoring.routing import mean_states, nearest
+from workers.tensors.reader import TensorReader, damaged
 from workers.tensors.source import FileSource
-from workers.text.rows import load_rows
+from workers.text.prompt import encode_prompt
+from workers.text.rows import Row, load_rows
 from workers.training.devices import spread
 from workers.training.in_place import DeltaSource, apply_delta
 
 KEPT_HEADS = 64
 """Heads of classification that an evaluator remembers, with the files they came from."""
+
+
+@dataclass(frozen=True)
+class Routes:
+    """A model that is several experts: each row is answered by the one whose centroid its prompt is nearest to."""
+
+    router: FileRef
+    experts: tuple[FileRef, ...]
+    """In the order of the router's centroids."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,7 @@ class EvaluationJob:
     model: str
     """Name for people: base, expert or a merge method."""
     adapter: FileRef | None
-    """The adapter's file; None scores the base."""
+    """The adapter's file; None scores the base, or what `routes` names."""
     compute_dtype: str
     weights_dtype: str
     """Adapted weights are rounded to this type before scoring."""
@@ -65,6 +78,8 @@ class EvaluationJob:
     """A task's mask file of `adapter` (EMR, TALL): only what the mask keeps is added, scaled as it says."""
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the manifest says about base and data (name, source, licence); part of no key."""
+    routes: Routes | None = None
+    """Experts that share the rows among them; only for language models."""
 
     @property
     def classifies(self) -> bool:
@@ -72,12 +87,19 @@ class EvaluationJob:
         return isinstance(self.spec, ClassifySpec)
 
     def __call__(self, store: Store, place: Place) -> Made:
-        def load() -> Evaluator:
-            kind = self.compute_dtype, self.classifies
-            return Evaluator(store, self.base_sha256, *kind, place.devices, place.threads)
-
-        evaluator = place.keep(("evaluator", self.compute_dtype, self.classifies), load)
+        evaluator = kept_evaluator(store, place, self.base_sha256, self.compute_dtype, self.classifies)
         return (evaluator.evaluate(self, self.batch_size),)
+
+
+def kept_evaluator(
+    store: Store, place: Place, base_sha256: str, compute_dtype: str, classifies: bool = False
+) -> "Evaluator":
+    """The evaluator that stays in a worker's memory; it may hold another base."""
+
+    def load() -> Evaluator:
+        return Evaluator(store, base_sha256, compute_dtype, classifies, place.devices, place.threads)
+
+    return place.keep(("evaluator", compute_dtype, classifies), load)
 
 
 class Evaluator:
@@ -92,7 +114,7 @@ class Evaluator:
         torch.set_num_threads(threads)
         self._store = store
         self._dtype = getattr(torch, compute_dtype)
-        self._classifies, self._devices = classifies, devices
+        self._classifies, self.devices = classifies, devices
         self._applied: tuple[str, str | None, str] | None = None
         self._heads: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
         self._undo: Callable[[], None] = lambda: None
@@ -114,7 +136,8 @@ class Evaluator:
             scores, outputs, free = labelled.scores, labelled.outputs, labelled.scores
             found = {"score": labelled.score, **dataclasses.asdict(labelled.label_scores)}
         else:
-            result = evaluate_rows(self._model, self._tokenizer, rows, job.spec, batch_size)
+            routes, ask = job.routes, partial(self._asked, job.spec, batch_size)
+            result = ask(rows) if routes is None else self._routed(routes, rows, ask, job)
             scores, outputs, free = result.scores, result.outputs, result.format_free
             found = {"score": sum(scores) / len(scores)}
         meta = {
@@ -130,7 +153,7 @@ class Evaluator:
             "swap_seconds": start - before if swapped else None,
             "batch_size": batch_size,
             **job.provenance,
-            "environment": environment(self._devices),
+            "environment": environment(self.devices),
         }
         with tempfile.TemporaryDirectory(prefix="factory-evaluation-") as folder:
             file = Path(folder) / "rows.jsonl"
@@ -140,11 +163,40 @@ class Evaluator:
                     out.write(json.dumps({**line, "format_free": plain}, ensure_ascii=False) + "\n")
             return publish(self._store, job.recipe, {"rows": file}, {}, meta)
 
+    def at_base(self, base_sha256: str) -> tuple[Any, Any]:
+        """This base as it is, and its tokenizer; both stay the evaluator's."""
+        self._rebase(base_sha256)
+        self._swap(None, None, "")
+        return self._model, self._tokenizer
+
+    def _asked(self, spec: EvaluateSpec, batch_size: int, rows: Sequence[Row]) -> EvaluationResult:
+        return evaluate_rows(self._model, self._tokenizer, rows, spec, batch_size)
+
+    def _routed(
+        self, routes: Routes, rows: Sequence[Row], ask: Callable[[Sequence[Row]], EvaluationResult], job: EvaluationJob
+    ) -> EvaluationResult:
+        """Each row by its expert, one expert after the other. The model is the base when this is called."""
+        assert isinstance(job.spec, EvaluateSpec)
+        with tempfile.TemporaryDirectory(prefix="factory-router-") as folder:
+            source = self._fetched(routes.router, Path(folder))
+            centroids = TensorReader(source, damaged(routes.router.name)).read("centroids")
+        prompts = [encode_prompt(self._tokenizer, job.spec.prompt, row) for row in rows]
+        chosen = nearest(mean_states(self._model, self._tokenizer, prompts, job.batch_size), centroids)
+        found: dict[int, tuple[float, str, float]] = {}
+        for expert in sorted(set(chosen)):
+            own = [at for at, number in enumerate(chosen) if number == expert]
+            self._swap(routes.experts[expert], None, job.weights_dtype)
+            answered = ask([rows[at] for at in own])
+            told = zip(answered.scores, answered.outputs, answered.format_free, strict=True)
+            found |= dict(zip(own, told, strict=True))
+        scores, outputs, free = zip(*(found[at] for at in range(len(rows))), strict=True)
+        return EvaluationResult(scores, outputs, free)
+
     def _load(self, base_sha256: str) -> None:
         path, dtype = fetch_base(self._store, base_sha256, cache_dir()), self._dtype
         self._tokenizer = load_classifier_tokenizer(path) if self._classifies else load_tokenizer(path)
         model = load_classifier(path, 2, dtype) if self._classifies else load_model(path, dtype)
-        self._model = spread(model, self._devices)
+        self._model = spread(model, self.devices)
         self._path, self._loaded = path, base_sha256
 
     def _rebase(self, base_sha256: str) -> None:

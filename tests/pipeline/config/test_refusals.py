@@ -177,6 +177,14 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"objective": "classification", "yardsticks": {"multitask": {}}, **task(metric="f1")},
         "of its own: remove yardsticks.multitask",
     ),
+    "routed classifiers": (
+        {"objective": "classification", "yardsticks": {"routed": {}}, **task(metric="f1")},
+        "of its own: remove yardsticks.routed",
+    ),
+    "a few-shot merge without examples": (
+        {"evaluate": {"few_shot": 0}, "yardsticks": {"few_shot_merge": True}},
+        "yardsticks.few_shot_merge shows the merge the examples of evaluate.few_shot, of which this run has none",
+    ),
     "length without options": (task(length_normalised=True), "length_normalised is for metric=choice_accuracy"),
 }  # fmt: skip
 

@@ -33,6 +33,8 @@ from pipeline.flow.steps import (
     expert_step,
     multitask_step,
     refine_step,
+    routed_job,
+    router_step,
     support_step,
 )
 from pipeline.records.outcome import Inputs, Outcome
@@ -199,6 +201,51 @@ def test_a_multitask_adapter_is_planned_made_and_scored_beside(store: Store, tmp
     assert engine.tally.made["evaluations"] == before.counts["evaluations"].make
     assert {score.task for score in outcome.scores if score.model == "multitask"} == set(world.given.tasks)
     assert world.forecast().counts["yardsticks"] == Count(0, 1)
+
+
+def test_routed_experts_are_planned_made_and_scored_beside(store: Store, tmp_path: Path) -> None:
+    plain = World(inputs(store, 5, False, **SMALL), tmp_path).forecast()
+    assert "routers" not in plain.counts
+    world = World(inputs(store, 5, False, **SMALL, yardsticks={"routed": {"rows": 8}}), tmp_path)
+    before = world.forecast()
+    assert (before.counts["routers"], "yardsticks" in before.counts) == (Count(1), False)
+    assert before.counts["evaluations"] == Count(plain.counts["evaluations"].make + 5 + 1)
+    assert {kind: count for kind, count in before.counts.items() if kind not in ("routers", "evaluations")} == {
+        kind: count for kind, count in plain.counts.items() if kind != "evaluations"
+    }
+    step = router_step(world.given)
+    assert step is not None
+    assert set(step.keys) <= known_keys(world.given)
+    engine, outcome = world.run()
+    assert engine.tally.made["evaluations"] == before.counts["evaluations"].make
+    assert {score.task for score in outcome.scores if score.model == "routed"} == set(world.given.tasks)
+    after = world.forecast()
+    assert (after.counts["routers"], after.counts["evaluations"].make) == (Count(0, 1), 0)
+
+
+def test_a_merge_with_examples_is_planned_and_scored_beside(store: Store, tmp_path: Path) -> None:
+    shown = {**SMALL, "evaluate": {"few_shot": 2, "serving_dtype": None}}
+    plain = World(inputs(store, 5, False, **shown), tmp_path).forecast()
+    world = World(inputs(store, 5, False, **shown, yardsticks={"few_shot_merge": True}), tmp_path)
+    before = world.forecast().counts["evaluations"]
+    assert before == Count(plain.counts["evaluations"].make + 5 + 1)
+    engine, outcome = world.run()
+    assert engine.tally.made["evaluations"] == before.make
+    assert {score.task for score in outcome.scores if score.model == "merged_few_shot"} == set(world.given.tasks)
+
+
+def test_the_order_of_tasks_does_not_matter_to_routed_experts(store: Store, tmp_path: Path) -> None:
+    world = World(inputs(store, 3, False, **SMALL, yardsticks={"routed": {}}), tmp_path)
+    world.train()
+    step = router_step(world.given)
+    assert step is not None
+    router = world.make(step)
+    first, *others = world.given.config.held_in
+    job = routed_job(world.given, first, router, world.experts)
+    turned = dict(reversed(world.experts.items()))
+    assert routed_job(world.given, first, router, turned) == job
+    other = {**world.experts, others[0]: world.experts[first]}
+    assert routed_job(world.given, first, router, other).recipe.key != job.recipe.key, "every expert is in the key"
 
 
 def test_whatever_wins_a_plan_of_refining_says_at_most(store: Store, tmp_path: Path) -> None:

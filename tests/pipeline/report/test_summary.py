@@ -59,3 +59,17 @@ def test_a_multitask_adapter_is_a_line_with_its_rows_and_what_the_merge_has_of_i
     assert "keeps 50% of the experts' gain and 50% of the multitask adapter's (merged 0.500," in summary_lines(found)[0]
     assert not any("multitask" in line for line in summary_lines(plain))
     assert "multitask" not in plain.to_json()
+
+
+def test_routed_experts_and_a_merge_with_examples_are_lines_of_their_own() -> None:
+    plain = results()
+    held_in = {"routed": 0.625, "routed_interval": [0.5, 0.75], "merged_few_shot": 0.5}
+    found = changed(summary={"held_in": held_in, "held_out": {"routed": 0.25, "merged_few_shot": 0.75}})
+    lines = summary_lines(found)
+    assert (
+        "routed, each row by the expert that a router picks from its prompt: held-in 0.625 (95 % interval 0.500 to "
+        "0.750), held-out 0.250; the experts, each on its own task, 0.750"
+    ) in lines
+    assert "merged with examples in the prompt: held-in 0.500, held-out 0.750; the base with them 0.750" in lines
+    assert not any(word in "\n".join(summary_lines(plain)) for word in ("routed", "with examples"))
+    assert not any(word in plain.to_json() for word in ("routed", "merged_few_shot"))

@@ -21,7 +21,9 @@ from workers.adapters.task_mask import MaskMeta
 from workers.adapters.writer import AdapterMeta, save_adapter
 from workers.base.load import load_classifier
 from workers.base.prepare import PreparedBase, prepare_base
-from workers.jobs.evaluator import EvaluationJob, Evaluator
+from workers.jobs.evaluator import EvaluationJob, Evaluator, Routes
+from workers.jobs.router import RouterJob, make_router
+from workers.jobs.shared_support import PooledTask
 from workers.scoring.classification import ClassifySpec, head_state
 from workers.scoring.likelihood import EvaluateSpec
 from workers.text.rows import Row, fingerprint, rows_to_jsonl
@@ -164,6 +166,41 @@ def test_adapters_come_and_go_and_leave_the_base_as_it_was(
     score(evaluator, job(one, key="again"), 4)
     assert same(weights(evaluator), added(before, first))
     score(evaluator, job(None, key="again"), 4)
+    assert same(weights(evaluator), before)
+
+
+def test_a_router_sends_each_row_to_the_expert_of_the_task_that_it_is_like(
+    evaluator: Evaluator, files: Files, base: PreparedBase, tmp_path: Path
+) -> None:
+    experts = [put(files, tmp_path, f"expert{at}", delta(at, UP), base.sha256) for at in range(2)]
+    answers = [score(evaluator, job(each, key="alone"))[0] for each in experts]
+    tasks = []
+    for at in range(2):  # of one task the first rows, of the other the last ones
+        part = ROWS[3 * at : 3 * at + 3]
+        name = rows_name(fingerprint(part))
+        files.data[name] = rows_to_jsonl(part)
+        tasks.append(PooledTask(name, EvaluateSpec("exact_match", wrapper=WRAPPER).prompt))
+    recipe = Recipe("router", 1, {})
+    router_job = RouterJob(recipe, base.sha256, tuple(tasks), rows=1, compute_dtype="float32", batch_size=4)
+    router, made = make_router(files, router_job, evaluator)  # type: ignore[arg-type]
+    assert (made, router.meta["rows"], router.meta["tasks"]) == (True, 2, 2)
+    assert make_router(files, router_job, evaluator) == (router, False)  # type: ignore[arg-type]
+    routes = Routes(router.files["router"], tuple(experts))
+    before = weights(evaluator)
+    found, _ = score(evaluator, replace(job(None, key="routed"), routes=routes))
+    again, _ = score(evaluator, replace(job(None, key="alone"), routes=routes), batch_size=1)
+
+    def outputs(manifest: Manifest) -> list[str]:
+        lines = files.data[manifest.files["rows"].name].decode().splitlines()
+        return [json.loads(line)["output"] for line in lines]
+
+    by_expert = list(zip(*map(outputs, answers), strict=True))
+    taken = [pair.index(own) for own, pair in zip(outputs(found), by_expert, strict=True) if pair[0] != pair[1]]
+    assert set(taken) == {0, 1}, "the experts answer otherwise, and both are asked"
+    first, second = outputs(found)[0], outputs(found)[3]
+    assert (first, second) == (by_expert[0][0], by_expert[3][1]), "the rows that are the centroids"
+    assert outputs(again) == outputs(found)
+    score(evaluator, job(None, key="after"))
     assert same(weights(evaluator), before)
 
 
