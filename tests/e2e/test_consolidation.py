@@ -9,10 +9,13 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from benchmarks.consolidation import Benchmark, main, work, write
+from benchmarks.consolidation import PLAN, WORK, Benchmark, main, work, write
 from benchmarks.consolidation_tables import Measured, differences, rows_of, tables
 from infra.errors import DataError
 from infra.store.s3 import Store
+from pipeline.config.candidates import list_candidates
+from pipeline.config.model import PipelineConfig, load_config
+from pipeline.config.search import plan_rungs
 from pipeline.records.results import Results
 from tests.e2e import here
 from tests.pipeline.report.given import changed, held_in_row
@@ -98,6 +101,27 @@ def test_a_run_that_is_asked_otherwise_is_another_one(tmp_path: Path) -> None:
     assert "seeds=[0]" in asked[0]
     assert "registers=false" in asked[0]
     assert 'merge.candidates=[{"method": "mean", "params": {}}]' in asked[1]
+
+
+def test_every_run_of_the_shipped_plan_is_a_configuration(tmp_path: Path) -> None:
+    loaded: list[PipelineConfig] = []
+
+    def pipeline(file: Path, overrides: Sequence[str], out: Path) -> None:
+        loaded.append(config := load_config(file, list(overrides)))
+        listed = list_candidates(config).eligible
+        assert plan_rungs(len(listed), len(config.held_in), config.merge.search.evaluations)
+        (out / "results.json").write_text(changed().to_json())
+        (out / WORK).write_text("{}")
+
+    benchmark = Benchmark(yaml.safe_load(PLAN.read_text()), tmp_path, pipeline)
+    for suite, told in benchmark.plan["suites"].items():
+        for part in benchmark.parts(suite):
+            benchmark.run(suite, part, told["seeds"][0])
+    assert {len(config.held_in) for config in loaded} == {2, 5, 10, 20}
+    assert {config.expert for config in loaded} == {"sparse", "lora", "full"}
+    assert not any(config.registers for config in loaded)
+    changed_tasks = [task for config in loaded for task in config.held_in.values() if task.sizes.train == 640]
+    assert len(changed_tasks) == len(benchmark.parts("quickstart, next night"))
 
 
 def test_unknown_names_and_empty_folders_are_told(tmp_path: Path) -> None:
