@@ -163,10 +163,10 @@ class Evaluator:
                     out.write(json.dumps({**line, "format_free": plain}, ensure_ascii=False) + "\n")
             return publish(self._store, job.recipe, {"rows": file}, {}, meta)
 
-    def at_base(self, base_sha256: str) -> tuple[Any, Any]:
-        """This base as it is, and its tokenizer; both stay the evaluator's."""
+    def at(self, base_sha256: str, adapter: FileRef | None, weights_dtype: str) -> tuple[Any, Any]:
+        """A base with an adapter in it, nobody else's until the next call, and its tokenizer."""
         self._rebase(base_sha256)
-        self._swap(None, None, "")
+        self._swap(adapter, None, weights_dtype)
         return self._model, self._tokenizer
 
     def _asked(self, spec: EvaluateSpec, batch_size: int, rows: Sequence[Row]) -> EvaluationResult:

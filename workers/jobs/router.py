@@ -45,7 +45,7 @@ def make_router(store: Store, job: RouterJob, evaluator: Evaluator) -> tuple[Man
     if found is not None:  # made meanwhile, or by a try before this one
         return found, False
     start = time.perf_counter()
-    model, tokenizer = evaluator.at_base(job.base_sha256)
+    model, tokenizer = evaluator.at(job.base_sha256, None, "")
     centroids, count = [], 0
     for task in job.tasks:
         prompts = [encode_prompt(tokenizer, task.prompt, row) for row in load_rows(store, task.rows)[: job.rows]]

@@ -31,25 +31,43 @@ def own_batches(lengths: Sequence[int], batch_size: int, seed: int, part_rows: i
 
 
 def mixed_batches(
-    lengths: Sequence[Sequence[int]], rows_per_task: int, steps: int, seed: int, part_rows: int
-) -> list[Batch]:
-    """`steps` batches of several tasks' rows, `rows_per_task` of each task in every batch, cut by length.
+    lengths: Sequence[Sequence[int]], rows_per_task: int, steps: int, seed: int, part_rows: int,
+    beside: Sequence[Sequence[int]] = (), rows_beside: int = 0,
+) -> list[Batch]:  # fmt: skip
+    """The rows of `mixed_rows`, cut by length. `lengths`: tokens of every row, by task; `beside`: of the others.
 
-    `lengths`: tokens of every row, by task; rows are numbered task after task. Each task goes through its own rows in
+    Raises ConfigError as that does.
+    """
+    if part_rows < 1:
+        raise ConfigError(f"{part_rows} rows at a time: at least 1")
+    flat = [length for task in (*lengths, *beside) for length in task]
+    rows = mixed_rows(list(map(len, lengths)), rows_per_task, steps, seed, list(map(len, beside)), rows_beside)
+    return [cut_by_length(step, flat, part_rows) for step in rows]
+
+
+def mixed_rows(
+    counts: Sequence[int], rows_per_task: int, steps: int, seed: int, beside: Sequence[int] = (), rows_beside: int = 0
+) -> list[list[int]]:
+    """Numbers of the rows of each of `steps` batches: `rows_per_task` of each task, and `rows_beside` of the tasks
+    `beside`, which take turns.
+
+    `counts`, `beside`: rows of every task; rows are numbered task after task. Each task goes through its own rows in
     an order of its own, and again in another one when they are used up. The first batches are those of more steps, too.
 
     Raises ConfigError for fewer than one step or row, or for a task that has fewer rows than a batch takes of it.
     """
-    if steps < 1 or rows_per_task < 1 or part_rows < 1:
-        raise ConfigError(f"{steps} steps of {rows_per_task} rows a task, {part_rows} at a time: at least 1 of each")
-    if (fewest := min(map(len, lengths))) < rows_per_task:
+    if steps < 1 or rows_per_task < 1:
+        raise ConfigError(f"{steps} steps of {rows_per_task} rows a task: at least 1 of each")
+    if (fewest := min(counts)) < rows_per_task:
         raise ConfigError(f"{rows_per_task} rows a task in every batch, but a task has {fewest}")
-    flat = [length for task in lengths for length in task]
-    starts = itertools.accumulate((len(task) for task in lengths), initial=0)
-    orders = [_shuffled(first, len(task), f"mixed:{seed}:{at}")
-              for at, (first, task) in enumerate(zip(starts, lengths, strict=False))]  # fmt: skip
+    every = [*counts, *beside]
+    starts = itertools.accumulate(every, initial=0)
+    orders = [_shuffled(first, count, f"mixed:{seed}:{at}")
+              for at, (first, count) in enumerate(zip(starts, every, strict=False))]  # fmt: skip
+    turns = itertools.cycle(orders[len(counts) :])
     return [
-        cut_by_length([row for order in orders for row in itertools.islice(order, rows_per_task)], flat, part_rows)
+        [row for order in orders[: len(counts)] for row in itertools.islice(order, rows_per_task)]
+        + [next(order) for order in itertools.islice(turns, rows_beside)]
         for _ in range(steps)
     ]
 

@@ -3,14 +3,14 @@
 An objective says how long an example is, how many predictions it has, and the *sum* of their cross-entropies, so that a
 batch cut into micro-batches has the very mean that the whole batch has. Logits exist for target positions and for one
 chunk of them at a time: their gradient is taken in the same pass, so nothing of the vocabulary's width is kept.
-Classification is `workers.scoring.classification`.
+Classification is `workers.scoring.classification`, teachers beside the targets `workers.training.teaching`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,27 @@ class Objective(Protocol):
         ...
 
 
+class Predictions(NamedTuple):
+    """What a model predicts n targets from: inputs `read` [n, h] of a frozen output layer and that layer's `weight`
+    [v, h] and `bias` [v], or, without a weight, the logits [n, v] themselves. `targets`: int64 [n]."""
+
+    read: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    targets: Tensor
+
+    def logits(self, part: slice) -> Tensor:
+        """Of some of the targets: fp32, a copy."""
+        if self.weight is None:
+            return self.read[part].to(torch.float32, copy=True)
+        return nn.functional.linear(self.read[part], self.weight, self.bias).float()
+
+    def chunks(self, most: int = CHUNK_LOGITS) -> list[slice]:
+        """All targets, in parts of at most so many logits."""
+        rows = max(1, most // (self.read.shape[1] if self.weight is None else self.weight.shape[0]))
+        return [slice(at, at + rows) for at in range(0, self.read.shape[0], rows)]
+
+
 @dataclass(frozen=True)
 class LanguageModelling:
     """Predict the target tokens of each example after its prompt.
@@ -58,7 +79,7 @@ class LanguageModelling:
     def count(self, example: Example) -> int:
         return len(example.input_ids) - max(1, example.target_start)
 
-    def loss_sum(self, model: Any, examples: Sequence[Example]) -> Tensor:
+    def predictions(self, model: Any, examples: Sequence[Example]) -> Predictions:
         """`model` is a causal language model of transformers, perhaps spread over several devices."""
         batch = collate(examples, self.pad_id)
         tokens = batch["input_ids"].to(model.get_input_embeddings().weight.device, non_blocking=True)
@@ -66,11 +87,17 @@ class LanguageModelling:
         if _is_frozen(head) and not self.own_logits:
             hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
             read = hidden.index_select(0, batch["reads"].to(hidden.device, non_blocking=True)).to(head.weight.device)
-            targets = batch["targets"].to(read.device, non_blocking=True)
-            return frozen_head_loss(read, head.weight, head.bias, targets)
+            return Predictions(read, head.weight, head.bias, batch["targets"].to(read.device, non_blocking=True))
         logits = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
-        read = logits.index_select(0, batch["reads"].to(logits.device, non_blocking=True)).float()
-        return nn.functional.cross_entropy(read, batch["targets"].to(read.device, non_blocking=True), reduction="sum")
+        read = logits.index_select(0, batch["reads"].to(logits.device, non_blocking=True))
+        return Predictions(read, None, None, batch["targets"].to(read.device, non_blocking=True))
+
+    def loss_sum(self, model: Any, examples: Sequence[Example]) -> Tensor:
+        """Of the targets' cross-entropies."""
+        read, weight, bias, targets = self.predictions(model, examples)
+        if weight is None:
+            return nn.functional.cross_entropy(read.float(), targets, reduction="sum")
+        return frozen_head_loss(read, weight, bias, targets)
 
 
 @torch.no_grad()
@@ -95,6 +122,11 @@ def _is_frozen(head: nn.Module) -> bool:
     return is_plain_linear(head) and not any(parameter.requires_grad for parameter in head.parameters())
 
 
+Losses = Callable[[Tensor, slice, bool], Tensor]
+"""Sum of the losses of some targets of all, from their logits, fp32 [m, v]; where that is wanted, the logits become
+their gradient in place."""
+
+
 def frozen_head_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_logits: int = CHUNK_LOGITS
 ) -> Tensor:
@@ -102,36 +134,49 @@ def frozen_head_loss(
 
     `hidden` [n, h], `weight` [v, h], `targets` int64 [n]; the softmax is fp32. Differentiable in `hidden` only.
     """
-    rows = max(1, chunk_logits // weight.shape[0])
-    total: Tensor = _FrozenHeadLoss.apply(hidden, weight, bias, targets, rows)
+
+    def losses(logits: Tensor, part: slice, wanted: bool) -> Tensor:
+        normaliser = logits.logsumexp(-1, keepdim=True)
+        target = targets[part, None]
+        total = (normaliser - logits.gather(1, target)).sum()
+        if wanted:  # softmax minus one at the target
+            logits.sub_(normaliser).exp_()
+            logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=logits.dtype))
+        return total
+
+    return chunked_loss(Predictions(hidden, weight, bias, targets), losses, chunk_logits)
+
+
+def chunked_loss(found: Predictions, losses: Losses, chunk_logits: int = CHUNK_LOGITS) -> Tensor:
+    """Sum of `losses` of all targets, chunk by chunk: an fp32 scalar, differentiable in `found.read` only."""
+    total: Tensor = _ChunkedLoss.apply(found.read, found.weight, found.bias, found.targets, losses, chunk_logits)
     return total
 
 
-class _FrozenHeadLoss(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> Tensor:
+    def forward(
+        ctx: Any, read: Tensor, weight: Tensor | None, bias: Tensor | None, targets: Tensor, losses: Losses,
+        chunk_logits: int,
+    ) -> Tensor:  # fmt: skip
+        found = Predictions(read, weight, bias, targets)
         wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wanted else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for begin in range(0, hidden.shape[0], rows):
-            part = slice(begin, begin + rows)
-            logits = nn.functional.linear(hidden[part], weight, bias).float()
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            target = targets[part, None]
-            total += (normaliser - logits.gather(1, target)).sum()
-            if gradient is not None:  # softmax minus one at the target
-                logits.sub_(normaliser).exp_()
-                logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=logits.dtype))
-                gradient[part] = logits.to(weight.dtype) @ weight
+        gradient = torch.empty_like(read) if wanted else None
+        total = torch.zeros((), dtype=torch.float32, device=read.device)
+        for part in found.chunks(chunk_logits):
+            logits = found.logits(part)
+            total += losses(logits, part, wanted)
+            if gradient is not None:
+                gradient[part] = logits if weight is None else logits.to(weight.dtype) @ weight
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None, None, None
+        return gradient * grad.to(gradient.dtype), None, None, None, None, None
 
 
 @torch.no_grad()
