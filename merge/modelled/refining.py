@@ -3,8 +3,8 @@ trained change added up, in the file format of any other merge.
 
 The model is the base with the merge in it, frozen; what is trained is a sparse change on top, by the loop that trains
 experts (`workers.training.loop`), without validation rows: the last values are kept. An unfinished training is resumed
-as an expert's is. Without a merge to start from, the base itself is trained on all tasks. What is minimised is the
-cross-entropy of the answers; another objective belongs into `_objective`. Not covered: classification, where every task
+as an expert's is. Without a merge to start from, the base itself is trained on all tasks. What is minimised stands in
+`_objective`; what teachers say was asked before (`workers.jobs.teacher`). Not covered: classification, where every task
 has a head of its own.
 """
 
@@ -25,7 +25,7 @@ from infra.artifacts.manifests import Manifest, Recipe, find, publish
 from infra.engine.step import Made, Place
 from infra.environment import environment
 from infra.errors import AdapterError, ExpertError
-from infra.store.s3 import Store
+from infra.store.s3 import FileRef, Store
 from merge.files.sink import Outline
 from merge.methods.specs import Candidate
 from merge.modelled.writing import write_merged
@@ -48,7 +48,8 @@ from workers.training.batches import mixed_batches, padding_share
 from workers.training.devices import algorithms, spread
 from workers.training.in_place import apply_delta
 from workers.training.loop import StepReport, TrainedExpert, TrainSpec, train_expert
-from workers.training.objectives import Objective, language_modelling
+from workers.training.objectives import LanguageModelling, Objective, language_modelling
+from workers.training.teaching import Lesson, Said, Teaching, load_said
 
 REFINE_VERSION = 1
 """Part of every refined merge's key beside `TRAIN_VERSION`: raise it whenever the same inputs give other numbers."""
@@ -94,7 +95,18 @@ class RefineJob:
     experts: tuple[str, ...] = ()
     """Names of those that the merge merges."""
     licences: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Of base and data, where there is no merge whose inputs say it; part of no key."""
+    """Of base and data, beside what the merge's inputs say; part of no key."""
+    teacher_weight: float = 0.0
+    """Share of the divergence from the tasks' teachers in the loss."""
+    kept: tuple[PooledTask, ...] = ()
+    """Training rows on which the base is the teacher."""
+    kept_rows: int = 0
+    """Rows of theirs in a batch, all together."""
+    keep_weight: float = 0.0
+    """What the divergence from the base weighs at their target tokens."""
+    teachers: tuple[FileRef | None, ...] = ()
+    """What is said of the rows of each of `tasks`, None where nobody is asked, and of `kept`; () where there is no
+    teacher at all."""
 
     def __call__(self, store: Store, place: Place) -> Made:
         place.resident.clear()  # no room for an evaluator's model beside this one
@@ -141,7 +153,7 @@ def make_refined(
             "delta_norm": tally.norm,
             "rounding_loss_bfloat16": tally.rounding_loss,
             "density": tally.positions / elements,
-            "licenses": licences_of(store, job.inputs) if start is not None else dict(job.licences),
+            "licenses": _licences(store, job),
             "padding": padding,
             "seconds": time.time() - started,
             "device": ", ".join(devices),
@@ -166,19 +178,25 @@ def _train(
     model = spread(load_model(path, getattr(torch, job.compute_dtype)), devices)
     if start is not None:
         apply_delta(model, start)
-    objective = _objective(model, int(tokenizer.pad_token_id))
-    pools = [encode_examples(tokenizer, t.prompt, load_rows(store, t.rows), job.max_target_tokens) for t in job.tasks]
-    lengths = [[objective.length(example) for example in pool] for pool in pools]
-    size = job.train.micro_batch_size or job.train.batch_size
-    batches = mixed_batches(lengths, job.rows_per_task, job.train.steps, job.train.seed, size)
+    plain = language_modelling(model, int(tokenizer.pad_token_id))
+    pools = [
+        encode_examples(tokenizer, task.prompt, load_rows(store, task.rows), job.max_target_tokens)
+        for task in (*job.tasks, *job.kept)
+    ]
+    lengths = [[plain.length(example) for example in pool] for pool in pools]
+    size, held = job.train.micro_batch_size or job.train.batch_size, len(job.tasks)
+    batches = mixed_batches(
+        lengths[:held], job.rows_per_task, job.train.steps, job.train.seed, size, lengths[held:], job.kept_rows
+    )
+    objective, examples = _objective(store, job, plain, pools)
     trained = train_expert(
         model,
         objective,
-        [example for pool in pools for example in pool],
+        examples,
         [],
         job.mask,
         job.train,
-        supports=_supports(model, job, start, pools, int(tokenizer.pad_token_id)),
+        supports=_supports(model, job, start, pools[:held], int(tokenizer.pad_token_id)),
         batches=batches,
         recompute=job.recompute,
         resume=find_checkpoint(store, job.recipe.key),
@@ -189,9 +207,27 @@ def _train(
     return trained, padding_share(batches, [length for pool in lengths for length in pool])
 
 
-def _objective(model: Any, pad_id: int) -> Objective:
-    """What is minimised over the rows of all tasks: every target token weighs the same."""
-    return language_modelling(model, pad_id)
+def _objective(
+    store: Store, job: RefineJob, plain: LanguageModelling, pools: Sequence[Sequence[Example]]
+) -> tuple[Objective, list[Any]]:
+    """What is minimised, and over what: the rows of all tasks, then those that are kept, each target token by itself.
+
+    Without teachers the cross-entropy; with them (1 - w) cross-entropy + w divergence, of kept rows the divergence
+    alone, by its own weight. The sum is divided by the number of target tokens of the batch, kept ones among them.
+    """
+    if not job.teachers:
+        return plain, [example for pool in pools for example in pool]
+    lessons = []
+    for at, (pool, file) in enumerate(zip(pools, job.teachers, strict=True)):
+        held, said = at < len(job.tasks), _said(store, file) if file is not None else {}
+        weights = (1 - job.teacher_weight, job.teacher_weight) if held else (0.0, job.keep_weight)
+        lessons += [Lesson(example, *weights, said.get(number)) for number, example in enumerate(pool)]
+    return Teaching(plain), lessons
+
+
+def _said(store: Store, file: FileRef) -> dict[int, Said]:
+    with tempfile.TemporaryDirectory(prefix="factory-teacher-") as folder:
+        return load_said(store.download_file(file, Path(folder) / "teacher.safetensors"))
 
 
 def _supports(
@@ -253,6 +289,11 @@ def _write(
 
     tally, _ = write_merged(store, job.base_weights, Outline(job.base_sha256, shapes, info), tensors(), out)
     return tally, sum(map(math.prod, shapes.values()))
+
+
+def _licences(store: Store, job: RefineJob) -> dict[str, list[str]]:
+    found = licences_of(store, job.inputs) if job.start is not None else {}
+    return {what: sorted({*found.get(what, ()), *job.licences.get(what, ())}) for what in ("base", "data")}
 
 
 def _meta(job: RefineJob, trained: TrainedExpert) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def merge_plan(config: PipelineConfig, listed: Candidates) -> str:
             f"{listed.between}; the above is of the last"
         )
     if (refine := config.refine) is not None:
-        rows = refine.rows_per_task * tasks
+        rows = refine.rows(tasks)
         lengths = ", ".join(map(str, refine.steps))
         lines.append(
             f"refining: the best {refine.merges} of them, each by {lengths} steps of {rows} training rows; "

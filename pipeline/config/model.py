@@ -248,6 +248,21 @@ class PipelineConfig(Section):
     resources: ResourcesConfig = ResourcesConfig()
     """What workers may use."""
 
+    @property
+    def asking(self) -> RefineConfig | None:
+        """The section `refine`, if teachers are asked."""
+        return self.refine if self.refine is not None and self.refine.asks else None
+
+    @property
+    def scored(self) -> list[str]:
+        """Held-in and held-out tasks."""
+        return [*self.held_in, *self.held_out]
+
+    @property
+    def kept(self) -> dict[str, TaskConfig]:
+        """Tasks on which refining holds on to the base."""
+        return self.refine.keep.tasks if self.refine is not None and self.refine.keep is not None else {}
+
     @field_validator("base")
     @classmethod
     def _known_base(cls, value: str) -> str:
@@ -276,12 +291,19 @@ class PipelineConfig(Section):
     def _tasks_are_apart(self) -> Self:
         if both := sorted(set(self.held_in) & set(self.held_out)):
             raise ValueError(f"tasks named both in held_in and in held_out: {', '.join(both)}")
+        for name, task in self.kept.items():
+            where = f"refine.keep.tasks.{name}"
+            if name in self.held_in or name in self.held_out:
+                raise ValueError(f"{where}: a task of that name is held in or out; give it another")
+            for other, own in self.held_in.items():
+                if (task.source, task.split, task.where) == (own.source, own.split, own.where):
+                    raise ValueError(f"{where} has the rows of the held-in task {other}, which is to change: remove it")
         return self
 
     @model_validator(mode="after")
     def _tasks_suit_the_objective(self) -> Self:
         accepted = CLASSIFICATION_METRICS if self.objective == "classification" else METRICS
-        for name, task in {**self.held_in, **self.held_out}.items():
+        for name, task in {**self.held_in, **self.held_out, **self.kept}.items():
             if task.metric not in accepted:
                 raise ValueError(f"task {name} has metric {task.metric}; {self.objective} takes {', '.join(accepted)}")
             if task.labels is not None and self.objective != "classification":

@@ -6,7 +6,20 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.mask import MaskConfig
 from pipeline.config.section import DType, Section
-from pipeline.data.fields import Natural, Number, Positive
+from pipeline.data.fields import Name, Natural, Number, Positive
+from pipeline.data.tasks import TaskConfig
+
+
+class KeepConfig(Section):
+    """Rows on which a refined merge is to answer as the base does."""
+
+    tasks: Annotated[dict[Name, TaskConfig], Field(min_length=1)]
+    """Where the rows come from, written as in `held_in`. Their training rows are read; they are neither scored nor
+    learned. No held-out task's rows are read unless its source is named here."""
+    weight: Annotated[Number, Field(gt=0)] = 1.0
+    """What the divergence from the base weighs at each of their target tokens; a held-in target token weighs 1."""
+    rows_per_step: Positive = 4
+    """Rows of theirs in every batch, beside those of held-in tasks; these tasks take turns."""
 
 
 class RefineConfig(Section):
@@ -30,6 +43,25 @@ class RefineConfig(Section):
     """Type of the weights and activations in training (a merged change often vanishes in bfloat16)."""
     seed: Natural | None = None
     """Seed of fresh positions and of the order of rows; null: the run's."""
+    teacher: Literal["experts"] | None = None
+    """`experts`: at target tokens, the divergence from the task's own expert is minimised too; null: only the
+    cross-entropy of the targets."""
+    teacher_weight: Annotated[Number, Field(gt=0, le=1)] = 0.5
+    """Share of the divergence from the teacher in the loss; the rest is the cross-entropy of the targets."""
+    top_k: Positive = 64
+    """How many of a teacher's likeliest tokens are kept by themselves at each target token, of experts and of the base;
+    all others count as one."""
+    keep: KeepConfig | None = None
+    """Rows that are not held-in, on which the refined merge is held to the base; null: none."""
+
+    def rows(self, tasks: int) -> int:
+        """Rows of one batch, with so many held-in tasks."""
+        return self.rows_per_task * tasks + (self.keep.rows_per_step if self.keep is not None else 0)
+
+    @property
+    def asks(self) -> bool:
+        """Whether teachers are asked."""
+        return self.teacher is not None or self.keep is not None
 
     @field_validator("steps")
     @classmethod

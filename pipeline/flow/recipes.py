@@ -6,7 +6,7 @@ keys of the inputs. Not in a key: names of tasks, resources, retries, paths, end
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from infra.artifacts.manifests import Recipe, canonical_json
@@ -24,8 +24,10 @@ from workers.scoring.likelihood import SCORING_VERSION, EvaluateSpec
 from workers.scoring.metrics import METRIC_VERSIONS
 from workers.scoring.routing import ROUTING_VERSION
 from workers.text.prompt import PromptSpec
+from workers.training.batches import mixed_rows
 from workers.training.kinds import ExpertSpec
 from workers.training.loop import TRAIN_VERSION, TrainSpec
+from workers.training.teaching import TEACHING_VERSION
 
 
 def expert_spec(config: PipelineConfig, data: TaskData) -> ExpertSpec:
@@ -80,9 +82,12 @@ def pooled(config: PipelineConfig, data: TaskData) -> tuple[str, str]:
     return data.fingerprints["train"], canonical_json(_plain(prompt_spec(config, data))).decode()
 
 
-def pooled_order(config: PipelineConfig, tasks: Mapping[str, TaskData]) -> list[str]:
-    """Held-in tasks in the order in which their rows are pooled, which does not depend on names or the file's order."""
-    return sorted(config.held_in, key=lambda name: pooled(config, tasks[name]))
+def pooled_order(
+    config: PipelineConfig, tasks: Mapping[str, TaskData], names: Iterable[str] | None = None
+) -> list[str]:
+    """Held-in tasks, or those of these `names`, in the order in which their rows are pooled, which does not depend on
+    names or the file's order."""
+    return sorted(config.held_in if names is None else names, key=lambda name: pooled(config, tasks[name]))
 
 
 def support_recipe(config: PipelineConfig, base_sha256: str, tasks: Mapping[str, TaskData]) -> Recipe:
@@ -135,7 +140,7 @@ def refine_mask(config: PipelineConfig, refine: RefineConfig) -> MaskSpec:
 def refine_train(config: PipelineConfig, refine: RefineConfig, steps: int) -> TrainSpec:
     """The optimisation of a refined merge. No more rows run at a time than in an expert's training."""
     train = config.train
-    rows = refine.rows_per_task * len(config.held_in)
+    rows = refine.rows(len(config.held_in))
     return TrainSpec(
         steps=steps,
         batch_size=rows,
@@ -150,12 +155,57 @@ def refine_train(config: PipelineConfig, refine: RefineConfig, steps: int) -> Tr
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class RowsRead:
+    """Training rows of a task, by number, that refining asks a teacher about; `kept`: the base, else an expert."""
+
+    task: str
+    numbers: tuple[int, ...]
+    kept: bool
+
+
+def rows_read(config: PipelineConfig, refine: RefineConfig, tasks: Mapping[str, TaskData]) -> list[RowsRead]:
+    """What teachers are asked of each task that has one: all rows that the longest of the trainings reads, which are
+    those of shorter ones, too."""
+    held, kept = pooled_order(config, tasks), pooled_order(config, tasks, config.kept)
+    counts, others = ([len(tasks[name].splits["train"]) for name in names] for names in (held, kept))
+    seed, beside = refine_train(config, refine, 1).seed, refine.keep.rows_per_step if refine.keep is not None else 0
+    batches = mixed_rows(counts, refine.rows_per_task, max(refine.steps), seed, others, beside)
+    read, found, first = sorted({row for batch in batches for row in batch}), [], 0
+    for name, count in zip((*held, *kept), (*counts, *others), strict=True):
+        if name in config.kept or refine.teacher is not None:
+            numbers = tuple(row - first for row in read if first <= row < first + count)
+            found.append(RowsRead(name, numbers, name in config.kept))
+        first += count
+    return found
+
+
+def teacher_recipe(
+    config: PipelineConfig, refine: RefineConfig, base_sha256: str, data: TaskData, numbers: Sequence[int],
+    expert: str | None,
+) -> Recipe:  # fmt: skip
+    """What a teacher says is a function of the rows, the prompt, and of who is asked: an expert (its key) or the
+    base."""
+    fingerprint, prompt = pooled(config, data)
+    body = {
+        "base": base_sha256,
+        "rows": fingerprint,
+        "numbers": list(numbers),
+        "prompt": prompt,
+        "max_target_tokens": config.prompt.max_target_tokens,
+        "top_k": refine.top_k,
+        "compute_dtype": config.evaluate.compute_dtype,
+    }
+    return Recipe("teacher", TEACHING_VERSION, body, (expert,) if expert is not None else ())
+
+
 def refine_recipe(
     config: PipelineConfig, refine: RefineConfig, base_sha256: str, tasks: Mapping[str, TaskData], steps: int,
-    start: str | None,
+    start: str | None, experts: Mapping[str, str] | None = None,
 ) -> Recipe:  # fmt: skip
     """A refined merge is a function of the merge (`start`: its key), the training rows and prompts of all held-in
-    tasks, the positions and the optimisation. Without a merge it is the multitask adapter."""
+    tasks, the positions and the optimisation; of the experts that teach it (their keys by task), and of the rows on
+    which it holds on to the base. Without a merge it is the multitask adapter."""
     body = {
         "base": base_sha256,
         "tasks": [pooled(config, tasks[name]) for name in pooled_order(config, tasks)],
@@ -167,6 +217,17 @@ def refine_recipe(
         "compute_dtype": refine.compute_dtype,
         "train_version": TRAIN_VERSION,
     }
+    if refine.asks:  # what exactly they were asked is none of this: other rows change nothing
+        body["teaching"] = {
+            "version": TEACHING_VERSION, "top_k": refine.top_k, "compute_dtype": config.evaluate.compute_dtype
+        }  # fmt: skip
+    if refine.teacher is not None:
+        assert experts is not None
+        keys = [experts[name] for name in pooled_order(config, tasks)]
+        body["teacher"] = {"experts": keys, "weight": refine.teacher_weight}
+    if refine.keep is not None:
+        order = [pooled(config, tasks[name]) for name in pooled_order(config, tasks, config.kept)]
+        body["keep"] = {"tasks": order, "weight": refine.keep.weight, "rows_per_step": refine.keep.rows_per_step}
     if start is None:
         return Recipe("multitask", REFINE_VERSION, body)
     return Recipe("refined", REFINE_VERSION, body, (start,))

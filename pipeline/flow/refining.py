@@ -5,18 +5,21 @@ Like every candidate they are judged by validation rows, which they are not trai
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from infra.artifacts.manifests import Manifest
 from infra.engine.in_thread import in_thread
 from infra.engine.once import Failed, every
 from infra.engine.rehearsal import unmade
 from infra.engine.step import Step
 from merge.methods.specs import Candidate
+from pipeline.config.refine import RefineConfig
 from pipeline.config.search import Standing
 from pipeline.flow import experts
 from pipeline.flow.context import Flow
+from pipeline.flow.recipes import RowsRead, rows_read
 from pipeline.flow.scoring import score
-from pipeline.flow.steps import MULTITASK, evaluation_job, evaluation_step, multitask_step, refine_step
+from pipeline.flow.steps import MULTITASK, evaluation_job, evaluation_step, multitask_step, refine_step, teacher_step
 from pipeline.records.refined import Refined
 
 
@@ -27,7 +30,8 @@ async def refine(flow: Flow, ranked: Sequence[Candidate]) -> list[Refined]:
     if config.refine is None:
         return []
     wanted = [Refined(start, steps) for start in ranked[: config.refine.merges] for steps in config.refine.steps]
-    means = await every(*(_refined(flow, each) for each in wanted))
+    teachers = await _teachers(flow, config.refine)
+    means = await every(*(_refined(flow, each, teachers) for each in wanted))
     outcome, tasks = flow.outcome, len(config.held_in)
     for each, mean in zip(wanted, means, strict=True):
         if mean is not None:
@@ -35,9 +39,21 @@ async def refine(flow: Flow, ranked: Sequence[Candidate]) -> list[Refined]:
     return wanted
 
 
-async def _refined(flow: Flow, refined: Refined) -> float | None:
+async def _teachers(flow: Flow, refine: RefineConfig) -> dict[str, Manifest]:
+    """What is said of each task's rows, asked once for all refined merges, by task. Raises Failed."""
+    read = rows_read(flow.inputs.config, refine, flow.inputs.tasks) if refine.asks else []
+    said = await every(*(_teacher(flow, each) for each in read))
+    return {each.task: manifest for each, manifest in zip(read, said, strict=True)}
+
+
+async def _teacher(flow: Flow, read: RowsRead) -> Manifest:
+    expert = None if read.kept else await experts.expert(flow, read.task)
+    return await flow.need(teacher_step(flow.inputs, read, expert), f"asking the teacher of {read.task!r}")
+
+
+async def _refined(flow: Flow, refined: Refined, teachers: Mapping[str, Manifest]) -> float | None:
     """Make and score one; returns its mean score on validation rows, if it is known."""
-    step = _step(flow, refined)
+    step = _step(flow, refined, teachers)
     await in_thread(flow.announce, set(step.keys))  # which merge is the best was not known before
     manifest, made = await flow.make(step, f"refining {refined}")
     flow.outcome.merged[refined] = manifest
@@ -53,9 +69,9 @@ async def _refined(flow: Flow, refined: Refined) -> float | None:
     return math.fsum(known) / len(tasks) if len(known) == len(tasks) else None
 
 
-def _step(flow: Flow, refined: Refined) -> Step:
+def _step(flow: Flow, refined: Refined, teachers: Mapping[str, Manifest]) -> Step:
     outcome = flow.outcome
-    return refine_step(flow.inputs, refined, outcome.merged[refined.start], outcome.experts)
+    return refine_step(flow.inputs, refined, outcome.merged[refined.start], outcome.experts, teachers)
 
 
 async def multitask(flow: Flow) -> None:
@@ -85,8 +101,9 @@ async def possible(flow: Flow, survivors: Sequence[Candidate]) -> list[Refined]:
     starts = survivors if len(survivors) >= config.refine.merges else flow.inputs.candidates.eligible
     options: list[Refined] = []
     lacking = 0
+    teachers = await _teachers(flow, config.refine)
     for steps in config.refine.steps:
-        work = {each: _step(flow, each) for each in (Refined(start, steps) for start in starts)}
+        work = {each: _step(flow, each, teachers) for each in (Refined(start, steps) for start in starts)}
         found = await flow.engine.find([(step.keys[0], step.inputs) for step in work.values()])
         await flow.engine.some_of(config.refine.merges, list(work.values()))
         made = {

@@ -107,8 +107,8 @@ def _adapter(inputs: Inputs, manifest: Manifest) -> dict[str, Any]:
 def _of_merge(inputs: Inputs) -> dict[str, Any]:
     return {
         "prompt_template": "{input}",
-        "max_new_tokens": max(inputs.max_new_tokens.values()),
-        "prompts": _prompts(inputs, inputs.tasks),
+        "max_new_tokens": max(inputs.max_new_tokens[task] for task in inputs.config.scored),
+        "prompts": _prompts(inputs, inputs.config.scored),
     }
 
 

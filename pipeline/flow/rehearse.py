@@ -21,7 +21,7 @@ from pipeline.flow import experts
 from pipeline.flow.context import Flow
 from pipeline.flow.queries import Registry
 from pipeline.flow.run import run
-from pipeline.flow.steps import KINDS, REFINED, ROUTERS, SUPPORT, YARDSTICKS, support_step
+from pipeline.flow.steps import KINDS, REFINED, ROUTERS, SUPPORT, TEACHERS, YARDSTICKS, support_step
 from pipeline.records.outcome import Inputs, Outcome
 from pipeline.report.display import Display
 
@@ -77,7 +77,8 @@ def forecast(
     tally, doubtful = engine.tally, engine.doubtful()
     config = inputs.config
     optional = {
-        REFINED: config.refine, YARDSTICKS: config.yardsticks.multitask, ROUTERS: config.yardsticks.routed,
+        TEACHERS: config.asking, REFINED: config.refine, YARDSTICKS: config.yardsticks.multitask,
+        ROUTERS: config.yardsticks.routed,
     }  # fmt: skip
     absent = {kind for kind, section in optional.items() if section is None}
     supports = [each for each in engine.found if each.kind == SUPPORT]

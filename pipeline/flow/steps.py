@@ -4,7 +4,7 @@ The one place that knows how a configuration becomes work; plans, announcements 
 are `merge.tree.reduction`'s. What is in a key is `pipeline.flow.recipes`' business.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 
 from infra.artifacts.manifests import Manifest
@@ -31,19 +31,20 @@ from workers.jobs.expert import ExpertJob, StartRef
 from workers.jobs.measurement import MeasurementJob, TrainingRows
 from workers.jobs.router import RouterJob
 from workers.jobs.shared_support import PooledTask, SupportJob, SupportRef
+from workers.jobs.teacher import TeacherJob
 from workers.scoring.classification import ClassifySpec
 from workers.scoring.likelihood import EvaluateSpec
 from workers.text.prompt import PromptSpec
 
-SUPPORT, EXPERTS, MEASUREMENTS, REFINED, YARDSTICKS, ROUTERS, EVALUATIONS, CHECKPOINTS = (
-    "support", "experts", "importances", "refined", "yardsticks", "routers", "evaluations", "checkpoints",
+SUPPORT, EXPERTS, MEASUREMENTS, TEACHERS, REFINED, YARDSTICKS, ROUTERS, EVALUATIONS, CHECKPOINTS = (
+    "support", "experts", "importances", "teachers", "refined", "yardsticks", "routers", "evaluations", "checkpoints",
 )  # fmt: skip
 REGISTRATIONS = "registrations"
 MULTITASK, ROUTED = "multitask", "routed"
 """Names of the yardsticks, and of their scores."""
 KINDS = (
-    SUPPORT, EXPERTS, MEASUREMENTS, "merge_nodes", "merges", "task_masks", REFINED, YARDSTICKS, ROUTERS, EVALUATIONS,
-    CHECKPOINTS, REGISTRATIONS,
+    SUPPORT, EXPERTS, MEASUREMENTS, "merge_nodes", "merges", "task_masks", TEACHERS, REFINED, YARDSTICKS, ROUTERS,
+    EVALUATIONS, CHECKPOINTS, REGISTRATIONS,
 )  # fmt: skip
 """What is counted, in the order of a run. Merge nodes count the roots too, and merges what roots are lowered to."""
 
@@ -200,16 +201,56 @@ def modelled_step(inputs: Inputs, candidate: Candidate, reference: Ref) -> Step:
     return Step(MERGES, f"merge {candidate}", (job.recipe,), job.inputs, job, needs, "adapter")
 
 
-def refine_step(inputs: Inputs, refined: Refined, start: Manifest, experts: Mapping[str, Manifest]) -> Step:
-    """Train on from the merge `start` of these experts."""
-    refine = inputs.config.refine
+def teacher_step(inputs: Inputs, read: recipes.RowsRead, expert: Manifest | None) -> Step:
+    """Ask a task's expert, or the base, what it says of the rows that refining reads."""
+    config, data = inputs.config, inputs.tasks[read.task]
+    refine = config.refine
     assert refine is not None
+    recipe = recipes.teacher_recipe(
+        config, refine, inputs.base.sha256, data, read.numbers, expert.key if expert is not None else None
+    )
+    consumed = {expert.key: expert.digest} if expert is not None else {}
+    job = TeacherJob(
+        task=read.task,
+        recipe=recipe,
+        inputs=consumed,
+        base_sha256=inputs.base.sha256,
+        adapter=expert.files["adapter"] if expert is not None else None,
+        rows=data.object_name("train"),
+        numbers=read.numbers,
+        prompt=recipes.prompt_spec(config, data),
+        max_target_tokens=config.prompt.max_target_tokens,
+        top_k=refine.top_k,
+        compute_dtype=config.evaluate.compute_dtype,
+        provenance=provenance(inputs, data),
+    )
+    affinity = " ".join([*([job.adapter.name] if job.adapter else []), job.compute_dtype])
+    needs = Needs("evaluator", affinity, inputs.base.sha256)
+    return Step(TEACHERS, f"teacher of {read.task}", (recipe,), consumed, job, needs, "teacher")
+
+
+def refine_step(
+    inputs: Inputs, refined: Refined, start: Manifest, experts: Mapping[str, Manifest],
+    teachers: Mapping[str, Manifest] | None = None,
+) -> Step:  # fmt: skip
+    """Train on from the merge `start` of these experts. `teachers`: what is said of each task's rows.
+
+    That is no input: it follows from experts, base and rows, so other rows asked beside make nothing anew.
+    """
+    config, refine, said = inputs.config, inputs.config.refine, teachers or {}
+    assert refine is not None
+    order = [
+        name for names in (config.held_in, config.kept) for name in recipes.pooled_order(config, inputs.tasks, names)
+    ]
     consumed = {each.key: each.digest for each in (start, *(experts[name] for name in inputs.config.held_in))}
+    keys = {name: expert.key for name, expert in experts.items()}
     job = replace(
-        _mixed_job(inputs, refine, refined.steps, str(refined), start),
+        _mixed_job(inputs, refine, refined.steps, str(refined), start, keys),
         candidate=refined.start,
         inputs=consumed,
         experts=tuple(sorted(inputs.config.held_in)),
+        teachers=tuple(said[name].files["teacher"] if name in said else None for name in order) if said else (),
+        licences={"data": sorted({inputs.tasks[name].license for name in inputs.config.kept})},
     )
     return Step(REFINED, f"refine {refined}", (job.recipe,), job.inputs, job, Needs("refine"), "adapter")
 
@@ -258,7 +299,10 @@ def routed_job(inputs: Inputs, task: str, router: Manifest, experts: Mapping[str
     )
 
 
-def _mixed_job(inputs: Inputs, refine: RefineConfig, steps: int, name: str, start: Manifest | None) -> RefineJob:
+def _mixed_job(
+    inputs: Inputs, refine: RefineConfig, steps: int, name: str, start: Manifest | None,
+    experts: Mapping[str, str] | None = None,
+) -> RefineJob:  # fmt: skip
     """Train on rows of all held-in tasks, from a merge or from the base."""
     config, tasks = inputs.config, inputs.tasks
     train = recipes.refine_train(config, refine, steps)
@@ -268,7 +312,7 @@ def _mixed_job(inputs: Inputs, refine: RefineConfig, steps: int, name: str, star
     return RefineJob(
         name=name,
         recipe=recipes.refine_recipe(
-            config, refine, inputs.base.sha256, tasks, steps, start.key if start is not None else None
+            config, refine, inputs.base.sha256, tasks, steps, start.key if start is not None else None, experts
         ),
         base_sha256=inputs.base.sha256,
         base_weights=inputs.base_weights,
@@ -278,6 +322,10 @@ def _mixed_job(inputs: Inputs, refine: RefineConfig, steps: int, name: str, star
         tasks=pooled_tasks(inputs),
         max_target_tokens=config.prompt.max_target_tokens,
         rows_per_task=refine.rows_per_task,
+        teacher_weight=refine.teacher_weight if refine.teacher is not None else 0.0,
+        kept=pooled_tasks(inputs, config.kept) if refine.keep is not None else (),
+        kept_rows=refine.keep.rows_per_step if refine.keep is not None else 0,
+        keep_weight=refine.keep.weight if refine.keep is not None else 0.0,
         support=refine.support,
         mask=recipes.refine_mask(config, refine),
         train=train,
@@ -289,12 +337,12 @@ def _mixed_job(inputs: Inputs, refine: RefineConfig, steps: int, name: str, star
     )
 
 
-def pooled_tasks(inputs: Inputs) -> tuple[PooledTask, ...]:
-    """Training rows and prompts of all held-in tasks, in the order in which keys have them."""
+def pooled_tasks(inputs: Inputs, names: Iterable[str] | None = None) -> tuple[PooledTask, ...]:
+    """Training rows and prompts of all held-in tasks, or of these, in the order in which keys have them."""
     config, tasks = inputs.config, inputs.tasks
     return tuple(
         PooledTask(tasks[name].object_name("train"), recipes.prompt_spec(config, tasks[name]))
-        for name in recipes.pooled_order(config, tasks)
+        for name in recipes.pooled_order(config, tasks, names)
     )
 
 

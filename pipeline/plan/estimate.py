@@ -30,6 +30,7 @@ _MANIFESTS: Mapping[str, tuple[str, ...]] = {
     "merge_nodes": ("node", "merged"),
     "merges": ("merged",),
     "task_masks": ("task_mask",),
+    "teachers": ("teacher",),
     "refined": ("refined",),
     "yardsticks": ("multitask",),
     "routers": ("router",),
@@ -96,7 +97,11 @@ def estimate(
     """
     config = forecasts[0].inputs.config
     found = [manifest for each in forecasts for manifest in each.found]
-    at_a_time = {"evaluations": slots.evaluators, "merge_nodes": config.resources.concurrent_nodes}
+    at_a_time = {
+        "evaluations": slots.evaluators,
+        "teachers": slots.evaluators,
+        "merge_nodes": config.resources.concurrent_nodes,
+    }
     stages = []
     for kind in forecasts[0].counts:
         make = sum(each.counts[kind].make for each in forecasts)
@@ -112,6 +117,9 @@ def estimate(
         own = [manifest for manifest in found if manifest.kind in _MANIFESTS[kind]]
         workers = at_a_time.get(kind, slots.experts)
         seconds, source = (None, "") if kind == "merges" else _seconds(kind, own, results)
+        if kind == "teachers" and seconds is None:  # forward passes: a third of what training on as much takes
+            share = cost.teacher_tokens / sum(cost.expert_tokens.values()) / total
+            seconds, source = cost.seconds(1, flops()) * share / 3, "time: calculated"
         calculated = cost.kind_bytes.get(kind)
         size = _mean([_size(manifest) for manifest in own if kind != "merge_nodes" or manifest.kind == "node"])
         sources = [source, f"bytes: mean of {len(own)} that exist" if size is not None else ""]

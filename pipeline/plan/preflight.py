@@ -30,7 +30,14 @@ from pipeline.flow.recipes import expert_rows, multitask_refining, train_spec
 from pipeline.flow.registration import CHECKPOINT, MERGED
 from pipeline.flow.steps import REFINED, YARDSTICKS
 from pipeline.plan.check_base import base_tokenizer, check_adapted, check_rows, empty_base, settle_prompt
-from pipeline.plan.check_refine import RefineNeed, check_refine_room, check_refine_rows, refine_need, refined_count
+from pipeline.plan.check_refine import (
+    RefineNeed,
+    check_refine_room,
+    check_refine_rows,
+    refine_need,
+    refined_count,
+    teachers_cost,
+)
 from pipeline.plan.cluster import slots_of
 from pipeline.plan.figures import given, needed, there_is
 from pipeline.plan.node_memory import largest_node, node_file
@@ -79,6 +86,8 @@ class Cost:
     """Of one training on rows of all tasks, by kind of artifact."""
     whole_bytes: int = 0
     """Of an expert of the last of several rounds, beside what it changes."""
+    teacher_tokens: float = 0.0
+    """That all teachers together read."""
 
     def expert_bytes(self, number: int, rounds: int) -> float:
         """Of one expert of a round, in the object store."""
@@ -191,7 +200,7 @@ def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Pr
     console.print(f"{len(config.held_in)} held-in and {len(config.held_out)} held-out tasks", highlight=False)
     tasks = _load_tasks(config, tokenizer, console)
     check_refine_rows(config, tasks)
-    for name, count in learned_elsewhere(tasks, config.held_in).items():
+    for name, count in learned_elsewhere({name: tasks[name] for name in config.scored}, config.held_in).items():
         text = f"{count} of its {len(tasks[name].splits['test'])} test rows are training rows of another held-in task"
         console.print(f"warning: {name}: {text}, so a merge knows them", style="yellow", highlight=False, markup=False)
     model = empty_base(config, base)
@@ -213,10 +222,12 @@ def prepare_inputs(config: PipelineConfig, store: Store, console: Console) -> Pr
 
 def _load_tasks(config: PipelineConfig, tokenizer: Any, console: Console) -> dict[str, TaskData]:
     """The tasks' rows; says what is lost of them. DataError if that is more than the configuration tolerates."""
-    read = load_tasks({**config.held_in, **config.held_out}, cache_dir(), config.splits.model_dump(), config.seed)
+    read = load_tasks(
+        {**config.held_in, **config.held_out, **config.kept}, cache_dir(), config.splits.model_dump(), config.seed
+    )
     classifies, limits = config.objective == "classification", config.prompt
     target_tokens = None if classifies else limits.max_target_tokens
-    tasks = with_cuts(read, config.held_in, tokenizer, limits.max_input_tokens, target_tokens)
+    tasks = with_cuts(read, {**config.held_in, **config.kept}, tokenizer, limits.max_input_tokens, target_tokens)
     for line in rows_lines(tasks):
         console.print(line, highlight=False, markup=False)
     check_shares(tasks, config.data.tolerate.dropped, config.data.tolerate.cut)
@@ -260,11 +271,12 @@ def expected_cost(
     trainable, adapted, state_bytes = _trained(config, model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tokens, means, longest = {}, {}, 0
+    for name in (*config.held_in, *config.kept):
+        means[name] = sum(lengths[name]) / len(lengths[name])
+        longest = max(longest, *lengths[name])
     for name in config.held_in:
         train_spec(config, tasks[name])  # refuses too few steps for the rounds
-        means[name] = sum(lengths[name]) / len(lengths[name])
         tokens[name] = round(expert_rows(config, tasks[name]) * means[name])
-        longest = max(longest, *lengths[name])
     width = torch.finfo(getattr(torch, config.train.compute_dtype)).bits // 8
     hidden, inner, layers = _sizes(model)
     one_layer = 8 * hidden + 4 * inner
@@ -305,6 +317,8 @@ def expected_cost(
         "routers": len(config.held_in) * _sizes(model)[0] * 4 if config.yardsticks.routed else 0,
     }
     mixed = {}
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    asked, stored["teachers"] = teachers_cost(config, tasks, means, vocabulary)
     dense = everywhere or rounds > 1 or any(METHODS[candidate.method].matrix for candidate in listed)
     for kind, refine, changed, count in (
         (REFINED, config.refine, adapted if dense else round(union), refined_count(config)),
@@ -316,7 +330,16 @@ def expected_cost(
     kind_bytes = {kind: int(size) for kind, size in stored.items()}
     cache_bytes = parameters * (2 + width) + merges
     return Cost(
-        trainable, adapted, parameters, tokens, int(worker), kind_bytes, int(cache_bytes), mixed, int(whole_bytes)
+        trainable,
+        adapted,
+        parameters,
+        tokens,
+        int(worker),
+        kind_bytes,
+        int(cache_bytes),
+        mixed,
+        int(whole_bytes),
+        asked,
     )
 
 

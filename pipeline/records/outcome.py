@@ -54,6 +54,8 @@ class Counters:
     yardsticks: int = 0
     """Multitask adapters."""
     routers: int = 0
+    teachers: int = 0
+    """What teachers say of a task's rows."""
 
 
 @dataclass(frozen=True)

@@ -214,6 +214,8 @@ class Counts(Part):
     """Multitask adapters; left out without `yardsticks`."""
     routers: Maybe[int] = None
     """Routers; left out without `yardsticks.routed`."""
+    teachers: Maybe[int] = None
+    """What experts, or the base, say of a task's rows; left out where refining asks nobody."""
 
 
 class Seconds(Part):

@@ -69,7 +69,7 @@ def build_results(inputs: Inputs, outcome: Outcome) -> Results:
         ),
         per_task=tuple(_per_task(outcome, candidate) for candidate in inputs.candidates.per_task),
         chosen=_chosen(inputs, outcome, outcome.chosen),
-        learned_elsewhere=learned_elsewhere(inputs.tasks, config.held_in),
+        learned_elsewhere=learned_elsewhere({task: inputs.tasks[task] for task in config.scored}, config.held_in),
         rows={task: TaskRows(**rows_json(data)) for task, data in inputs.tasks.items()},
         rounds=rounds_row(inputs),
         multitask=_multitask(inputs, outcome),
@@ -325,7 +325,7 @@ def _counts(inputs: Inputs, counted: Counters) -> Counts:
     """What a configuration does not ask for is left out."""
     config = inputs.config
     yardsticks = {"yardsticks": config.yardsticks.multitask, "routers": config.yardsticks.routed}
-    optional = {"refined": config.refine, **yardsticks}
+    optional = {"refined": config.refine, "teachers": config.asking, **yardsticks}
     return Counts(**{name: n for name, n in vars(counted).items() if optional.get(name, counted) is not None})
 
 

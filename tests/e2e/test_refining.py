@@ -134,6 +134,55 @@ def test_the_best_merges_are_trained_on_and_stand_beside_the_others(world: World
     assert "merged_few_shot" not in told
 
 
+def test_experts_teach_and_the_base_is_kept_on_rows_that_are_named(
+    store: Store, tiny_config: CONFIG, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole run: planned, made once for both merges, found again; without the fields all keys are as they were."""
+    monkeypatch.setenv("FACTORY_CACHE", str(tmp_path / "cache"))
+    given = tiny_config("taught", held_in=2, merge=MERGE, registers=False)
+    kept = tiny_config("taught", held_in=3)["held_in"]["in2"]
+    refine = REFINE | {"merges": 1, "teacher": "experts", "top_k": 8,
+                       "keep": {"tasks": {"kept": kept}, "weight": 4, "rows_per_step": 4}}  # fmt: skip
+    console = Console(record=True, width=400)
+    prepared = prepare_inputs(PipelineConfig.model_validate(given | {"refine": refine}), store, console)
+    assert "each by 3, 6 steps of 8 training rows" in console.export_text()
+    inputs = prepared.inputs(start_run(prepared))
+    upload_inputs(prepared)
+    world = World(prepared, inputs, tmp_path)
+    planned = world.forecast()
+    assert (planned["teachers"], planned["refined"]) == (Count(3), Count(2))
+    engine, outcome = world.run()
+    assert {kind: engine.tally.made[kind] for kind, count in planned.items()} == {
+        kind: count.make for kind, count in planned.items()
+    }
+    refined = [each for each in outcome.standings if isinstance(each, Refined)]
+    for each in refined:
+        manifest, start = outcome.merged[each], outcome.merged[each.start]
+        assert manifest.meta["refined"] | {"start": ""} == {
+            "steps": each.steps, "rows": 8 * each.steps, "share": 8 * each.steps / 128, "start": ""
+        }  # fmt: skip
+        assert manifest.inputs == {m.key: m.digest for m in (start, *outcome.experts.values())}
+        before, after = (world.adapter(m.files["adapter"], m.key) for m in (start, manifest))
+        assert world.loss(after) < world.loss(before)
+    results = build_results(inputs, outcome)
+    assert set(results.held_in) | set(results.held_out) == {"in0", "in1", "out0"}, "kept rows are not scored"
+    outcome.made.teachers = 3
+    assert build_results(inputs, outcome).made.teachers == 3
+    # a second run makes nothing
+    assert {kind: count.make for kind, count in world.forecast().items() if count.make} == {}
+    again, second = world.run()
+    assert +again.tally.made == {}
+    assert second.standings == outcome.standings
+    # what differs from a run without them is the refined merges alone
+    plain = PipelineConfig.model_validate(given | {"refine": REFINE | {"merges": 1}})
+    others = World(prepared, replace(inputs, config=plain), tmp_path).forecast()
+    assert "teachers" not in others
+    assert {kind: count.make for kind, count in others.items() if count.make} == {
+        "refined": 2, "evaluations": others["evaluations"].make
+    }  # fmt: skip
+    assert '"teachers"' not in build_results(replace(inputs, config=plain), outcome).to_json()
+
+
 def check_results(inputs: Inputs, outcome: Outcome, refined: list[Refined]) -> None:
     found = build_results(inputs, outcome)
     rows = [row for row in found.candidates if row.refined is not None]

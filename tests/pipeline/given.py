@@ -38,7 +38,7 @@ def inputs(store: Store, tasks: int = 6, registers: bool = True, **sections: Any
     }
     config = PipelineConfig.model_validate(given | sections)
     data = {}
-    for name in [*config.held_in, *config.held_out]:
+    for name in [*config.scored, *config.kept]:
         rows = tuple(Row(str(at), f"{name} {at}", ("yes" if at % 2 else "no",)) for at in range(9))
         splits = {split: rows for split in SPLITS}
         data[name] = TaskData(name, TaskConfig(**TASK), splits, {split: fingerprint(rows) for split in SPLITS})

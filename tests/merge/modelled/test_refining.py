@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from infra.artifacts.manifests import Manifest, Recipe, publish
+from infra.engine.step import Place
 from infra.errors import AdapterError, ExpertError
 from infra.store.layout import base_file, rows_name
 from infra.store.s3 import Store
@@ -24,15 +25,17 @@ from workers.base.load import load_model, load_tokenizer
 from workers.base.prepare import prepare_base, upload_base
 from workers.jobs.resume import find_checkpoint
 from workers.jobs.shared_support import PooledTask
+from workers.jobs.teacher import BATCH, TeacherJob, ask_teacher
 from workers.masks.spec import MaskSpec, select_supports
 from workers.tensors.checkpoint import WEIGHTS
 from workers.tensors.source import FileSource
 from workers.text.prompt import PromptSpec, encode_examples
-from workers.text.rows import Row, fingerprint, rows_to_jsonl
+from workers.text.rows import Row, fingerprint, load_rows, rows_to_jsonl
 from workers.training.batches import mixed_batches
 from workers.training.in_place import apply_delta
 from workers.training.loop import StepReport, TrainSpec, train_expert
 from workers.training.objectives import language_modelling
+from workers.training.teaching import Lesson, Teaching, ask
 
 UP, V = "model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.v_proj.weight"
 MODULES = r".*\.(v_proj|up_proj)"
@@ -41,6 +44,7 @@ SPEC = TrainSpec(6, 4, 0.05, 0.0, 0.1, "linear", 1.0, None, 5, micro_batch_size=
 PROMPTS = (PromptSpec("{input}?", WRAPPER), PromptSpec("w1 {input}", WRAPPER))
 ROWS = [[Row(f"{task}{at}", "".join(f"w{at + i}" for i in range(1 + 5 * task)), (f"w{task}",)) for at in range(9)]
         for task in range(2)]  # fmt: skip
+KEPT = [Row(f"k{at}", f"w{at}w{at}w{at}", ("w9w8w7",)) for at in range(9)]
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +90,23 @@ class World:
         }  # fmt: skip
         return RefineJob(**{**given, **changes})
 
+    def teacher(self, task: PooledTask, expert: Manifest | None) -> TeacherJob:
+        inputs = {expert.key: expert.digest} if expert else {}
+        return TeacherJob(
+            "t", Recipe("teacher", 1, {"rows": task.rows}, tuple(inputs)), inputs, self.base_sha256,
+            expert.files["adapter"] if expert else None, task.rows, tuple(range(9)), task.prompt, 8, 5, "float32",
+        )  # fmt: skip
+
+    def taught(self, **changes: Any) -> RefineJob:
+        """With the merge as everybody's expert, and the base's answers on a third task's rows."""
+        plain = self.job()
+        kept = PooledTask(rows_name(fingerprint(KEPT)), PROMPTS[0])
+        asked = [*((task, self.merged) for task in plain.tasks), (kept, None)]
+        said = tuple(ask_teacher(self.store, self.teacher(*each), Place())[0].files["teacher"] for each in asked)
+        given = {"teachers": said, "teacher_weight": 0.75, "kept": (kept,), "kept_rows": 3, "keep_weight": 3.0,
+                 "licences": {"data": ["cc0"]}}  # fmt: skip
+        return self.job(**given | changes)
+
     def make(self, job: RefineJob, **options: Any) -> Manifest:
         return make_refined(self.store, job, ["cpu"], 1, options.get("on_step", lambda report: None))[0]
 
@@ -101,7 +122,7 @@ def world(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worl
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     base = prepare_base(f"path:{tmp_path / 'base'}", tmp_path / "cache")
     upload_base(store, base)
-    for rows in ROWS:
+    for rows in (*ROWS, KEPT):
         store.put_if_absent(rows_name(fingerprint(rows)), rows_to_jsonl(rows))
     return World(store, tmp_path, base.sha256, base.path)
 
@@ -157,9 +178,58 @@ def test_the_result_is_the_merge_and_what_was_trained_on_top_of_it(world: World)
     assert (delta.identity, delta.base_sha256) == (manifest.key, world.base_sha256)
 
 
-@pytest.mark.parametrize("criterion", ["random", "connection_sensitivity"])
+def test_experts_teach_their_own_rows_and_the_base_those_that_are_kept(world: World) -> None:
+    """By hand: the same loop, on what the merge (for an expert) and the base say; and the base is kept indeed."""
+    job = world.taught()
+    manifest = world.make(job)
+    tokenizer, model, expert = (load_tokenizer(world.path), *(load_model(world.path, torch.float32) for _ in range(2)))
+    apply_delta(expert, world.open(world.merged))
+    plain = language_modelling(model, int(tokenizer.pad_token_id))
+    pools = [encode_examples(tokenizer, task.prompt, load_rows(world.store, task.rows), 8)
+             for task in (*job.tasks, *job.kept)]  # fmt: skip
+    lessons = []
+    for at, pool in enumerate(pools):
+        said = dict(ask(expert if at < 2 else load_model(world.path, torch.float32), plain, pool, 5, BATCH))
+        weights = (0.25, 0.75) if at < 2 else (0.0, 3.0)
+        lessons += [Lesson(example, *weights, said[number]) for number, example in enumerate(pool)]
+    apply_delta(model, world.open(world.merged))
+    lengths = [list(map(plain.length, pool)) for pool in pools]
+    batches = mixed_batches(lengths[:2], 2, 6, SPEC.seed, 3, lengths[2:], 3)
+    trained = train_expert(model, Teaching(plain), lessons, [], MASK, SPEC, batches=batches)
+    assert manifest.meta["losses"] == pytest.approx([report.loss for report in trained.history], rel=1e-5)
+    assert manifest.meta["licenses"] == {"base": [], "data": ["cc0", "mit"]}
+
+    def distance(made: Manifest) -> float:
+        """From the base, of what is kept."""
+        changed = load_model(world.path, torch.float32)
+        apply_delta(changed, world.open(made))
+        away = [replace(lesson, answer=0.0, teacher=1.0) for lesson in lessons[len(pools[0]) + len(pools[1]) :]]
+        with torch.no_grad():
+            return float(Teaching(plain).loss_sum(changed, away))
+
+    let_go = world.make(world.taught(keep_weight=1e-6))
+    assert distance(manifest) < 0.8 * distance(let_go)
+    # one teacher is made once, and says the same again
+    again, made = ask_teacher(world.store, world.teacher(job.kept[0], None), Place())
+    assert not made
+    assert (again.meta["rows"], again.meta["targets"]) == (9, sum(map(plain.count, pools[2])))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_rows_of_held_in_tasks_have_teachers_or_not_beside_those_that_are_kept(world: World, weight: float) -> None:
+    job = world.taught(teacher_weight=weight)
+    silent = replace(job, teachers=(None, None, job.teachers[2]))
+    if weight:
+        with pytest.raises(ExpertError, match="not of these rows"):
+            world.make(silent)
+    else:
+        found = [world.make(each).meta["losses"] for each in (silent, replace(job, recipe=Recipe("refined", 1, {})))]
+        assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("criterion", ["random", "connection_sensitivity", "taught"])
 def test_who_is_interrupted_goes_on_from_the_last_state_to_the_same_bytes(world: World, criterion: str) -> None:
-    job = world.job(mask=replace(MASK, criterion=criterion))
+    job = world.taught() if criterion == "taught" else world.job(mask=replace(MASK, criterion=criterion))
 
     def stop(report: StepReport) -> None:
         if report.step == 5:

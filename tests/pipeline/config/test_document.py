@@ -186,6 +186,11 @@ candidates = st.fixed_dictionaries(
         "weights": st.one_of(st.none(), weights, st.lists(weights, min_size=1, max_size=2)),
     },
 )
+others = tasks.map(lambda task: {**task, "source": "jsonl:kept.jsonl"})
+kept = st.fixed_dictionaries(
+    {"tasks": st.dictionaries(names.map("kept ".__add__), others, min_size=1, max_size=2)},
+    optional={"weight": number(1e-6, 9), "rows_per_step": whole()},
+)
 configurations = st.fixed_dictionaries(
     {
         "suite": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,20}", fullmatch=True),
@@ -231,7 +236,9 @@ configurations = st.fixed_dictionaries(
         "refine": optional(some(merges=whole(), steps=st.lists(whole(), min_size=1, max_size=3, unique=True),
                                 rows_per_task=st.just(1), learning_rate=number(1e-9, 10),
                                 support=st.sampled_from(["fresh", "merge"]), compute_dtype=dtypes,
-                                seed=optional(whole(0)))),
+                                seed=optional(whole(0)), teacher=st.sampled_from(["experts", None]),
+                                teacher_weight=number(1e-6, 1), top_k=whole(),
+                                keep=optional(kept))),
         "yardsticks": some(multitask=optional(some(steps=optional(whole()), learning_rate=number(1e-9, 10),
                                                    compute_dtype=dtypes, seed=optional(whole(0)))),
                            routed=optional(some(rows=whole())), few_shot_merge=st.just(False)),

@@ -146,6 +146,24 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"refine": {"mask": {"criterion": "fisher", "reselect_every": 3}}},
         "positions are chosen once: remove mask.reselect_every",
     ),
+    "refining by nobody's experts": ({"refine": {"teacher": "base"}}, "refine.teacher: Input should be 'experts'"),
+    "refining by all teacher and more": (
+        {"refine": {"teacher": "experts", "teacher_weight": 1.5}},
+        "refine.teacher_weight: Input should be less than or equal to 1",
+    ),
+    "keeping nothing": ({"refine": {"keep": {"tasks": {}}}}, "keep.tasks: Dictionary should have at least 1 item"),
+    "keeping what is learned": (
+        {"refine": {"keep": {"tasks": {"other": TASK}}}},
+        "refine.keep.tasks.other has the rows of the held-in task one, which is to change: remove it",
+    ),
+    "keeping a task by another's name": (
+        {"refine": {"keep": {"tasks": {"one": {**TASK, "source": "jsonl:kept.jsonl"}}}}},
+        "refine.keep.tasks.one: a task of that name is held in or out; give it another",
+    ),
+    "keeping labels": (
+        {"refine": {"keep": {"tasks": {"kept": {"source": "jsonl:kept.jsonl", "metric": "f1"}}}}},
+        "task kept has metric f1; language_modelling takes",
+    ),
     "refining classifiers": (
         {"objective": "classification", "refine": {}, **task(metric="f1")},
         "in a classification every task has a head of its own: remove refine",

@@ -19,14 +19,19 @@ from pipeline.flow.recipes import (
     experts_rows,
     measurement_recipe,
     multitask_refining,
+    pooled_order,
     refine_mask,
     refine_recipe,
+    refine_train,
+    rows_read,
     support_recipe,
+    teacher_recipe,
     train_spec,
 )
 from workers.measuring.file import IMPORTANCE_FILE_VERSION
 from workers.scoring.likelihood import EvaluateSpec
 from workers.text.rows import Row
+from workers.training.batches import mixed_batches
 from workers.training.kinds import kind_name
 
 CONFIG = Path(__file__).resolve().parents[3] / "pipeline" / "configs" / "quickstart.yaml"
@@ -90,7 +95,9 @@ def refined_key(*overrides: str, base: str = BASE, steps: int = 10, start: str =
     config = load_config(CONFIG, ["refine={}", *overrides])
     tasks = {name: data(name, name=name) for name in config.held_in} | changed
     assert config.refine is not None
-    return refine_recipe(config, config.refine, base, tasks, steps, start).key
+    others = {name: data(f"{name} kept", name=name) for name in config.kept}
+    experts = {name: f"expert of {name}" for name in config.held_in}
+    return refine_recipe(config, config.refine, base, {**others, **tasks}, steps, start, experts).key
 
 
 @pytest.mark.parametrize(
@@ -118,6 +125,73 @@ def test_what_refining_depends_on_changes_the_key(override: str) -> None:
 )  # fmt: skip
 def test_what_refining_does_not_depend_on_leaves_the_key(override: str) -> None:
     assert refined_key(override) == refined_key()
+
+
+KEEP = "refine.keep={tasks: {kept: {source: 'jsonl:kept.jsonl', metric: exact_match}}}"
+TAUGHT = ("refine.teacher=experts", KEEP)
+
+
+def test_merges_that_nobody_teaches_have_the_keys_that_they_had() -> None:
+    """Of the release before there were teachers."""
+    assert refined_key() == "0ad368b7a6912b4fc1d40dab8a8f635eb3c5a21db733ec8339bee2806c234744"
+    assert (
+        refined_key("refine.teacher_weight=0.1", "refine.top_k=3", "evaluate.compute_dtype=bfloat16") == refined_key()
+    )
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "refine.teacher_weight=0.1", "refine.top_k=3", "refine.teacher=null", "refine.keep=null",
+        "refine.keep.weight=2", "refine.keep.rows_per_step=3",
+        "evaluate.compute_dtype=bfloat16", "refine.rows_per_task=2",
+    ],
+)  # fmt: skip
+def test_what_teachers_say_depends_on_changes_the_key(override: str) -> None:
+    assert refined_key(*TAUGHT, override) != refined_key(*TAUGHT)
+
+
+def test_a_taught_merge_is_a_function_of_the_experts_and_the_kept_rows_and_not_of_their_names() -> None:
+    for other in (data("others"), data("kept kept", template="Q: {input}")):
+        assert refined_key(*TAUGHT, kept=other) != refined_key(*TAUGHT)
+    config = load_config(CONFIG, ["refine={}", *TAUGHT])
+    assert config.refine is not None
+    tasks = {name: data(name, name=name) for name in (*config.held_in, *config.kept)}
+    experts = {name: f"expert of {name}" for name in config.held_in}
+    of = [
+        refine_recipe(config, config.refine, BASE, tasks, 10, "m", keys).key
+        for keys in (experts, experts | {"vitaminc": "another"})
+    ]
+    assert of[0] != of[1]
+    assert refined_key(*TAUGHT, "refine.steps=[10, 40]") == refined_key(*TAUGHT), "what else is asked is not in it"
+    renamed = KEEP.replace("kept:", "another:")
+    assert refined_key(*TAUGHT[:1], renamed, another=data("kept kept")) == refined_key(*TAUGHT)
+
+
+def test_teachers_are_asked_of_the_rows_that_are_read_and_of_no_other() -> None:
+    config = load_config(CONFIG, ["refine={}", *TAUGHT, "refine.steps=[2, 5]", "refine.keep.rows_per_step=2"])
+    refine = config.refine
+    assert refine is not None
+    tasks = {name: data(name, name=name) for name in (*config.held_in, *config.kept)}
+    read = rows_read(config, refine, tasks)
+    assert [each.task for each in read] == [*pooled_order(config, tasks), "kept"]
+    assert [each.kept for each in read] == [False] * 20 + [True]
+    assert [len(each.numbers) for each in read] == [5] * 20 + [10]
+    assert all(each.numbers == tuple(sorted(set(each.numbers))) for each in read)
+    batches = mixed_batches([[7] * 20] * 20, 1, 5, refine_train(config, refine, 5).seed, 8, [[7] * 20], 2)
+    rows = {row for batch in batches for part in batch for row in part}
+    assert rows == {20 * at + number for at, each in enumerate(read) for number in each.numbers}
+    alone = refine.model_copy(update={"teacher": None})
+    assert [each.task for each in rows_read(config, alone, tasks)] == ["kept"]
+    assert rows_read(config, alone, tasks) == read[-1:]
+    of = {
+        teacher_recipe(config, other, base, tasks["kept"], numbers, expert).key
+        for other, base, numbers, expert in (
+            (refine, BASE, [1, 2], None), (refine, BASE, [1, 2], "expert"), (refine, BASE, [1, 3], None),
+            (refine, "b" * 64, [1, 2], None), (refine.model_copy(update={"top_k": 3}), BASE, [1, 2], None),
+        )
+    }  # fmt: skip
+    assert len(of) == 5
 
 
 def test_a_refined_merge_is_a_function_of_the_merge_and_of_every_tasks_rows_and_prompt() -> None:

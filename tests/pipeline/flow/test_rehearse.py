@@ -40,7 +40,7 @@ from pipeline.flow.steps import (
 from pipeline.records.outcome import Inputs, Outcome
 from pipeline.records.refined import Refined
 from pipeline.report.display import Display
-from tests.pipeline.given import inputs
+from tests.pipeline.given import TASK, inputs
 from tests.pretend import Empty
 
 METHODS = [{"method": "mean"}, {"method": "ties", "params": {"lambda": [0.5, 1.0, 1.5]}}]
@@ -180,6 +180,25 @@ def test_refining_is_counted_before_anybody_knows_which_merge_is_the_best(store:
     assert all(standing.rung == 2 for each, standing in outcome.standings.items() if isinstance(each, Refined))
     after = world.forecast()
     assert (after.counts["refined"], after.counts["evaluations"].make) == (Count(0, 4), 0)
+
+
+def test_teachers_are_counted_made_once_for_all_refined_merges_and_found_again(store: Store, tmp_path: Path) -> None:
+    keep = {"tasks": {"kept": {**TASK, "source": "jsonl:kept.jsonl"}}}
+    refine = {"merges": 2, "steps": [1, 2], "teacher": "experts", "keep": keep}
+    world = World(inputs(store, 5, False, **SMALL, refine=refine), tmp_path)
+    before = world.forecast()
+    assert (before.counts["teachers"], before.counts["refined"]) == (Count(5 + 1), Count(4))
+    engine, _ = world.run()
+    assert (engine.tally.made["teachers"], engine.tally.made["refined"]) == (6, 4)
+    after = world.forecast()
+    assert (after.counts["teachers"], after.counts["refined"]) == (Count(0, 6), Count(0, 4))
+    # other lengths ask about other rows, and change no merge that was there
+    longer = World(inputs(store, 5, False, **SMALL, refine=refine | {"steps": [1, 2, 3]}), tmp_path)
+    engine, _ = longer.run()
+    assert (engine.tally.made["teachers"], engine.tally.made["refined"], engine.tally.reused["refined"]) == (6, 2, 4)
+    only = World(inputs(store, 5, False, **SMALL, refine={"keep": keep}), tmp_path).forecast()
+    assert only.counts["teachers"] == Count(0, 1)
+    assert known_keys(world.given) >= {each.key for each in after.found if each.kind == "teacher"}
 
 
 def test_a_multitask_adapter_is_planned_made_and_scored_beside(store: Store, tmp_path: Path) -> None:

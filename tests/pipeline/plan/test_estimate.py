@@ -95,6 +95,19 @@ def test_refining_costs_what_training_costs_for_each_token() -> None:
     assert (measured.bytes, measured.source) == (60, "time: those that exist, by tokens; bytes: mean of 1 that exist")
 
 
+def test_teachers_cost_a_third_of_what_training_on_their_tokens_would() -> None:
+    def stage(*found: Manifest) -> Stage:
+        forecast = Forecast(inputs(NOWHERE, 4), None, {"teachers": Count(3, 1)}, (), found, INNER)
+        cost = replace(COST, teacher_tokens=400.0, kind_bytes={**COST.kind_bytes, "teachers": 80})
+        return estimate([forecast], {}, [], cost, Slots(1, 3, "a test"), lambda: 1000.0).stages[0]
+
+    calculated = stage()
+    assert calculated.seconds == pytest.approx(COST.seconds(1, 1000.0) * 400 / 1200 / 4 / 3)
+    assert (calculated.bytes, calculated.source) == (60, "time: calculated; bytes: calculated")
+    known = stage(manifest("teacher", 1, 30, seconds=2.0))
+    assert (known.seconds, known.bytes) == (2.0, 90)
+
+
 def test_other_work_costs_what_exists_or_the_latest_run_took() -> None:
     scores = [manifest("evaluation", number, 20, seconds=float(number)) for number in (1, 3)]
     stage = of({"evaluations": Count(5, 2)}, *scores)["evaluations"]

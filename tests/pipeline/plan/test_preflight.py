@@ -205,6 +205,35 @@ def test_refining_needs_room_of_its_own(base: PreparedBase, tasks: dict[str, Tas
         check_refine_rows(config(refine={"rows_per_task": 9}), few)
 
 
+def test_teachers_are_costed_by_the_rows_that_they_read(base: PreparedBase, tasks: dict[str, TaskData]) -> None:
+    keep = {"tasks": {"kept": {**TASK, "source": "jsonl:kept.jsonl"}}, "rows_per_step": 2}
+    three = {**tasks, "kept": replace(tasks["one"], name="kept")}
+
+    def of(**refine: Any) -> Cost:
+        return cost_of(config(refine=refine), base, three)
+
+    silent, both = of(steps=[4]), of(steps=[4], teacher="experts", keep=keep)
+    assert (silent.teacher_tokens, silent.kind_bytes["teachers"]) == (0, 0)
+    step = silent.mixed["refined"].step_tokens  # of one row of each task
+    kept = both.mixed["refined"].step_tokens - step
+    assert kept > 0
+    assert both.teacher_tokens == pytest.approx(4 * (step + kept))
+    vocabulary, longest = tiny_model().config.vocab_size, config().prompt.max_target_tokens
+    assert both.kind_bytes["teachers"] == 4 * (2 + 2) * longest * (8 * min(64, vocabulary) + 4)
+    assert of(steps=[4], teacher="experts").teacher_tokens == pytest.approx(4 * step)
+    assert of(steps=[4], keep=keep, top_k=2).kind_bytes["teachers"] == 4 * 2 * longest * 20
+
+
+def test_rows_that_are_scored_are_not_kept(tasks: dict[str, TaskData]) -> None:
+    given = config(refine={"keep": {"tasks": {"kept": {**TASK, "source": "jsonl:kept.jsonl"}}}})
+    own = tuple(Row(f"kept {at}", "x", ("y",)) for at in range(9))
+    apart = replace(tasks["one"], splits=dict.fromkeys(tasks["one"].splits, own))
+    check_refine_rows(given, {**tasks, "kept": apart})
+    two = replace(tasks["two"], splits={**tasks["two"].splits, "test": own[:2]})
+    with pytest.raises(ConfigError, match=r"refine.keep.tasks: \d+ of their rows are test rows of the task two"):
+        check_refine_rows(given, {**tasks, "two": two, "kept": apart})
+
+
 def test_refining_that_needs_more_than_it_reserves_is_refused() -> None:
     chosen = config(refine={}, resources={"refine": {"memory_gib": 1.5}})
     check_refine_room(chosen, RefineNeed(1, 1.0, 3 * GIB // 2, 1))
