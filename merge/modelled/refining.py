@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,7 @@ from workers.base.memory import map_large_tensors, peak_bytes, reset_peak
 from workers.base.prepare import fetch_base
 from workers.jobs.resume import drop_checkpoint, find_checkpoint, keep_state
 from workers.jobs.shared_support import PooledTask, pooled_supports
+from workers.masks.selection import best, unit_scores
 from workers.masks.spec import MaskSpec, select_supports, unit_of
 from workers.tensors.source import FileSource
 from workers.text.prompt import Example, encode_examples
@@ -53,8 +54,9 @@ from workers.training.teaching import Lesson, Said, Teaching, load_said
 
 REFINE_VERSION = 1
 """Part of every refined merge's key beside `TRAIN_VERSION`: raise it whenever the same inputs give other numbers."""
-Support = Literal["fresh", "merge"]
-"""Which positions are trained: those that the mask selects, or those that the merge changes."""
+Support = Literal["fresh", "merge", "both"]
+"""Which positions are trained: those that the mask selects, those that the merge changes, or beside what the mask
+selects as much of what the merge changes."""
 
 
 @dataclass(frozen=True)
@@ -240,11 +242,25 @@ def _supports(
     if job.support == "merge":
         assert start is not None
         return merged_supports(start, job.mask)
-    if not job.mask.needs_data:
-        return select_supports(model, job.mask)
-    size = job.train.micro_batch_size or job.train.batch_size
-    per_task = math.ceil(job.mask.score_batches * size / len(pools))
-    return pooled_supports(model, [pool[:per_task] for pool in pools], job.mask, size, pad_id)
+    if job.mask.needs_data:
+        size = job.train.micro_batch_size or job.train.batch_size
+        per_task = math.ceil(job.mask.score_batches * size / len(pools))
+        fresh = pooled_supports(model, [pool[:per_task] for pool in pools], job.mask, size, pad_id)
+    else:
+        fresh = select_supports(model, job.mask)
+    return beside_merged(fresh, start) if job.support == "both" and start is not None else fresh
+
+
+def beside_merged(fresh: Mapping[str, SupportSpec], start: AdapterReader) -> dict[str, SupportSpec]:
+    """Fresh positions and, of each weight that the merge changes, as many units where its |δ| sum to most."""
+    found = dict(fresh)
+    for name, spec in fresh.items():
+        if f"{name}.weight" in start.names and spec.units.numel():
+            tensor, change = start.load(f"{name}.weight"), torch.zeros(spec.shape)
+            change.view(-1)[tensor.indices] = tensor.values.float().abs()
+            most = best(unit_scores(change, spec.block, name), spec.units.numel())
+            found[name] = replace(spec, units=torch.unique(torch.cat([spec.units, most])))
+    return found
 
 
 def merged_supports(start: AdapterReader, mask: MaskSpec) -> dict[str, SupportSpec]:

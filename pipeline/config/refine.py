@@ -34,8 +34,9 @@ class RefineConfig(Section):
     """Training rows of each held-in task in every batch."""
     learning_rate: Annotated[Number, Field(gt=0)] = 2e-3
     """Peak learning rate of AdamW."""
-    support: Literal["fresh", "merge"] = "fresh"
-    """Which weights are trained: positions chosen anew, or all that the merge changes, which takes more memory."""
+    support: Literal["fresh", "merge", "both"] = "fresh"
+    """Which weights are trained: positions chosen anew; all that the merge changes, which takes more memory; or both,
+    half of the mask's density each: chosen anew, and where the merge changes a weight most."""
     mask: MaskConfig | None = None
     """How fresh positions are chosen, with a seed of their own and once; null: as `mask` says, whatever the experts
     are."""

@@ -132,8 +132,11 @@ def expert_recipe(
 
 
 def refine_mask(config: PipelineConfig, refine: RefineConfig) -> MaskSpec:
-    """Which positions refining trains where they are fresh: with a seed of their own, selected once."""
+    """Which positions refining trains where they are fresh: with a seed of their own, selected once; half of them where
+    the other half is the merge's."""
     mask = (refine.mask or config.mask).model_copy(update={"reselect_every": None, "reselect_rounds": None})
+    if refine.support == "both":
+        mask = mask.model_copy(update={"density": mask.density / 2})
     return mask.spec(derived_seed(_refine_seed(config, refine), "refine", "mask"))
 
 

@@ -90,6 +90,8 @@ def refine_need(
     per_value, beside = (24 if unit_of(mask, (1, 1)) is None else 20), accumulator_bytes(model, mask)
     if refine.support == "merge":
         trainable, per_value, beside = max(trainable, changed), 24, 0
+    elif refine.support == "both":
+        trainable *= 2
     width = torch.finfo(getattr(torch, refine.compute_dtype)).bits // 8
     parameters = sum(parameter.numel() for parameter in model.parameters())
     copies = 1 + bool(config.train.checkpoint_every)

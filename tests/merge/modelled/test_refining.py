@@ -16,7 +16,7 @@ from infra.store.s3 import Store
 from merge.files.merged import AdapterDelta, AdapterWriter
 from merge.files.sink import Outline
 from merge.methods.specs import Candidate
-from merge.modelled.refining import RefineJob, added, make_refined, merged_supports
+from merge.modelled.refining import RefineJob, added, beside_merged, make_refined, merged_supports
 from merge.tree.jobs import Ref
 from tests.workers.tiny import WRAPPER, tiny_model, tiny_tokenizer
 from workers.adapters.reader import AdapterReader
@@ -275,6 +275,30 @@ def test_the_positions_of_the_merge_may_be_trained_instead(world: World) -> None
     assert [spec.block for spec in other.values()] == [(1, 32), None]
     for each in (supports, other):
         assert all(torch.equal(spec.indices(), start.load(f"{name}.weight").indices) for name, spec in each.items())
+
+
+@pytest.mark.parametrize("mask", [MASK, replace(MASK, granularity="element", density=0.01)], ids=["blocks", "elements"])
+def test_as_many_of_the_merges_positions_may_be_trained_beside_fresh_ones(world: World, mask: MaskSpec) -> None:
+    start, model = world.open(world.merged), tiny_model(False)
+    fresh = select_supports(model, mask)
+    both = beside_merged(fresh, start)
+    for name, spec in both.items():
+        own, units = set(fresh[name].units.tolist()), set(spec.units.tolist())
+        assert own <= units
+        assert spec.block == fresh[name].block
+        spec.check(name)
+        if f"{name}.weight" not in start.names:
+            assert own == units
+            continue
+        tensor, change = start.load(f"{name}.weight"), torch.zeros(spec.shape)
+        change.view(-1)[tensor.indices] = tensor.values.abs()
+        height, width = spec.block or (1, 1)
+        strength = change.view(spec.shape[0] // height, height, spec.shape[1] // width, width).mean((1, 3)).flatten()
+        strongest = set(strength.argsort(descending=True)[: len(own)].tolist())
+        assert units == own | strongest
+    manifest = world.make(world.job(support="both", mask=mask))
+    assert manifest.meta["trainable"] == sum(spec.count for spec in both.values())
+    assert manifest.meta["losses"][-1] < manifest.meta["losses"][0]
 
 
 def test_from_the_base_all_tasks_are_trained_without_a_merge(world: World) -> None:

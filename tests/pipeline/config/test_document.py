@@ -235,7 +235,7 @@ configurations = st.fixed_dictionaries(
         "lora": some(rank=whole(), alpha=whole(), dropout=number(0, 0.9)),
         "refine": optional(some(merges=whole(), steps=st.lists(whole(), min_size=1, max_size=3, unique=True),
                                 rows_per_task=st.just(1), learning_rate=number(1e-9, 10),
-                                support=st.sampled_from(["fresh", "merge"]), compute_dtype=dtypes,
+                                support=st.sampled_from(["fresh", "merge", "both"]), compute_dtype=dtypes,
                                 seed=optional(whole(0)), teacher=st.sampled_from(["experts", None]),
                                 teacher_weight=number(1e-6, 1), top_k=whole(),
                                 keep=optional(kept))),

@@ -136,7 +136,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"splits": {"train": 4}, "refine": {"rows_per_task": 5}},
         "refine.rows_per_task is more than a task's training rows (splits.train): at most 4",
     ),
-    "refining positions that are nowhere": ({"refine": {"support": "new"}}, "Input should be 'fresh' or 'merge'"),
+    "refining positions that are nowhere": ({"refine": {"support": "new"}}, "should be 'fresh', 'merge' or 'both'"),
     "refining by a method": ({"refine": {"method": "mean"}}, "refine.method: unknown field; accepted: compute_dtype"),
     "refining the merge's positions by a mask": (
         {"refine": {"support": "merge", "mask": {"density": 0.1}}},

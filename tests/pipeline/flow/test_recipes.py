@@ -107,7 +107,7 @@ def refined_key(*overrides: str, base: str = BASE, steps: int = 10, start: str =
         "refine.mask.density=0.1", "mask.density=0.1", "mask.block_size=[8, 8]", "refine.compute_dtype=bfloat16",
         "train.weight_decay=0.1", "train.warmup_ratio=0.5", "train.schedule=cosine", "train.clip_norm=2",
         "train.batch_size=4", "train.micro_batch_size=2", "prompt.max_input_tokens=50", "prompt.max_target_tokens=9",
-        "prompt.wrapper='{prompt}:'",
+        "prompt.wrapper='{prompt}:'", "refine.support=both",
     ],
 )  # fmt: skip
 def test_what_refining_depends_on_changes_the_key(override: str) -> None:

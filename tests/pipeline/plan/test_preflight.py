@@ -188,6 +188,8 @@ def test_refining_needs_room_of_its_own(base: PreparedBase, tasks: dict[str, Tas
     per_batch = 3 * 4  # steps and rows of an expert
     assert plain.step_tokens == pytest.approx(sum(expert.expert_tokens.values()) / per_batch, abs=1)
     assert need(rows_per_task=2).step_tokens == pytest.approx(2 * plain.step_tokens)
+    half = {"density": 0.5, "block_size": [8, 8]}
+    assert need(support="both", mask=half).trainable == need(mask=half).trainable > plain.trainable
     assert need(mask={"density": 0.5}).worker_bytes > plain.worker_bytes
     dense = cost_of(config(refine={"support": "merge"}, merge={"candidates": [{"method": "iso_c"}]}), base, tasks)
     assert dense.mixed["refined"].trainable == dense.adapted > plain.trainable
