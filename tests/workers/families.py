@@ -35,6 +35,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "OPT": ("OPTForCausalLM", {**_PLAIN, "ffn_dim": 64, "word_embed_proj_dim": 32}),
     "GPT-2": ("GPT2LMHeadModel", _OLD),
     "GPT-J": ("GPTJForCausalLM", {**_OLD, "rotary_dim": 4, "tie_word_embeddings": False}),
+    "CodeGen": ("CodeGenForCausalLM", {**_OLD, "rotary_dim": 4}),
     "GPT-NeoX": ("GPTNeoXForCausalLM", _PLAIN),
     "GPT-BigCode": ("GPTBigCodeForCausalLM", _OLD),
     "Falcon": ("FalconForCausalLM", {k: v for k, v in _PLAIN.items() if k != "intermediate_size"}),
@@ -60,6 +61,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "OLMoE": ("OlmoeForCausalLM", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
     "GPT-OSS": ("GptOssForCausalLM", {**_GROUPED, "head_dim": 8, "num_local_experts": 4}),
+    "Inkling": (
+        "InklingForCausalLM",
+        {**_GROUPED, "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+         "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "n_shared_experts": 1},
+    ),
     "DeepSeek-V3": ("DeepseekV3ForCausalLM", _DEEPSEEK),
 }  # fmt: skip
 """By name: class of transformers and its configuration's fields."""

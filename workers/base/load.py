@@ -101,7 +101,7 @@ def _set_generation_config(model: Any, path: Path) -> None:
     settings.do_sample = False
     settings.temperature = settings.top_p = settings.top_k = None
     if settings.pad_token_id is None or settings.pad_token_id == settings.eos_token_id:
-        settings.pad_token_id = model.config.pad_token_id
+        settings.pad_token_id = getattr(model.config, "pad_token_id", None)  # some families state none
 
 
 def load_classifier(path: Path, labels: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Any:

@@ -39,7 +39,8 @@ def settle(folder: Path, files: CheckpointFiles, source: str) -> dict[str, str]:
     known = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     kept = [name for name in files.names if name in known or not is_old_buffer(name, files.piece(name).shape)]
     names = _with_prefix(kept, known, model.base_model_prefix)
-    if settings.get("tie_word_embeddings", model.config.tie_word_embeddings) and _differ(model, files, names):
+    ties = settings.get("tie_word_embeddings", getattr(model.config, "tie_word_embeddings", False))
+    if ties and _differ(model, files, names):
         (folder / CONFIG).write_text(json.dumps({**settings, "tie_word_embeddings": False}, indent=2) + "\n")
     return names
 
