@@ -6,6 +6,7 @@ errors into one message that names the file, the field, what was found and what 
 Not covered: where services are (environment variables, see `infra/store/s3.py` and `infra/registry/runs.py`).
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -27,6 +28,9 @@ from pipeline.data.tolerance import DataConfig
 from workers.scoring.metrics import CLASSIFICATION_METRICS, METRICS
 from workers.text.prompt import ANSWER, DEFAULT_TARGET_TOKENS
 from workers.text.wrapper import AUTO
+
+_REPOSITORY = re.compile(r"[\w.-]+(?:/[\w.-]+)?(?:@[^@\s]+)?")
+"""A model of a hub, perhaps at a revision."""
 
 __all__ = ["GIB", "PipelineConfig", "ResourcesConfig", "WorkerResources", "dump_config", "load_config"]
 
@@ -267,7 +271,11 @@ class PipelineConfig(Section):
     @classmethod
     def _known_base(cls, value: str) -> str:
         kind, _, name = value.partition(":")
-        if kind not in ("pypi", "path", "hub") or not name.strip():
+        if (
+            kind not in ("pypi", "path", "hub")
+            or not name.strip()
+            or (kind == "hub" and not _REPOSITORY.fullmatch(name))
+        ):
             raise ValueError(f"{value!r} is no base; accepted: pypi:<name>, path:<folder>, hub:<repository>[@revision]")
         return value
 

@@ -29,11 +29,14 @@ _OTHER = (
     (b"PAR1", "a Parquet file; write its rows as JSON lines, or name its folder as a hub: source"),
     (b"ARROW1", "an Arrow file; write its rows as JSON lines, or name its folder as a hub: source"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd; decompress it, or use gzip"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it"),
+    (b"Rar!\x1a\x07", "a RAR archive; unpack it"),
+    (b"\x04\x22\x4d\x18", "compressed with lz4; decompress it, or use gzip"),
     (b"SQLite format 3\0", "an SQLite database; export its rows"),
     (b"%PDF-", "a PDF"),
     (b"version https://git-lfs.github.com/", "a pointer of Git LFS, without the file itself; run git lfs pull"),
 )
-_PAGE = re.compile(rb"\s*<(?:!doctype\s+html|html)\b", re.IGNORECASE)
+_PAGE = re.compile(rb"\s*<(?:!doctype\s+html|html|\?xml)\b", re.IGNORECASE)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -55,8 +58,12 @@ def text_of(data: bytes, where: str) -> str:
     for sign, what in _OTHER:
         if data.startswith(sign):
             raise DataError(f"{where}: {what}")
+    if data[257:262] == b"ustar":
+        raise DataError(f"{where}: a tar archive; unpack it, and name a file of it")
     if _PAGE.match(data):
-        raise DataError(f"{where}: an HTML page, perhaps a server's answer in place of the file; fetch the file again")
+        raise DataError(
+            f"{where}: an HTML or XML page, perhaps a server's answer in place of the file; fetch the file again"
+        )
     mark, encoding = next(((mark, name) for mark, name in _MARKED if data.startswith(mark)), (b"", "UTF-8"))
     if encoding == "UTF-8" and (zero := data.find(b"\0")) >= 0:
         line = data[:zero].count(b"\n") + 1

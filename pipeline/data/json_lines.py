@@ -4,6 +4,7 @@ What JSON does not have (NaN, a key twice) is refused by line, or, for NaN and I
 columns of a table may lack values. What the fields mean is `pipeline.data.sources`.
 """
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ def read_json(text: str, where: str) -> Any:
 
 def json_objects(text: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line's object, and where it stands; blank lines are left out. Raises DataError naming the line."""
-    for at, line in enumerate(text.split("\n"), 1):  # not splitlines, which also splits at characters inside strings
+    # Lines of any system; not splitlines, which also splits at characters inside strings.
+    for at, line in enumerate(io.StringIO(text, newline=None), 1):
         line = line.removeprefix("\ufeff")  # of a file that was appended to another
         if not line.strip():
             continue

@@ -318,5 +318,7 @@ def _check_rows(rows: Sequence[Row], config: TaskConfig) -> None:
     without = sum(row.options is None for row in rows)
     if without and config.metric == "choice_accuracy":
         raise DataError(f"{config.source}: {without} of {len(rows)} rows have no options; choice_accuracy needs them")
+    if config.metric == "choice_accuracy" and all(set(row.options or ()) <= set(row.targets) for row in rows):
+        raise DataError(f"{config.source}: every option of its rows is right, and no wrong one could be chosen")
     if without and "{options}" in config.template:
         raise DataError(f"{config.source}: template uses {{options}}, but {without} of {len(rows)} rows have none")

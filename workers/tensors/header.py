@@ -73,6 +73,14 @@ class Header:
     start: int
 
 
+_OTHER = {
+    b"version ": "a pointer of Git LFS without the file itself (run git lfs pull)",
+    b"GGUF": "a GGUF file",
+    b"PK\3\4": "pickled weights of torch.save",
+    b"<": "a page of the web in place of the file",
+}
+"""How other files begin that stand in its place."""
+
 # -- reading --
 
 
@@ -83,9 +91,11 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> Header:
     """
     if size < 8:
         raise TensorFileError(f"{size} bytes are too short for a safetensors file")
-    (length,) = struct.unpack("<Q", _whole(read, 0, 8))
+    begin = _whole(read, 0, 8)
+    (length,) = struct.unpack("<Q", begin)
     if length > min(MAX_HEADER, size - 8):
-        raise TensorFileError(f"header of {length} bytes in a file of {size}")
+        other = next((f"{what}; " for sign, what in _OTHER.items() if begin.startswith(sign)), "")
+        raise TensorFileError(f"{other}header of {length} bytes in a file of {size}")
     entries = json_object(_whole(read, 8, length), "header")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

@@ -18,9 +18,9 @@ from workers.tensors.checkpoint import CheckpointFiles
 _CONFIGURED = ("quantization_config", "compression_config")
 _STATE = re.compile(
     r"(?:^|[._])(?:SCB|qweight|qzeros|g_idx|weight_packed|weight_scale(?:_inv)?|weight_zero_point|"
-    r"(?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.[\w.]+|codebooks|weight_blocks|\w*proj_blocks)$"
+    r"W_q|weight_scales|input_scale|(?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.[\w.]+|codebooks|weight_blocks|\w*proj_blocks)$"
 )
-"""Names of what bitsandbytes, GPTQ, AWQ, compressed-tensors, fine-grained fp8, AQLM and MXFP4 keep beside or
+"""Names of what bitsandbytes, GPTQ, AWQ, compressed-tensors, fine-grained fp8, AQLM, HQQ, EETQ and MXFP4 keep beside or
 instead of a weight."""
 _CODES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 

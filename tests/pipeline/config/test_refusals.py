@@ -79,6 +79,8 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     # sources
     "base of no kind": ({"base": "SmolLM2"}, "base: 'SmolLM2' is no base; accepted: pypi:<name>, path:"),
     "base of another kind": ({"base": "s3:x"}, "accepted: pypi:<name>, path:<folder>, hub:<repository>[@revision]"),
+    "base by its address": ({"base": "hub:https://huggingface.co/a/b"}, "hub:<repository>[@revision]"),
+    "base without a revision": ({"base": "hub:a/b@"}, "'hub:a/b@' is no base"),
     "base without a name": ({"base": "path: "}, "'path: ' is no base"),
     "source of no kind": (task(source="data.jsonl"), "'data.jsonl' is not a source; accepted: bigbench:<task>"),
     "source with a blank": (task(source="jsonl: t.jsonl"), "blanks around 't.jsonl': a source is <kind>:<place>"),
@@ -222,7 +224,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "UTF-16 with its mark": ("suite: ü\n".encode("utf-16"), ""),
     "UTF-16 without": ("suite: ü\n".encode("utf-16-le"), "line 1: a zero byte, which texts do not have (UTF-16"),
     "Latin-1": ("suite: x\n# für\n".encode("latin-1"), "line 2: not UTF-8 at byte 12"),
-    "a page": (b"<!DOCTYPE html><html>", "an HTML page, perhaps a server's answer in place of the file"),
+    "a page": (b"<!DOCTYPE html><html>", "an HTML or XML page, perhaps a server's answer in place of the file"),
 }
 
 

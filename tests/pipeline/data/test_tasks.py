@@ -291,3 +291,10 @@ def test_test_rows_that_another_expert_has_learned_are_counted() -> None:
     found = learned_elsewhere(tasks, ["one", "two", "other answers"])
     assert found == {"one": 1, "two": 1, "held out": 2}
     assert learned_elsewhere(tasks, ["other answers"]) == {}
+
+
+def test_a_choice_without_a_wrong_option_is_refused(tmp_path: Path) -> None:
+    rows = [{"input": f"i{at}", "targets": ["x", "y"], "options": ["x", "y"][: 1 + at % 2]} for at in range(40)]
+    config = write_jsonl(tmp_path / "t.jsonl", rows)
+    with pytest.raises(DataError, match="every option of its rows is right"):
+        load_tasks({"t": config.model_copy(update={"metric": "choice_accuracy"})}, tmp_path, SIZES)

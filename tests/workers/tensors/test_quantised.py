@@ -28,6 +28,9 @@ QUANTISED: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor], str]] = {
     "gptq, awq": ({}, {f"{W}.qweight": torch.ones(4, dtype=torch.int32)}, f"{W}.qweight"),
     "packed": ({}, {f"{W}.weight_packed": torch.ones(4, dtype=torch.int32)}, "weight_packed"),
     "scales of fp8": ({}, PLAIN | {f"{W}.weight_scale_inv": torch.ones(1, 1)}, "weight_scale_inv"),
+    "hqq": ({}, {f"{W}.W_q": torch.ones(4, 4, dtype=torch.uint8)}, f"{W}.W_q"),
+    "eetq": ({}, PLAIN | {f"{W}.weight_scales": torch.ones(4)}, "weight_scales"),
+    "fp8, scaled inputs": ({}, PLAIN | {f"{W}.input_scale": torch.ones(1)}, "input_scale"),
     "mxfp4": ({}, {"model.layers.0.mlp.experts.gate_up_proj_blocks": torch.ones(4, dtype=torch.uint8)}, "_blocks"),
 }
 
