@@ -1,4 +1,5 @@
-"""The real stack (SeaweedFS, MLflow, Ray), started once for all tests, beside whatever else runs on this machine."""
+"""The real stack (SeaweedFS, MLflow, Ray), started once for all tests, beside whatever else runs on this machine. Each
+service starts with the first test that asks for it."""
 
 import os
 import uuid
@@ -20,21 +21,44 @@ settings.load_profile("shared machine")
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[services.StackState]:
-    """A running stack in a home of its own, its variables in ``os.environ``; taken down whatever happens.
+    """S3 and MLflow in a home of their own, their variables in ``os.environ``; taken down whatever happens.
 
-    One slot: two processes of pytest share this machine's cores, and every worker costs seconds of imports. What needs
-    several slots is tested on a cluster (tests/e2e/test_cluster.py).
+    Its Ray is there for tests that ask for `ray_stack`. A head that nobody uses costs 20 s of a core to start, and a
+    twelfth of a core as long as it lives.
     """
     home = tmp_path_factory.mktemp("stack")
     patch = pytest.MonkeyPatch()
     try:
-        state = services.up(home, num_cpus=1, object_store_mib=256)
+        state = services.up(home, only=("s3", "mlflow"))
         for name, value in state.env().items():
             patch.setenv(name, value)
+        for name in RAY_ADDRESSES:
+            patch.delenv(name)
         yield state
     finally:
         patch.undo()
         services.down(home)
+
+
+RAY_ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+
+
+@pytest.fixture(scope="session")
+def ray_head(stack: services.StackState) -> services.StackState:
+    """The stack with its Ray, whose address is in no variable.
+
+    One slot: two processes of pytest share this machine's cores, and every worker costs seconds of imports. What needs
+    several slots is tested on a cluster (tests/e2e/test_cluster.py).
+    """
+    return services.up(stack.home, num_cpus=1, object_store_mib=256)
+
+
+@pytest.fixture
+def ray_stack(ray_head: services.StackState, monkeypatch: pytest.MonkeyPatch) -> services.StackState:
+    """The stack with its Ray, for a test that starts runs there."""
+    for name in RAY_ADDRESSES:
+        monkeypatch.setenv(name, ray_head.env()[name])
+    return ray_head
 
 
 @pytest.fixture

@@ -6,12 +6,15 @@ boto3 gives up after a second of refused connections; `patiently` is for what is
 import ipaddress
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
 import botocore.config
 import botocore.exceptions as bexc
+import botocore.loaders
+import botocore.session
 import tenacity
 from boto3.exceptions import Boto3Error, RetriesExceededError
 
@@ -47,8 +50,17 @@ def make_client(
     )
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ("us-east-1" if endpoint else None)
     # A session of our own: boto3's default session is not safe to create clients from in several threads.
-    session = boto3.session.Session(*(credentials or ()))
+    own = botocore.session.Session()
+    own.register_component("data_loader", _descriptions(own.get_config_variable("data_path")))
+    session = boto3.session.Session(*(credentials or ()), botocore_session=own)
     return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
+
+
+@cache
+def _descriptions(folders: str | None) -> botocore.loaders.Loader:
+    """botocore's descriptions of services, which every session reads anew by itself: 0.1 s of a core for each client,
+    and every piece of work has a client or two."""
+    return botocore.loaders.create_loader(folders)
 
 
 def patiently(ask: Callable[[], Answer], seconds: float) -> Answer:

@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from infra.environment import job_variables
 from tests.e2e import here
 from tests.e2e.browser import NoBrowser, Pages, chromium, window
 from tests.e2e.here import Finished, Pipeline
@@ -114,10 +114,11 @@ def pipeline_in(
     written = report / "results.json"
     written.unlink(missing_ok=True)
     ray = str(Path(sys.executable).with_name("ray"))
+    environment = json.dumps({"env_vars": job_variables()})
     main = ["pipeline/main.py", "--config", str(file), "--report", str(report), *overrides]
     ended = subprocess.run(
-        [ray, "job", "submit", "--working-dir", str(ROOT), "--", "python", *main] if submit
-        else [sys.executable, *main],
+        [ray, "job", "submit", "--working-dir", str(ROOT), "--runtime-env-json", environment, "--", "python", *main]
+        if submit else [sys.executable, *main],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False,
     )  # fmt: skip
     return Finished(ended.returncode, ended.stdout, json.loads(written.read_text()) if written.is_file() else None)
@@ -137,6 +138,12 @@ def pages() -> Iterator[Pages]:
 
 
 @pytest.fixture
-def pipeline(stack: Any, tmp_path: Path) -> Pipeline:
-    """Run the main job in the test's own folder: `pipeline_in`."""
-    return partial(pipeline_in, tmp_path)
+def pipeline(stack: Any, tmp_path: Path, request: pytest.FixtureRequest) -> Pipeline:
+    """Run the main job in the test's own folder: `pipeline_in`. The stack's Ray starts with the first run on it."""
+
+    def run(config: dict[str, Any], *overrides: str, **how: Any) -> Finished:
+        if how.get("own_process") or how.get("submit"):
+            request.getfixturevalue("ray_stack")
+        return pipeline_in(tmp_path, config, *overrides, **how)
+
+    return run

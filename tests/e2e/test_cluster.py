@@ -236,7 +236,7 @@ def test_a_run_on_one_node_finds_every_key(
     run: Run, pipeline: Any, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FACTORY_S3_PREFIX", PREFIX)
-    finished = pipeline(config, own_process=True)
+    finished = pipeline(config)
     assert finished.code == 0, finished.output[-4000:]
     assert set(finished.results["made"].values()) == {0}
     made, reused = run.results["made"], finished.results["reused"]

@@ -24,12 +24,14 @@ from tests.e2e.background import Factory, start, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Callable[..., dict[str, Any]]
+ONE_AT_A_TIME = {"concurrent_nodes": 1, "concurrent_registrations": 1}
+"""Of a driver whose work is not what a test is about: every further worker is seconds of imports."""
 
 
 def slow(config: dict[str, Any], steps: int) -> dict[str, Any]:
     """Long enough to be stopped; its leases would live for an hour, and a run after it would wait for them."""
     train = config["train"] | {"steps": steps, "validate_every": None}
-    return config | {"train": train, "resources": config["resources"] | {"lease_seconds": 3600}}
+    return config | {"train": train, "resources": config["resources"] | ONE_AT_A_TIME | {"lease_seconds": 3600}}
 
 
 def check_stopped(log: Path, env: dict[str, str]) -> list[Run]:
@@ -50,9 +52,9 @@ def until_released(factory: Factory) -> None:
         time.sleep(0.1)
 
 
-def test_sigterm_keeps_finished_work_and_marks_runs_killed(stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
-    factory, log = Factory.fresh(stack.env(), "stopped"), tmp_path / "log"
-    process = start(slow(tiny_config("stopped", held_in=3), 400), tmp_path, factory.env)
+def test_sigterm_keeps_finished_work_and_marks_runs_killed(ray_stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
+    factory, log = Factory.fresh(ray_stack.env(), "stopped"), tmp_path / "log"
+    process = start(slow(tiny_config("stopped", held_in=3), 200), tmp_path, factory.env)
     try:
         wait_for(lambda: re.search(r"in\d: done", log.read_text()) and factory.leases(), process, tmp_path)
         process.send_signal(signal.SIGTERM)
@@ -67,8 +69,8 @@ def test_sigterm_keeps_finished_work_and_marks_runs_killed(stack: Any, tiny_conf
     assert all(factory.store.head(manifest_name(child.data.tags["expert_key"])) for child in kept)
 
 
-def test_ray_job_stop_marks_the_runs_killed(stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
-    factory, config, log = Factory.fresh(stack.env(), "job-stopped"), tmp_path / "config.yaml", tmp_path / "log"
+def test_ray_job_stop_marks_the_runs_killed(ray_stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
+    factory, config, log = Factory.fresh(ray_stack.env(), "job-stopped"), tmp_path / "config.yaml", tmp_path / "log"
     config.write_text(yaml.safe_dump(slow(tiny_config("job-stopped", held_in=2), 4000), sort_keys=False))
     env = {**os.environ, **factory.env}
     ray, job = str(Path(sys.executable).with_name("ray")), f"stopped-{uuid.uuid4().hex}"
@@ -89,23 +91,25 @@ def test_ray_job_stop_marks_the_runs_killed(stack: Any, tiny_config: CONFIG, tmp
     assert {child.info.status for child in check_stopped(log, env)} == {"KILLED"}
 
 
-def test_a_restart_of_the_object_store_costs_nothing(stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
-    factory, log = Factory.fresh(stack.env(), "restarted"), tmp_path / "log"
-    config = tiny_config("restarted", held_in=2)
+def test_a_restart_of_the_object_store_costs_nothing(ray_stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
+    factory, log = Factory.fresh(ray_stack.env(), "restarted"), tmp_path / "log"
+    merge, evaluate = {"candidates": [{"method": "mean"}]}, {"few_shot": 0, "serving_dtype": None}
+    config = tiny_config("restarted", held_in=2, merge=merge, evaluate=evaluate)
     config["train"] |= {"steps": 100, "validate_every": None}  # done long before it is back
+    config["resources"] |= ONE_AT_A_TIME
     process = start(config, tmp_path, factory.env)
     try:
         wait_for(lambda: re.search(r"in\d: training", log.read_text()), process, tmp_path)
-        before = services.load(stack.home)
+        before = services.load(ray_stack.home)
         assert before
         os.kill(before.services["s3"].pid, signal.SIGKILL)
         time.sleep(8)  # it is away for longer than boto3 itself asks again, which is a second
-        after = services.up(stack.home)
+        after = services.up(ray_stack.home)
         assert after.services["s3"] != before.services["s3"]
         assert process.wait(timeout=600) == 0, log.read_text()[-3000:]
     finally:
         process.kill()
-        services.up(stack.home)
+        services.up(ray_stack.home)
     results = json.loads((tmp_path / "report" / "results.json").read_text())
     assert results["made"]["experts"] == 2
     assert sorted(status for _, status in factory.trainings("restarted")) == ["FINISHED"] * 2

@@ -21,12 +21,12 @@ EXPIRY_S = 6.0
 
 
 def small(tiny_config: CONFIG, suite: str, lease_s: float, steps: int = 40, **sections: Any) -> dict[str, Any]:
-    """Few candidates and scores; enough steps for a moment to kill in."""
+    """Few candidates, scores and workers; enough steps for a moment to kill in."""
     merge = {"fan_in": 2, "candidates": [{"method": "mean"}, {"method": "ties", "params": {"density": 0.5}}]}
     config = tiny_config(suite, held_in=3, held_out={}, **({"merge": merge} | sections))
     config["train"] |= {"steps": steps}
     config["evaluate"] |= {"few_shot": 0}
-    config["resources"] |= {"lease_seconds": lease_s}
+    config["resources"] |= {"lease_seconds": lease_s, "concurrent_nodes": 1, "concurrent_registrations": 1}
     return config
 
 
@@ -48,8 +48,8 @@ def until_idle(stack: Any) -> None:
         time.sleep(0.2)
 
 
-def test_a_driver_killed_at_any_point_is_continued(stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
-    factory = Factory.fresh(stack.env(), "continued")
+def test_a_driver_killed_at_any_point_is_continued(ray_stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
+    factory = Factory.fresh(ray_stack.env(), "continued")
     config = small(tiny_config, "driver-killed", EXPIRY_S)
     expected = known_keys(factory.inputs(config, tmp_path))
 
@@ -76,7 +76,7 @@ def test_a_driver_killed_at_any_point_is_continued(stack: Any, tiny_config: CONF
             process.wait()
         finally:
             process.kill()
-        until_idle(stack)
+        until_idle(ray_stack)
         assert kept.items() <= etags(factory).items(), "what was published stays what it is"
         kept = etags(factory)
         trained |= {key for key, manifest in factory.manifests().items() if manifest.kind == "expert"}
@@ -108,11 +108,11 @@ def test_a_driver_killed_at_any_point_is_continued(stack: Any, tiny_config: CONF
 
 
 def test_a_killed_worker_is_replaced_without_waiting_for_its_lease(
-    stack: Any, tiny_config: CONFIG, tmp_path: Path
+    ray_stack: Any, tiny_config: CONFIG, tmp_path: Path
 ) -> None:
     """The leases would live for an hour. An expert and an evaluation lose their worker; a merge node of this size is
     made too fast to be caught (tests/merge/test_drivers.py has a dead holder of one)."""
-    factory = Factory.fresh(stack.env(), "worker")
+    factory = Factory.fresh(ray_stack.env(), "worker")
     config = small(tiny_config, "worker-killed", 3600.0, steps=120)
     config["splits"] |= {"test": 40}  # evaluations that last long enough to be caught
     process, log = start(config, tmp_path, factory.env), tmp_path / "log"
@@ -126,7 +126,7 @@ def test_a_killed_worker_is_replaced_without_waiting_for_its_lease(
 
         def stopped(title: str) -> psutil.Process | None:
             """A worker in the middle of its work, which it does not end while we look."""
-            for worker in workers(stack, title):
+            for worker in workers(ray_stack, title):
                 worker.suspend()
                 if (key := held().get(worker.pid)) is not None and key not in factory.manifests():
                     return worker

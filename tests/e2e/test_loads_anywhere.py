@@ -136,12 +136,14 @@ def test_language_models_answer_elsewhere_as_they_were_scored(
     config["prompt"]["max_input_tokens"] = 24  # some inputs are longer
     config["data"] = {"tolerate": {"cut": 0.5}}
     before = set(manifests())
-    finished = pipeline(config, own_process=True, timeout=900)
+    finished = pipeline(config, submit=True, timeout=900)
     assert finished.code == 0, finished.output[-4000:]
     results = finished.results
     assert results is not None
+    store = Store.from_env()
+    assert json.loads(store.get(f"runs/{results['run_id']}/results.json")) == results
     shared["made"] = made = {key: each for key, each in manifests().items() if key not in before}
-    shared["results"] = results
+    shared |= {"results": results, "config": config}
 
     digests = {f"anywhere.{task}": (row["expert_digest"], [task]) for task, row in results["held_in"].items()}
     digests["anywhere.merged"] = (results["chosen"]["digest"], list(tasks))
@@ -196,6 +198,16 @@ def test_every_manifest_says_where_it_comes_from(shared: dict[str, Any]) -> None
     assert "licences: cc0-1.0 (`last`), not stated (`choice`), mit (`again`)" in merged
     assert f"expert {row['expert']:.3f} [" in expert
     assert f"base {row['base']:.3f} [" in expert
+
+
+def test_a_run_without_ray_goes_on_from_one_on_ray(pipeline: Any, shared: dict[str, Any]) -> None:
+    before = shared["results"]
+    finished = pipeline(shared["config"])
+    assert finished.code == 0, finished.output[-4000:]
+    assert finished.results is not None
+    assert set(finished.results["made"].values()) == {0}
+    assert finished.results["held_in"] == before["held_in"]
+    assert finished.results["summary"] == before["summary"]
 
 
 def test_classifiers_answer_elsewhere_as_they_were_scored(

@@ -1,4 +1,4 @@
-"""The whole pipeline on a tiny random Llama: once submitted to real Ray, then continued without it."""
+"""The whole pipeline on a tiny random Llama (tests/e2e/test_loads_anywhere.py submits one to Ray)."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def shared() -> dict[str, Any]:
 
 def test_first_run_makes_everything(pipeline: Any, tiny_config: CONFIG, shared: dict[str, Any]) -> None:
     config = tiny_config("tiny")
-    finished = pipeline(config, submit=True)
+    finished = pipeline(config)
     assert finished.code == 0, finished.output[-4000:]
     results = finished.results
     assert results is not None

@@ -134,7 +134,7 @@ def test_then_there_is_nothing_to_do_and_that_takes_seconds(factory: Factory) ->
     assert results["seconds"]["total"] < 60  # a few, on a machine that does nothing else
 
 
-def test_the_command_starts_no_ray_and_prints_json_alone(factory: Factory, stack: Any) -> None:
+def test_the_command_starts_no_ray_and_prints_json_alone(factory: Factory, ray_stack: Any) -> None:
     factory.prepare()
     program = (
         "import ray, sys; ray.init = lambda *a, **k: sys.exit('a plan joined Ray')\n"
@@ -143,14 +143,14 @@ def test_the_command_starts_no_ray_and_prints_json_alone(factory: Factory, stack
     done = subprocess.run(
         [sys.executable, "-c", program, "plan", "--json", "--config", str(factory.folder / "config.yaml"),
          "merge.candidates.1.params.lambda=0.7"],
-        cwd=ROOT, env={**os.environ, **stack.env()}, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, env={**os.environ, **ray_stack.env()}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     plan = json.loads(done.stdout)
     assert makes(plan).keys() == {"merge_nodes", "merges", "evaluations", "registrations"}
     assert plan["estimate"]["slots"] == 1  # the cluster's, not this machine's
     for secret in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
-        assert stack.env()[secret] not in done.stdout + done.stderr
+        assert ray_stack.env()[secret] not in done.stdout + done.stderr
 
 
 def test_another_parameter_of_the_merge_remakes_its_root_alone(factory: Factory) -> None:

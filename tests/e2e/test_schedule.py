@@ -51,17 +51,17 @@ def pipeline_runs(client: mlflow.MlflowClient) -> dict[str, str]:
 
 
 def test_ticks_retrain_what_changed_and_nothing_else(
-    stack: Any, tiny_config: Any, tmp_path: Path, request: pytest.FixtureRequest
+    ray_stack: Any, tiny_config: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     merge = {"fan_in": 2, "candidates": [{"method": "mean"}]}
     config = tiny_config(SUITE, held_in=2, held_out={}, merge=merge, evaluate={"few_shot": 0})
     file, log = tmp_path / "nightly.yaml", tmp_path / "log"
     file.write_text(yaml.safe_dump(config))
-    store, client = Store.from_env(), mlflow.MlflowClient(stack.env()["MLFLOW_TRACKING_URI"])
+    store, client = Store.from_env(), mlflow.MlflowClient(ray_stack.env()["MLFLOW_TRACKING_URI"])
 
     def start() -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "pipeline", "schedule", "--cron", "* * * * *", "--config", str(file)]
-        env = {**os.environ, **stack.env(), "FACTORY_WEBHOOK_URL": receiver.url}
+        env = {**os.environ, **ray_stack.env(), "FACTORY_WEBHOOK_URL": receiver.url}
         with open(log, "ab") as output:
             process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=output)
         request.addfinalizer(process.kill)

@@ -88,7 +88,7 @@ def ask(what: str, suite: str, tick: datetime, folder: Path) -> str:
 
 
 def test_kills_overlap_and_missed_ticks(
-    stack: StackState, store: Store, receiver: Receiver, tmp_path: Path, request: pytest.FixtureRequest
+    ray_stack: StackState, store: Store, receiver: Receiver, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     suite, project, folder, clock = uuid.uuid4().hex[:8], tmp_path / "project", tmp_path / "out", tmp_path / "clock"
     project.mkdir()
@@ -464,7 +464,7 @@ def test_wrong_options_are_refused_at_once(
     assert "token" not in error
 
 
-def test_the_command_ends_cleanly(stack: StackState) -> None:
+def test_the_command_ends_cleanly(ray_stack: StackState) -> None:
     suite = uuid.uuid4().hex[:8]
     process = subprocess.Popen(
         [sys.executable, "-m", "infra.schedule", "--cron", "0 2 1 1 *", "--timezone", "Europe/Berlin",

@@ -13,42 +13,42 @@ from infra.stack import command, processes, services
 from infra.stack.home import StackError, marker, other_factory
 
 
-def test_up_again_leaves_running_services_alone(stack: services.StackState) -> None:
-    before = services.load(stack.home)  # other tests may have killed a service and started it again
-    assert services.up(stack.home) == before == services.load(stack.home)
+def test_up_again_leaves_running_services_alone(ray_stack: services.StackState) -> None:
+    before = services.load(ray_stack.home)  # other tests may have killed a service and started it again
+    assert services.up(ray_stack.home) == before == services.load(ray_stack.home)
     assert before is not None
     assert all(before.running().values())
 
 
-def test_credentials_are_private(stack: services.StackState) -> None:
+def test_credentials_are_private(ray_stack: services.StackState) -> None:
     for name in ("credentials.json", "s3.json", "stack.json"):
-        assert stat.S_IMODE((Path(stack.home) / name).stat().st_mode) == 0o600
-    secret = stack.env()["AWS_SECRET_ACCESS_KEY"]
-    for process in processes.marked([marker(Path(stack.home), "")]):
+        assert stat.S_IMODE((Path(ray_stack.home) / name).stat().st_mode) == 0o600
+    secret = ray_stack.env()["AWS_SECRET_ACCESS_KEY"]
+    for process in processes.marked([marker(Path(ray_stack.home), "")]):
         assert secret not in " ".join(process.cmdline())
 
 
-def test_a_dead_service_is_restarted_and_keeps_its_data(stack: services.StackState) -> None:
+def test_a_dead_service_is_restarted_and_keeps_its_data(ray_stack: services.StackState) -> None:
     from infra.store.s3 import Store
 
-    store = Store("factory", stack.urls()["s3"], "survives")
+    store = Store("factory", ray_stack.urls()["s3"], "survives")
     store.put("x", b"still here")
-    before = services.load(stack.home)
+    before = services.load(ray_stack.home)
     assert before is not None
     os.kill(before.services["s3"].pid, 9)
-    after = services.up(stack.home)
+    after = services.up(ray_stack.home)
     assert after.services["s3"] != before.services["s3"]
     assert after.services["ray"] == before.services["ray"]
     assert after.ports == before.ports
     assert store.get("x") == b"still here"
 
 
-def test_second_stack_beside_the_first_leaves_no_process(stack: services.StackState, tmp_path: Path) -> None:
+def test_second_stack_beside_the_first_leaves_no_process(ray_stack: services.StackState, tmp_path: Path) -> None:
     home = tmp_path / ("long" * 30)  # Ray's sockets must not be below this
     mark = marker(home, "")
     state = services.up(home, num_cpus=1, object_store_mib=100)
     try:
-        assert not set(state.ports.values()) & set(stack.ports.values())
+        assert not set(state.ports.values()) & set(ray_stack.ports.values())
         stack_command = [sys.executable, "-m", "infra.stack"]
         env = subprocess.run([*stack_command, "env", "--home", str(home)], capture_output=True, text=True, check=True)
         exported = dict(shlex.split(line)[1].split("=", 1) for line in env.stdout.splitlines())
@@ -73,7 +73,7 @@ def test_second_stack_beside_the_first_leaves_no_process(stack: services.StackSt
     assert all(map(processes.port_free, state.ports.values()))
     assert not any(state.running().values())
     services.down(home)
-    first = services.load(stack.home)
+    first = services.load(ray_stack.home)
     assert first is not None
     assert all(first.running().values())
 

@@ -150,14 +150,14 @@ def test_work_is_spread_over_slots_the_longest_first() -> None:
     assert spread([5], 0) == 5
 
 
-def test_slots_are_those_of_the_cluster_that_is_there(stack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots_are_those_of_the_cluster_that_is_there(ray_stack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
         "import ray; from pipeline.config.model import ResourcesConfig; from pipeline.plan.estimate import find_slots\n"
         "small = {'memory_gib': 0.1}\n"
         "print(find_slots(ResourcesConfig(expert=small, evaluator=small), []), ray.is_initialized())"
     )
     done = subprocess.run(  # of its own: Ray reads its token once
-        [sys.executable, "-c", program], env={**os.environ, **stack.env()}, cwd=Path(__file__).parents[3],
+        [sys.executable, "-c", program], env={**os.environ, **ray_stack.env()}, cwd=Path(__file__).parents[3],
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.stdout == f"{Slots(1, 1, 'the Ray cluster')} False\n", done.stderr
