@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Callable[..., dict[str, Any]]
 ONE_AT_A_TIME = {"concurrent_nodes": 1, "concurrent_registrations": 1}
 """Of a driver whose work is not what a test is about: every further worker is seconds of imports."""
+FEW_SCORES = {"merge": {"candidates": [{"method": "mean"}]}, "evaluate": {"few_shot": 0, "serving_dtype": None}}
 
 
 def slow(config: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -93,8 +94,7 @@ def test_ray_job_stop_marks_the_runs_killed(ray_stack: Any, tiny_config: CONFIG,
 
 def test_a_restart_of_the_object_store_costs_nothing(ray_stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
     factory, log = Factory.fresh(ray_stack.env(), "restarted"), tmp_path / "log"
-    merge, evaluate = {"candidates": [{"method": "mean"}]}, {"few_shot": 0, "serving_dtype": None}
-    config = tiny_config("restarted", held_in=2, merge=merge, evaluate=evaluate)
+    config = tiny_config("restarted", held_in=2, **FEW_SCORES)
     config["train"] |= {"steps": 100, "validate_every": None}  # done long before it is back
     config["resources"] |= ONE_AT_A_TIME
     process = start(config, tmp_path, factory.env)
@@ -116,7 +116,8 @@ def test_a_restart_of_the_object_store_costs_nothing(ray_stack: Any, tiny_config
 
 
 def test_one_failing_expert_does_not_discard_the_others(pipeline: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
-    config = tiny_config("failing", held_in=3)
+    config = tiny_config("failing", held_in=3, **FEW_SCORES)
+    config["resources"] |= ONE_AT_A_TIME
     unreasonable = config | {"train": config["train"] | {"learning_rate": 1e38, "clip_norm": 1e30}}
     finished = pipeline(unreasonable, own_process=True)
     assert finished.code == 1, finished.output[-3000:]

@@ -55,6 +55,7 @@ def test_ticks_retrain_what_changed_and_nothing_else(
 ) -> None:
     merge = {"fan_in": 2, "candidates": [{"method": "mean"}]}
     config = tiny_config(SUITE, held_in=2, held_out={}, merge=merge, evaluate={"few_shot": 0})
+    config["resources"] |= {"concurrent_nodes": 1, "concurrent_registrations": 1}  # every worker is seconds of imports
     file, log = tmp_path / "nightly.yaml", tmp_path / "log"
     file.write_text(yaml.safe_dump(config))
     store, client = Store.from_env(), mlflow.MlflowClient(ray_stack.env()["MLFLOW_TRACKING_URI"])

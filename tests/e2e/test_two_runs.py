@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import pytest
 
 from infra.artifacts.leases import holding, new_owner, try_acquire
 from pipeline.flow.rehearse import expert_recipes
 from tests.e2e.background import Factory, start, wait_for
+from tests.e2e.conftest import pipeline_in
 
 CONFIG = Callable[..., dict[str, Any]]
 COUNTED = {
@@ -52,7 +54,9 @@ def check_worked_once(factory: Factory, suite: str, results: list[dict[str, Any]
     assert sorted(factory.trainings(suite)) == sorted((key, "FINISHED") for key in experts)
 
 
-def test_two_runs_of_one_configuration(stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
+def test_two_runs_of_one_configuration(
+    stack: Any, tiny_config: CONFIG, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With everything that has a key: a shared support, importances, masks, a checkpoint."""
     factory = Factory.fresh(stack.env(), "twins")
     mask = {"criterion": "connection_sensitivity", "density": 0.2, "shared": True, "reselect_every": None,
@@ -76,14 +80,12 @@ def test_two_runs_of_one_configuration(stack: Any, tiny_config: CONFIG, tmp_path
         assert len(client.search_model_versions(f"name = '{model}'")) == 1
     for key in factory.manifests():  # a third run could not work on any of them
         assert try_acquire(factory.store, key, new_owner(), expiry_s=3600.0) is not None
-    process = start(config, tmp_path / "2", factory.env, ray=False)
-    try:
-        assert process.wait(timeout=900) == 0, (tmp_path / "2" / "log").read_text()[-4000:]
-    finally:
-        process.kill()
-    third = json.loads((tmp_path / "2" / "report" / "results.json").read_text())
-    assert set(third["made"].values()) == {0}
-    assert third["held_in"] == first["held_in"]
+    monkeypatch.setenv("FACTORY_S3_PREFIX", factory.store.prefix)
+    third = pipeline_in(tmp_path, config)
+    assert third.code == 0, third.output[-4000:]
+    assert third.results is not None
+    assert set(third.results["made"].values()) == {0}
+    assert third.results["held_in"] == first["held_in"]
 
 
 def test_two_runs_that_overlap(stack: Any, tiny_config: CONFIG, tmp_path: Path) -> None:
