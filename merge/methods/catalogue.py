@@ -204,6 +204,7 @@ _TALL = "Wang et al., Localizing task information for improved model merging (TA
 _ISO = "Marczak et al., No task left behind: isotropic model merging (Iso-C), arXiv 2502.04959"
 _ISO_CTS = "Marczak et al., No task left behind: isotropic model merging (Iso-CTS), arXiv 2502.04959"
 _TSV = "Gargiulo et al., Task singular vectors: reducing task interference in model merging (TSV-M), arXiv 2412.00081"
+_SVC = "Li et al., When shared knowledge hurts: spectral over-accumulation in model merging (SVC), arXiv 2602.05536"
 _WUDI = "Cheng et al., Whoever started the interference should end it (WUDI), arXiv 2503.08099"
 _SCE = "Wan et al., FuseChat (select, calculate, erase), arXiv 2408.07990"
 
@@ -296,6 +297,18 @@ METHODS: dict[str, Method] = {
         {"lambda": _scale(0.45), **_COMMON, **_MATRIX},
         _common_share,
         reference=lambda params: ("iso_common", {name: params[name] for name in _COMMON}),
+        matrix=True,
+    ),
+    "trimmed_sum": Method(
+        f"{_ARITHMETIC}: the sum", ("sum",), lowering.total_delta, {"trim": _DENSITY}, _trim_own, internal=True
+    ),
+    "svc": Method(
+        f"{_SVC}, of task arithmetic",
+        ("sum", "amplified"),
+        matrices.svc,
+        {"lambda": _scale(1), "alpha": Number(EVEN, 0, 10, word=EVEN), **_MATRIX},
+        _trim_own,
+        reference=lambda params: ("trimmed_sum", {"trim": params["trim"]}),
         matrix=True,
     ),
     "consensus": Method(

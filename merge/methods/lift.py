@@ -7,11 +7,12 @@ rescales to the L1 norm that the tensor had); they are multiplied by the expert'
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from infra.errors import MergeError
+from merge.methods.once import Once
 from merge.methods.sparsify import breadcrumbs, drop, kept, magprune, trim, uniform
 from merge.methods.specs import LiftSpec
 from merge.methods.statistic_table import STATISTICS, Lifted, finite
@@ -28,7 +29,8 @@ class LiftInput:
 
     `name` is the tensor's; `identity` seeds random choices (the expert's recipe key, or its name); `weight` is the
     expert's in a weighted reduction; `reference` is this tensor of the earlier round's merged δ (None: it has none);
-    `measured` is what the reduction's measurement has of the tensor (None: nothing).
+    `measured` is what the reduction's measurement has of the tensor (None: nothing); `once` is shared by all lifts of
+    the tensor.
     """
 
     tensor: SparseTensor
@@ -37,6 +39,7 @@ class LiftInput:
     weight: float = 1.0
     reference: SparseTensor | None = None
     measured: Tensor | None = None
+    once: Once = field(default_factory=Once)
 
 
 def lift(item: LiftInput, spec: LiftSpec) -> TensorStatistics:
@@ -50,7 +53,9 @@ def lift(item: LiftInput, spec: LiftSpec) -> TensorStatistics:
         raise MergeError("an expert's values contain NaN or infinity: it cannot be merged; retrain it")
     indices, values = _sparsify(item, values, spec)
     weight = item.weight if spec.weighted else None
-    lifted = Lifted(shape, indices, values, weight, item.reference, item.measured, dict(spec.options), item.name)
+    lifted = Lifted(
+        shape, indices, values, weight, item.reference, item.measured, dict(spec.options), item.name, once=item.once
+    )
     if spec.support is not None:
         lifted = spec.support(lifted)
     arrays = {name: STATISTICS[name].lift(lifted) for name in spec.statistics}

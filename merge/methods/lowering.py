@@ -6,24 +6,21 @@ functions serve both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from infra.errors import MergeError
 from merge.methods.directions import NONE
+from merge.methods.once import Once
 from merge.methods.parameters import Params, even_share, number
 from merge.methods.sparsify import kept, trim
 from merge.methods.spectral import Spectrum, spectrum, split_rows
 from merge.methods.statistic_table import own_count, values_at
 from merge.methods.statistics import TensorStatistics
 from workers.adapters.support import SparseTensor
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,8 @@ class Root:
 
     `experts` are all that are merged, those without this tensor included. `reference` is the earlier round's δ of the
     tensor (None where that has no such tensor). `fused` are the rows of the parts of a fused weight, where they are
-    known. `device` is where singular vectors are found; all else stays on the CPU.
+    known. `device` is where singular vectors are found; all else stays on the CPU. `once`: what several candidates, or
+    the lifts before them, are made of.
     """
 
     statistics: TensorStatistics
@@ -41,7 +39,7 @@ class Root:
     name: str = ""
     fused: tuple[int, ...] = ()
     device: str = "cpu"
-    _found: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    once: Once = field(default_factory=Once, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.statistics.arrays[name]
@@ -51,12 +49,6 @@ class Root:
         """Every position of the tensor, int64: one support for all candidates whose δ is dense."""
         full = self.statistics.indices.numel() == self.statistics.numel
         return self.statistics.indices if full else torch.arange(self.statistics.numel)
-
-    def once(self, key: Hashable, find: Callable[[], T]) -> T:
-        """What several candidates are made of, found by the first of them."""
-        if key not in self._found:
-            self._found[key] = find()
-        return self._found[key]
 
     def spectra(self, rows: tuple[int, ...]) -> list[Spectrum]:
         """The spectra of Σδ, of the matrices that lie one below the other in it; found once."""

@@ -14,9 +14,9 @@ from torch import Tensor
 from infra.errors import MergeError
 from merge.methods.directions import common_directions, in_order, orthogonal, vectors_of
 from merge.methods.lowering import Root, dense, vector
-from merge.methods.parameters import Params, number
+from merge.methods.parameters import Params, even_share, number
 from merge.methods.spectral import stacked
-from merge.methods.statistic_table import finite
+from merge.methods.statistic_table import bases, finite
 from workers.adapters.support import SparseTensor
 
 
@@ -64,6 +64,40 @@ def iso_cts(root: Root, params: Params) -> Tensor | SparseTensor:
     if len(root.statistics.shape) < 2:
         return vector(root, params)
     return _dense(root, params, root.once("iso_cts", lambda: _isotropic(root)))
+
+
+def svc(root: Root, params: Params) -> Tensor | SparseTensor:
+    """λ Σ_r γ_r σ_r u_r v_rᵀ of Σδ = Σ_r σ_r u_r v_rᵀ, with γ_r = N / Σ_i max(α, s_rⁱ) and s_rⁱ = σ_r u_rᵀδ_i v_r /
+    ‖u_rᵀδ_i‖² (singular value calibration, Li et al., arXiv 2602.05536, of task arithmetic with a scale of 1).
+
+    s_rⁱ is how much of expert i's own output along u_r the sum has; above 1 a direction is counted several times. α is
+    1/N as published (`even`), where the authors start from 0.3 Σδ: of that the result is this one's of α / 0.3. With
+    α ≥ 1 directions are only turned down. Formula and α as FusionBench and the authors' second version have them;
+    their first one took the mean before the maximum, and only where all s_rⁱ are positive. Here an expert whose part
+    in a direction is rounding (a millionth of its δ) has s = 0, as one without the tensor.
+
+    A node carries 4 · min(out, in) bytes an expert. All lifts find the singular vectors of Σδ, once a node and tensor.
+    """
+    if len(root.statistics.shape) < 2:
+        return vector(root, params)
+    alpha = even_share(params["alpha"], root.experts)
+    return _dense(root, params, root.once(("svc", alpha), lambda: _calibrated(root, alpha)))
+
+
+def _calibrated(root: Root, alpha: float) -> list[Tensor]:
+    amplified = root["amplified"]
+    if root.reference is None or not amplified.numel():
+        return []
+    if not finite(amplified):
+        raise MergeError("the sum of the experts' changes overflows fp32; look for a diverged expert")
+    count, height, width = stacked(root.name, root.statistics.shape)
+    # sorted, so that the order of experts cannot be seen in the sum
+    gains = amplified.double().clamp(min=alpha).sort(dim=0).values.sum(0) + alpha * (root.experts - len(amplified))
+    found = []
+    of_each = gains.reciprocal_().mul_(root.experts).view(count, min(height, width))
+    for gain, (values, left, right) in zip(of_each, bases(root.reference, root.name, root.once), strict=True):
+        found.append(((left.T * (values * gain[: len(values)])) @ right).float())
+    return found
 
 
 def _regressions(root: Root, ridge: float) -> list[Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from infra.errors import MergeError
-from merge.methods.directions import HEAD, leading
+from merge.methods.directions import HEAD, NONE, leading, vectors_of
+from merge.methods.once import Once
 from merge.methods.parameters import Params, number
 from merge.methods.sparsify import kept
 from merge.methods.spectral import stacked
@@ -54,6 +55,7 @@ class Lifted:
     reduction, else None; `reference`: this tensor of the earlier round's merged δ, if there is one that has it;
     `measured`: what the reduction's measurement has of this tensor, if anything; `options`: of the reduction; `name`:
     the tensor's. `whole` fp32 [matrices, rows, columns]: δ with its weight, where a reduction keeps no positions of it.
+    `once`: what all experts' lifts of this tensor make of the reference.
     """
 
     shape: tuple[int, ...]
@@ -65,6 +67,7 @@ class Lifted:
     options: Params
     name: str = ""
     whole: Tensor | None = None
+    once: Once = field(default_factory=Once)
 
     @cached_property
     def delta(self) -> Tensor:
@@ -200,14 +203,20 @@ _GRAM = (
 # -- a weight as a matrix, of which no positions are kept ---------------------------------------------------------
 
 
+def as_matrices(tensor: SparseTensor, name: str) -> Tensor:
+    """The matrices [matrices, rows, columns] that a tensor of two or more dimensions is, fp32."""
+    flat = tensor.values.float()
+    if flat.numel() != tensor.numel:
+        flat = torch.zeros(tensor.numel).index_copy_(0, tensor.indices, flat)
+    return flat.view(stacked(name, tensor.shape))
+
+
 def _as_matrices(x: Lifted) -> Lifted:
     """δ as the matrices that the tensor is, and no positions; vectors and scalars keep theirs."""
     if len(x.shape) < 2 or not x.values.numel():
         return x
-    flat = x.delta
-    if flat.numel() != math.prod(x.shape):
-        flat = torch.zeros(math.prod(x.shape)).index_copy_(0, x.indices, flat)
-    return replace(x, indices=x.indices[:0], values=x.values[:0], whole=flat.view(stacked(x.name, x.shape)))
+    whole = as_matrices(SparseTensor(x.shape, x.indices, x.delta), x.name)
+    return replace(x, indices=x.indices[:0], values=x.values[:0], whole=whole)
 
 
 def _own_regression(x: Lifted) -> Tensor:
@@ -257,8 +266,7 @@ def _own_directions(x: Lifted) -> Tensor:
     if x.whole is None or x.reference is None or not x.reference.values.any():
         return _directions(x)
     rest = []
-    common = torch.zeros(x.reference.numel).index_copy_(0, x.reference.indices, x.reference.values)
-    for delta, isotropic in zip(x.whole, common.view(x.whole.shape), strict=True):
+    for delta, isotropic in zip(x.whole, as_matrices(x.reference, x.name), strict=True):
         unit = isotropic / (float(torch.linalg.vector_norm(isotropic, dtype=torch.float64)) or 1.0)
         upright = unit.shape[0] > unit.shape[1]
         gram = unit.T @ unit if upright else unit @ unit.T
@@ -275,6 +283,39 @@ def _directions_extent(name: str, shape: Sequence[int], options: Params, experts
     return experts * matrices * own_count(min(rows, columns), options), HEAD + rows + columns
 
 
+def bases(merge: SparseTensor, name: str, once: Once) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Singular values [k], left [k, rows] and right vectors [k, columns], fp64, of each matrix of an earlier round's
+    merge; without those that are rounding. On the CPU: all who read one merge have to find the same vectors."""
+
+    def find() -> list[tuple[Tensor, Tensor, Tensor]]:
+        matrices = as_matrices(merge, name)
+        return [vectors_of(leading(each, min(each.shape)), 0, each.shape[0]) for each in matrices]
+
+    return once("bases", find)
+
+
+def _amplified(x: Lifted) -> Tensor:
+    """⟨u_rᵀ Σδ, u_rᵀ δ⟩ / ‖u_rᵀ δ‖² for each left singular vector u_r of the reference, which is Σδ: [1, matrices ·
+    min(rows, columns)], by falling singular value. 0 where the expert has no part in a direction."""
+    if x.whole is None or x.reference is None:
+        return torch.zeros(0)
+    rows = torch.zeros(len(x.whole), min(x.whole.shape[1:]))
+    for row, delta, (values, left, right) in zip(rows, x.whole, bases(x.reference, x.name, x.once), strict=True):
+        size = float(torch.linalg.vector_norm(delta, dtype=torch.float64)) or 1.0
+        own = left @ delta.double().div_(size)
+        squares = own.square().sum(1)
+        shared = (own * right).sum(1).mul_(values / size)
+        row[: len(values)] = torch.where(squares > NONE**2, shared / squares.clamp(min=NONE**2), 0.0)
+    return rows.view(1, -1)
+
+
+def _amplified_extent(name: str, shape: Sequence[int], options: Params, experts: int) -> tuple[int, ...]:
+    if len(shape) < 2:
+        return (0,)
+    matrices, rows, columns = stacked(name, shape)
+    return experts, matrices * min(rows, columns)
+
+
 _MATRICES = (
     Statistic("directions", "below", "matrix", _directions, support=_as_matrices, bare=True,
               extent=_directions_extent),
@@ -282,6 +323,7 @@ _MATRICES = (
               extent=_directions_extent),
     Statistic("own_regression", "sum", "matrix", _own_regression, support=_as_matrices, bare=True,
               extent=_own_regression_extent),
+    Statistic("amplified", "below", "matrix", _amplified, support=_as_matrices, bare=True, extent=_amplified_extent),
 )  # fmt: skip
 
 # -- SCE's second round (Wan et al., FuseChat, arXiv 2408.07990) ------------------------------------------------
@@ -328,5 +370,6 @@ max(δ, 0)), `negative_max` (largest max(-δ, 0)). Experts: `count` (whose suppo
 `agreement_count` (consensus), `agreeing_mass` and `agreeing_weight` (SCE). RegMean: `gram` [in, in], `gram_count` []
 (experts that have one) and `gram_product` (Σ δG). Of weights as matrices: `own_regression` (Σ δG above Σ G, G the
 expert's own δᵀδ / ‖δ‖²), `directions` (each expert's leading ones) and, after an earlier round that found the common
-ones, `own_directions`.
+ones, `own_directions`; after one that found Σδ, `amplified` (how much each of its directions is more than each expert's
+own).
 """

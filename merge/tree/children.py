@@ -7,19 +7,18 @@ tensor is read.
 from __future__ import annotations
 
 import math
-import threading
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, TypeVar
 
 from infra.errors import AdapterError, MergeError
 from merge.files.delta import DeltaReader
 from merge.files.node import StatisticsReader
 from merge.methods.lift import LiftInput, lift
+from merge.methods.once import Once
 from merge.methods.specs import LiftSpec
 from merge.methods.statistic_table import count_dtype
 from merge.methods.statistics import Accumulator, TensorStatistics, statistic_dtype
@@ -28,8 +27,6 @@ from workers.adapters.support import SparseTensor
 from workers.measuring.catalogue import MEASUREMENTS
 from workers.measuring.measurement import Measured
 from workers.tensors.source import ByteSource
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,28 @@ class NodeChild:
 
 
 Child = ExpertChild | NodeChild
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """An earlier round's δ of one tensor, if the reduction reads one that has it; read, and what is made of it found,
+    by whoever asks first."""
+
+    reader: DeltaReader | None
+    what: str
+    name: str
+    once: Once = field(default_factory=Once)
+
+    def __call__(self) -> SparseTensor | None:
+        return self.once("reference", self._load)
+
+    def _load(self) -> SparseTensor | None:
+        if self.reader is None or not _has(self.reader.names, self.name):
+            return None
+        try:
+            return self.reader.load(self.name)
+        except AdapterError as error:
+            raise MergeError(f"{self.what}, tensor {self.name}: {error}") from error
 
 
 class _Expert:
@@ -86,15 +105,16 @@ class _Expert:
                 raise MergeError(f"{where}: {wrong}; measure it again")
         return found
 
-    def load(self, name: str, reference: Callable[[], SparseTensor | None]) -> TensorStatistics:
+    def load(self, name: str, earlier: Earlier) -> TensorStatistics:
         try:
             item = LiftInput(
                 tensor=self._reader.load(name),
                 name=name,
                 identity=self._reader.identity,
                 weight=self._weight,
-                reference=reference(),
+                reference=earlier(),
                 measured=self._measured.load(name) if self._measured and _has(self._measured.names, name) else None,
+                once=earlier.once,
             )
             return lift(item, self._spec)
         except (AdapterError, MergeError) as error:
@@ -133,34 +153,22 @@ class _Node:
     def count(self, name: str) -> int:
         return self._files[name].count(name)
 
-    def load(self, name: str, reference: Callable[[], SparseTensor | None]) -> TensorStatistics:
+    def load(self, name: str, earlier: Earlier) -> TensorStatistics:
         try:
             return self._files[name].load(name)
         except AdapterError as error:
             raise MergeError(f"{self.what}, tensor {name}: {error}") from error
 
 
-class _Once(Generic[T]):
-    """A value made by whoever asks first."""
-
-    def __init__(self, make: Callable[[], T]) -> None:
-        self._make, self._lock = make, threading.Lock()
-        self._value: list[T] = []
-
-    def __call__(self) -> T:
-        with self._lock:
-            if not self._value:
-                self._value.append(self._make())
-            return self._value[0]
-
-
 @dataclass(frozen=True)
 class JoinedTensor:
-    """One tensor's joined statistics and the earlier round's δ of it, if the reduction reads one that has it."""
+    """One tensor's joined statistics, the earlier round's δ of it, if the reduction reads one that has it, and what its
+    lifts made of that."""
 
     name: str
     statistics: TensorStatistics
     reference: SparseTensor | None
+    once: Once
 
 
 @dataclass(frozen=True)
@@ -221,7 +229,7 @@ class Join:
         """Each tensor, by name. In memory are the joined statistics, the child's that is being added and
         those that threads read ahead."""
         holders = {name: [c for c in self._children if _has(c.names, name)] for name in self.names}
-        references: deque[_Once[SparseTensor | None]] = deque()
+        references: deque[Earlier] = deque()
         spec = self.spec
         with closing(prefetch(self._loads(holders, references))) as loaded:
             for name, having in holders.items():
@@ -229,33 +237,26 @@ class Join:
                 total = Accumulator(self.shapes[name], spec.statistics, len(self.experts), entries, spec.weighted)
                 for _ in having:
                     total.add(next(loaded))
-                joined = JoinedTensor(name, total.result(), references.popleft()())
-                del total
+                earlier = references.popleft()
+                joined = JoinedTensor(name, total.result(), earlier(), earlier.once)
+                del total, earlier
                 yield joined
                 del joined
 
     def _loads(
         self,
         holders: Mapping[str, Sequence[_Expert | _Node]],
-        references: deque[_Once[SparseTensor | None]],
+        references: deque[Earlier],
     ) -> Iterator[Load[TensorStatistics]]:
         experts, weighted = len(self.experts), self.spec.weighted
         width = 8 + sum(statistic_dtype(n, experts, weighted).itemsize for n in self.spec.statistics)
         for name, having in holders.items():
-            reference = _Once(partial(self._load_reference, name))
-            references.append(reference)
+            earlier = Earlier(self._reference, f"the merge {self.spec.reference}", name)
+            references.append(earlier)
             shape = self.shapes[name]
             for child in having:
                 matrices = self.spec.matrix_bytes(name, shape, len(child.experts))
-                yield Load(partial(child.load, name, reference), child.count(name) * width + matrices)
-
-    def _load_reference(self, name: str) -> SparseTensor | None:
-        if self._reference is None or not _has(self._reference.names, name):
-            return None
-        try:
-            return self._reference.load(name)
-        except AdapterError as error:
-            raise MergeError(f"the merge {self.spec.reference}, tensor {name}: {error}") from error
+                yield Load(partial(child.load, name, earlier), child.count(name) * width + matrices)
 
     @property
     def elements(self) -> int:

@@ -185,7 +185,7 @@ def reduce_root(
                 supports = _Supports(weights.read(tensor.name).view(-1) if weights else None)
                 root = Root(
                     tensor.statistics, len(join.experts), tensor.reference, tensor.name,
-                    fused.get(tensor.name, ()), device,
+                    fused.get(tensor.name, ()), device, tensor.once,
                 )  # fmt: skip
                 for candidate, sink in sinks.items():
                     merged = lower(root, candidate)

@@ -310,6 +310,21 @@ def isotropic_common_and_own(experts: Experts, c: Candidate) -> list[float]:
     return (c.params["lambda"] * mean * left @ right).view(-1).tolist()
 
 
+def calibrated(experts: Experts, c: Candidate) -> list[float]:
+    """Singular value calibration of Σδ, by its formula."""
+    parts = deltas(experts, c)
+    alpha = 1 / len(parts) if c.params["alpha"] == "even" else c.params["alpha"]
+    u, s, v = svd(sum(parts))
+    above = torch.zeros(len(s), dtype=torch.float64)
+    for delta in parts:
+        own = u.T @ delta
+        squares = own.square().sum(1)
+        some = squares.sqrt() > 1e-6 * delta.norm()
+        shared = (own * (s[:, None] * v)).sum(1) / squares.where(some, 1.0)
+        above += shared.where(some, 0.0).clamp(min=alpha)
+    return (c.params["lambda"] * (u * (s * len(parts) / above)) @ v).view(-1).tolist()
+
+
 def trimmed_first(then: Reference) -> Reference:
     """Each expert's own values thinned out to the share `trim` of the largest first."""
 
@@ -356,5 +371,7 @@ REFERENCES: dict[str, Reference] = {
     "wudi": trimmed_first(least_interference),
     "tsv_m": trimmed_first(task_singular_vectors),
     "iso_common": trimmed_first(isotropic_common),
+    "trimmed_sum": trimmed_first(scaled),
+    "svc": trimmed_first(calibrated),
     "iso_cts": trimmed_first(isotropic_common_and_own),
 }

@@ -96,6 +96,9 @@ CASES: list[tuple[str, dict, bool]] = [
     ("iso_common", {"common_share": 0.5}, False),
     ("iso_cts", {}, False),
     ("iso_cts", {"common_share": 0.4, "trim": 0.7}, False),
+    ("trimmed_sum", {"trim": 0.5}, False),
+    ("svc", {}, False),
+    ("svc", {"alpha": 1.5, "trim": 0.5}, False),
 ]
 NOT_DYADIC = [
     ("della", {"epsilon": 0.2}, False),
@@ -103,12 +106,12 @@ NOT_DYADIC = [
     ("wudi", {"ridge": 0.125}, False),
     ("wudi", {"lambda": 0.5, "trim": 0.5}, True),
 ]
-LAPACK = ("regmean", "spectral_power", "iso_c", "wudi", "tsv_m", "iso_common", "iso_cts")
+LAPACK = ("regmean", "spectral_power", "iso_c", "wudi", "tsv_m", "iso_common", "iso_cts", "svc")
 """Methods that solve equations: not the same bits everywhere."""
-SOLVED = {"wudi": 1e-4, "tsv_m": 1e-5, "iso_common": 1e-5, "iso_cts": 1e-4}
+SOLVED = {"wudi": 1e-4, "tsv_m": 1e-5, "iso_common": 1e-5, "iso_cts": 1e-4, "svc": 1e-4}
 """How far a method may be from the reference: statistics in fp32 are divided by small numbers."""
-CUT = ("tsv_m", "iso_common", "iso_cts")
-"""Methods that keep the largest directions: which of equal ones is not defined."""
+CUT = ("tsv_m", "iso_common", "iso_cts", "svc")
+"""Methods that look at directions one by one: which vectors equal ones have is not defined."""
 
 
 def candidate_for(case: tuple[str, dict, bool], n: int) -> Candidate:
@@ -315,6 +318,9 @@ GOLDEN = {
     "iso_common {'common_share': 0.5}": "75191966ed84",
     "iso_cts {}": "3e4d751da210",
     "iso_cts {'common_share': 0.4, 'trim': 0.7}": "9ad1d10e8dad",
+    "trimmed_sum {'trim': 0.5}": "8013e866c2b5",
+    "svc {}": "887c34a19f97",
+    "svc {'alpha': 1.5, 'trim': 0.5}": "53a9b456377e",
     "wudi {'ridge': 0.125}": "b711e1a3e5b3",
     "wudi {'lambda': 0.5, 'trim': 0.5} weighted": "f1258e344b26",
 }

@@ -1,4 +1,4 @@
-"""Methods that read each expert's own matrix: WUDI solved, TSV-M and Iso-CTS; and what they share with Iso-C."""
+"""Methods that read each expert's own matrix: WUDI solved, TSV-M, Iso-CTS and SVC; and what they share with Iso-C."""
 
 import hashlib
 import random
@@ -11,19 +11,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from infra.errors import MergeError
+from merge.files.merged import AdapterDelta, AdapterWriter
 from merge.methods.catalogue import lower
 from merge.methods.directions import common_directions, in_order, leading, orthogonal
 from merge.methods.lift import LiftInput, lift
 from merge.methods.lowering import Root
 from merge.methods.specs import Candidate, candidate_lift, check_served, plan_reductions
 from merge.methods.statistics import TensorStatistics, combine
+from merge.tree.reduce import ExpertChild, flat_merge
 from tests.merge.methods.test_spectral import close, matrix
 from tests.merge.methods.test_spectral import orthogonal as rotation
 from workers.adapters.support import SparseTensor
+from workers.adapters.writer import AdapterMeta, save_adapter
+from workers.tensors.source import FileSource
 
 SEEDS = st.integers(0, 2**32)
 SIDES = st.integers(6, 20)
-METHODS = ["wudi", "tsv_m", "iso_cts"]
+METHODS = ["wudi", "tsv_m", "iso_cts", "svc"]
 SHARE = {"tsv_m": {"rank_share": 0.2}, "iso_cts": {"common_share": 0.5}}
 
 
@@ -99,7 +103,7 @@ def test_neither_the_order_of_experts_nor_the_tree_can_be_seen(method, shape):
 def test_nothing_changes_and_one_expert_of_one_direction(method, shape):
     assert not merge([torch.zeros(shape)] * 3, by(method)).any()
     one = torch.outer(torch.arange(1.0, shape[0] + 1), torch.arange(1.0, shape[1] + 1))
-    params = {"tsv_m": {"rank_share": 1.0}, "iso_cts": {"common_share": 1.0}, "wudi": {"ridge": 1e-3}}[method]
+    params = {"tsv_m": {"rank_share": 1.0}, "iso_cts": {"common_share": 1.0}, "wudi": {"ridge": 1e-3}}.get(method, {})
     share = 1 / min(shape) if method == "iso_cts" else 1.0  # the mean over all directions that there could be
     close(
         merge([one], Candidate(method, {"lambda": 0.5, **params})),
@@ -120,6 +124,43 @@ def test_experts_of_one_direction_each_that_do_not_meet_are_kept_whole():
 def test_equal_experts_of_tsv_m_are_not_counted_many_times():
     delta = matrix(1, 8, 6, 2)
     close(merge([delta] * 4, Candidate("tsv_m", {"rank_share": 0.5})), delta, 1e-4)
+
+
+def test_svc_of_equal_experts_is_one_of_them_and_of_strangers_their_sum():
+    """What all have alike is counted once; experts that share neither inputs nor outputs stay as they are, and grow
+    where α lets them."""
+    delta = matrix(1, 8, 6)
+    close(merge([delta] * 4, Candidate("svc", {"alpha": 0.5})), delta, 1e-5)
+    first, second = torch.zeros(6, 8), torch.zeros(6, 8)
+    first[:2, :3], second[3:, 4:] = matrix(2, 2, 3), matrix(3, 3, 4)
+    for alpha, gain in ((1.0, 1.0), (0.5, 2 / 1.5)):
+        close(merge([first, second], Candidate("svc", {"alpha": alpha})), gain * (first + second), 1e-5)
+
+
+@given(SEEDS, SIDES, SIDES, st.floats(0.01, 3))
+@settings(max_examples=10, deadline=None)
+def test_svc_keeps_the_sums_directions_and_with_alpha_one_none_grows(seed, rows, columns, alpha):
+    deltas = some(seed, rows, columns)
+    u, s, v = torch.linalg.svd(sum(deltas).double(), full_matrices=False)
+    turned = u.T @ merge(deltas, Candidate("svc", {"alpha": alpha})).double() @ v.T
+    assert float((turned - torch.diag(turned.diagonal())).abs().max()) <= 1e-4 * float(s[0])
+    gains = turned.diagonal() / s
+    assert bool((gains >= 0).all())
+    assert float(gains.max()) <= 1 / alpha + 1e-4
+
+
+def test_svc_finds_the_sums_directions_once_for_all_experts_and_candidates(monkeypatch, tmp_path):
+    import merge.methods.statistic_table as module
+
+    calls = []
+    monkeypatch.setattr(module, "leading", lambda *given: calls.append(given) or leading(*given))
+    children = []
+    for at, delta in enumerate(some(1, 6, 8)):
+        save_adapter(tmp_path / f"e{at}", {"w": full(delta)}, AdapterMeta("b" * 64))
+        children.append(ExpertChild(f"e{at}", AdapterDelta(FileSource(tmp_path / f"e{at}"), f"e{at}")))
+    many = [Candidate("svc", {"alpha": x}) for x in (0.5, 1)]
+    flat_merge(children, many, lambda c: AdapterWriter(tmp_path / str(c)), scratch=tmp_path)
+    assert len(calls) == 1
 
 
 def test_wudi_is_the_least_of_its_objective():

@@ -412,6 +412,7 @@ def test_no_method_changes_without_a_version(tmp_path):
         "consensus": "b3f4cfb696bc",
         "consensus_ties": "0c07d51b97ab",
         "ties_sum": "0c2c214889fa",
+        "trimmed_sum": "9c297532ac2e",
         "fisher_on_support": "47f91cb1b030",
         "sce_selection": "9c297532ac2e",
         "sce": "21b1f08e4907",

@@ -300,9 +300,10 @@ def test_singular_vectors_need_memory() -> None:
 
 def test_matrices_of_each_expert_need_memory_and_room() -> None:
     """Whatever the experts' supports: nodes hold no positions. WUDI's is largest where inputs are many."""
-    for method in ("wudi", "tsv_m", "iso_cts"):
+    for method in ("wudi", "tsv_m", "iso_cts", "svc"):
         assert need(method).bytes > need("spectral_power").bytes
-        assert need(method, union=0.1).bytes == need(method).bytes or method == "iso_cts"  # its first round holds sums
+        first_sums = method in ("iso_cts", "svc")  # in a round before
+        assert need(method, union=0.1).bytes == need(method).bytes or first_sums
     assert need("wudi").tensor == "wide.weight"
     assert need("wudi", experts=40).bytes == need("wudi").bytes
     many = Candidate("tsv_m", {"rank_share": 0.5})
