@@ -38,6 +38,7 @@ from workers.base.cache import cache_dir
 from workers.base.layout import fused_rows
 from workers.base.prepare import PreparedBase, prepare_base
 from workers.conversion.formats import base_names
+from workers.measuring.catalogue import MEASUREMENTS
 from workers.measuring.file import IMPORTANCE_READ_VERSION
 from workers.tensors.checkpoint import WEIGHTS, CheckpointFiles
 
@@ -128,7 +129,7 @@ def check(request: MergeRequest, scratch: Path) -> Checked:
     checkpoint = output(request.checkpoint, "--checkpoint") if request.checkpoint else None
     _check_services(request, out, checkpoint)
     places = locate_experts(request.experts)
-    measured_places = locate_measured(request.measurements[kind], kind) if kind else {}
+    measured_places = locate_measured(request.measurements[MEASUREMENTS[kind].given_by], kind) if kind else {}
     inputs = {f"expert {name!r}": place.uri for name, place in places.items()}
     inputs |= {f"{kind} of {name!r}": place.uri for name, place in measured_places.items()}
     inputs |= base_place(request.base)
@@ -188,10 +189,11 @@ def _numbers(params: Mapping[str, float | str]) -> dict[str, float | str]:
 
 def _check_measured_names(request: MergeRequest, method: str, kind: str | None) -> None:
     """Files of a measurement are given for every expert of the methods that read it, and for no other method."""
+    reads = MEASUREMENTS[kind].given_by if kind else None
     for option, given in request.measurements.items():
-        if given and option != kind:
+        if given and option != reads:
             raise ConfigError(f"merge method {method!r} reads no {option} files: leave out --{option}")
-        if option != kind:
+        if option != reads:
             continue
         if unknown := sorted(set(given) - set(request.experts)):
             raise ConfigError(

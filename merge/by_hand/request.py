@@ -50,7 +50,7 @@ class MergeRequest(BaseModel):
 
     @property
     def measurements(self) -> dict[str, dict[str, str]]:
-        """The given files of each measurement (`workers.measuring.catalogue`), by expert."""
+        """The given files of each option that gives files of a measurement, by expert."""
         return {"fisher": self.fisher, "gram": self.gram}
 
     @field_validator("experts", mode="before")

@@ -125,7 +125,8 @@ def _threshold(params: Params) -> tuple[Sparsify, Options]:
 
 
 def _off_diagonal(params: Params) -> tuple[Sparsify, Options]:
-    return "none", (("off_diagonal", params["off_diagonal"]),)
+    inputs = () if params["inputs"] == "rows" else (("inputs", params["inputs"]),)
+    return "none", (("off_diagonal", params["off_diagonal"]), *inputs)
 
 
 def _trim_own(params: Params) -> tuple[Sparsify, Options]:
@@ -339,7 +340,11 @@ METHODS: dict[str, Method] = {
         "Jin et al., Dataless knowledge fusion by merging weights of language models (RegMean), arXiv 2212.09849",
         ("sum", "gram_product", "gram", "gram_count"),
         lowering.regmean,
-        {"off_diagonal": Number(0.9, 0, 1, low_allowed=True)},
+        {
+            "off_diagonal": Number(0.9, 0, 1, low_allowed=True),
+            "inputs": Choice("rows", ("rows", "tokens", "answers"), later=True),
+            "base": Number(0, 0, 100, low_allowed=True, later=True),
+        },
         _off_diagonal,
     ),
     "sce_selection": Method(

@@ -165,7 +165,11 @@ def sce(root: Root, params: Params) -> Tensor:
 
 
 def regmean(root: Root, params: Params) -> Tensor:
-    """The W with Σ ‖X_i W - X_i W_i‖² least, on δ: (Σ δ_i G̃_i) (Σ G̃_i)^-1, in double precision.
+    """The W with Σ ‖X_i W - X_i W_i‖² least, on δ: (Σ δ_i G̃_i) (Σ G̃_i + c₀ G₀)^-1, in double precision.
+
+    c₀ (`base`) weighs the base as an expert of δ = 0, which holds the merge back where the experts' own inputs say
+    little. Its inputs are not measured: G₀ is the diagonal of Σ G̃_i, inputs that are as large and have nothing to do
+    with each other. G_i are sums over all tokens of all rows, or means over tokens (`inputs`).
 
     Where an expert has no Gram matrix of the tensor's inputs: the mean. Directions of the inputs that no expert has
     seen are left at the mean, too: the problem is solved for the distance from it, with the inputs scaled to the same
@@ -176,6 +180,7 @@ def regmean(root: Root, params: Params) -> Tensor:
         return mean_delta
     # in place and in this order: [in, in] in double precision is the largest thing that a merge holds
     gram, shape = root["gram"].double(), root.statistics.shape
+    gram.diagonal().mul_(1 + number(params, "base"))
     start = mean_delta.view(shape).double()
     residual = root["gram_product"].view(shape).double().addmm_(start, gram, alpha=-1)
     seen = gram.diagonal() > 0

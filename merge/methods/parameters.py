@@ -55,10 +55,11 @@ class Number:
 
 @dataclass(frozen=True)
 class Choice:
-    """A parameter with a few named values, its default among them."""
+    """A parameter with a few named values, its default among them. `later` as of `Number`."""
 
     default: str
     options: tuple[str, ...]
+    later: bool = False
 
     @property
     def accepted(self) -> str:
@@ -73,7 +74,7 @@ class Choice:
 
     def unsaid(self, value: Value) -> bool:
         """Whether recipes leave this value out."""
-        return False
+        return self.later and value == self.default
 
 
 def number(params: Params, name: str) -> float:

@@ -43,6 +43,7 @@ LIFT_OPTIONS: dict[str, Number | Choice] = {
     "off_diagonal": Number(0.9, 0, 1, low_allowed=True),
     "rank_share": Number(0.05, 0, 1),
     "common_share": Number(0.8, 0, 1),
+    "inputs": Choice("rows", ("rows", "tokens", "answers")),
 }
 """What a lift can be told, with the widest accepted range."""
 
@@ -214,7 +215,9 @@ class LiftSpec:
     @property
     def measurement(self) -> str | None:
         """Which measurement of an expert the lift reads beside its adapter."""
-        return next((STATISTICS[name].measurement for name in self.statistics if STATISTICS[name].measurement), None)
+        kind = next((STATISTICS[name].measurement for name in self.statistics if STATISTICS[name].measurement), None)
+        inputs = dict(self.options).get("inputs", "rows")
+        return kind if kind is None or inputs == "rows" else f"{kind}_{inputs}"
 
     @property
     def support(self) -> Callable[[Lifted], Lifted] | None:

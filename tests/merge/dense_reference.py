@@ -200,6 +200,7 @@ def regression(experts: Experts, c: Candidate) -> list[float]:
         gram = (c.params["off_diagonal"] * e.gram + (1 - c.params["off_diagonal"]) * diagonal).double()
         left += torch.tensor(e.dense, dtype=torch.float64).view(SHAPE) @ gram
         right += gram
+    right += c.params["base"] * torch.diag(right.diagonal())
     solved = left @ torch.linalg.pinv(right, rtol=1e-9, hermitian=True)
     unseen = right.diagonal() == 0
     solved[:, unseen] = mean.view(SHAPE)[:, unseen]

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,12 @@ from workers.adapters.writer import AdapterReader, check_base
 from workers.base.cache import cache_dir
 from workers.base.load import load_classifier, load_classifier_tokenizer, load_model, load_tokenizer
 from workers.base.prepare import fetch_base
-from workers.masks.criteria import Loss
 from workers.measuring.catalogue import MEASUREMENTS
 from workers.measuring.file import MeasuredOn
-from workers.measuring.measurement import Subject
+from workers.measuring.measurement import RowLoss, Subject
 from workers.scoring.classification import Classification, encode_labelled, set_head
 from workers.tensors.source import FileSource
-from workers.text.prompt import PromptSpec, encode_example
+from workers.text.prompt import Example, PromptSpec, encode_example
 from workers.text.rows import Row, load_rows
 from workers.training.devices import spread
 from workers.training.in_place import apply_delta
@@ -128,7 +128,7 @@ def _subject(store: Store, job: MeasurementJob, reader: AdapterReader, devices: 
     return Subject(model, row_losses(store, model, tokenizer, job.rows), reader)
 
 
-def row_losses(store: Store, model: Any, tokenizer: Any, given: TrainingRows) -> list[Loss]:
+def row_losses(store: Store, model: Any, tokenizer: Any, given: TrainingRows) -> list[RowLoss]:
     """For each row a function that runs the model on it alone and returns the summed cross-entropy of its answer."""
     rows, labels = spaced(load_rows(store, given.name), given.count), given.labels
     objective: Objective
@@ -140,11 +140,15 @@ def row_losses(store: Store, model: Any, tokenizer: Any, given: TrainingRows) ->
     else:
         objective = Classification(int(tokenizer.pad_token_id))
         examples = [encode_labelled(tokenizer, given.prompt, row, labels) for row in rows]
-    return [_loss_of(model, objective, example) for example in examples]
+    return [
+        RowLoss(partial(objective.loss_sum, model, [example]), _predicts(example) if labels is None else None)
+        for example in examples
+    ]
 
 
-def _loss_of(model: Any, objective: Objective, example: Any) -> Loss:
-    return lambda: objective.loss_sum(model, [example])
+def _predicts(example: Example) -> torch.Tensor:
+    at = torch.arange(len(example.input_ids))
+    return (at >= max(1, example.target_start) - 1) & (at < len(at) - 1)
 
 
 def spaced(rows: Sequence[Row], count: int) -> list[Row]:

@@ -71,7 +71,7 @@ class MeasurementWriter:
         return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     def add(self, names: Sequence[str], tensor: Tensor) -> None:
-        """Append a piece [n], bf16 or fp32 on the CPU, that these weights share."""
+        """Append a piece [n], fp16, bf16 or fp32 on the CPU, that these weights share."""
         for name in names:
             if name in self._table:
                 raise AdapterError(f"{self.path}: {name!r} is written twice")

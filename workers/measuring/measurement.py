@@ -21,11 +21,23 @@ from workers.tensors.source import ByteSource
 
 
 @dataclass(frozen=True)
+class RowLoss:
+    """The summed loss of one row: called, the model runs on that row alone. `predicts` bool [tokens]: at which of its
+    tokens the answer is predicted; None for a label, which is no text."""
+
+    run: Loss
+    predicts: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        return self.run()
+
+
+@dataclass(frozen=True)
 class Subject:
-    """What is measured: a model at W + δ in fp32, the summed loss of each row, and the adapter that δ is from."""
+    """What is measured: a model at W + δ in fp32, the loss of each row, and the adapter that δ is from."""
 
     model: nn.Module
-    losses: Sequence[Loss]
+    losses: Sequence[RowLoss]
     adapter: AdapterReader
 
 
@@ -59,7 +71,7 @@ class Measurement:
     """One kind of measurement."""
 
     name: str
-    """The kind of its artifacts, the label of their file and the option of `python -m merge`."""
+    """The kind of its artifacts and the label of their file."""
     title: str
     """For people."""
     version: int
@@ -70,3 +82,10 @@ class Measurement:
     """Reads the header. Raises AdapterError for anything else than a sound file."""
     needed: Callable[[Mapping[str, tuple[int, int]], int], Needed]
     """Of an expert with `trainable` values in weights of these shapes [out, in]."""
+    option: str = ""
+    """The option of `python -m merge` that gives its files, where that is not its name."""
+
+    @property
+    def given_by(self) -> str:
+        """That option."""
+        return self.option or self.name

@@ -363,6 +363,13 @@ def test_gram_files_are_checked(tmp_path: Path, base: PreparedBase, model: Path)
         else:
             with pytest.raises(MergeError, match=r"side 32, the weight has shape \[64, 64\]"):
                 checked(model, given, tmp_path, method="regmean", gram={"e0": str(file)})
+    means = tmp_path / "means"
+    with GramWriter(means, MeasuredOn(base.sha256, expert.sha256, 8), (Q,), "gram_tokens") as writer:
+        writer.add((Q,), torch.eye(64))
+        writer.close()
+    checked(model, given, tmp_path, method="regmean", params={"inputs": "tokens"}, gram={"e0": str(means)})
+    with pytest.raises(AdapterError, match=r"a gram_answers file of version 1 is needed"):
+        checked(model, given, tmp_path, method="regmean", params={"inputs": "answers"}, gram={"e0": str(means)})
 
 
 # -- the configuration file --

@@ -35,7 +35,8 @@ def together(experts: Experts, candidates: Sequence[Candidate], join: Join = com
     for reduction in plan_reductions(candidates, len(experts)):
         spec = reduction.spec
         read = done[spec.reference] if spec.reference else None
-        measured = {n: {"fisher": e.fisher, "gram": e.gram}.get(spec.measurement or "") for n, e in experts.items()}
+        kind = (spec.measurement or "").removesuffix("_tokens")
+        measured = {n: {"fisher": e.fisher, "gram": e.gram}.get(kind) for n, e in experts.items()}
         total = join(
             [
                 lift(LiftInput(e.tensor, "w", name, spec.weight_of(name), read, measured[name]), spec)
@@ -81,6 +82,7 @@ CASES: list[tuple[str, dict, bool]] = [
     ("fisher_on_support", {}, False),
     ("fisher_on_support", {}, True),
     ("regmean", {"off_diagonal": 0.5}, False),
+    ("regmean", {"off_diagonal": 0.5, "inputs": "tokens", "base": 0.5}, False),
     ("sce_selection", {"density": 0.5}, False),
     ("sce", {}, False),
     ("sce", {"density": 0.3}, False),
@@ -248,6 +250,20 @@ def test_regmean_with_singular_gram_matrices_is_finite_and_keeps_equal_experts()
     torch.testing.assert_close(merged, delta, rtol=1e-5, atol=1e-5)
 
 
+def test_the_base_holds_regmean_back_and_its_inputs_are_another_reduction():
+    """c₀ of the base: with a diagonal alone it divides; merges without it, and of sums over rows, keep their keys."""
+    experts = make_experts(2, 3, 20)
+    free, held = (merge(experts, Candidate("regmean", {"off_diagonal": 0, "base": x})).view(SHAPE) for x in (0, 3))
+    seen = sum(e.gram for e in experts.values()).diagonal() > 0
+    torch.testing.assert_close(held[:, seen], free[:, seen] / 4)
+    plain = Candidate("regmean")
+    assert plain.recipe()["params"] == {"off_diagonal": 0.9}
+    assert candidate_lift(plain).recipe()["options"] == {"off_diagonal": 0.9}
+    assert candidate_lift(Candidate("regmean", {"base": 2})) == candidate_lift(plain)
+    kinds = [candidate_lift(Candidate("regmean", {"inputs": x})).measurement for x in ("rows", "tokens", "answers")]
+    assert kinds == ["gram", "gram_tokens", "gram_answers"]
+
+
 def test_sce_reads_nothing_where_the_selection_lacks_the_tensor():
     (e,) = make_experts(0, 1, 10).values()
     candidate = Candidate("sce")
@@ -301,6 +317,7 @@ GOLDEN = {
     "fisher_on_support {}": "309cf1f0fa91",
     "fisher_on_support {} weighted": "2bc2e390b92f",
     "regmean {'off_diagonal': 0.5}": "acceb05cfc4a",
+    "regmean {'off_diagonal': 0.5, 'inputs': 'tokens', 'base': 0.5}": "dc89df0ecba4",
     "sce_selection {'density': 0.5}": "21b0a5c876b1",
     "sce {}": "0c011ed3b810",
     "sce {'density': 0.3}": "64c8a00ea58d",

@@ -20,7 +20,7 @@ from workers.base.load import load_classifier, load_classifier_tokenizer, load_m
 from workers.base.prepare import PreparedBase, prepare_base, upload_base
 from workers.jobs.measurement import MeasurementJob, TrainingRows, make_measurement, spaced
 from workers.measuring.fisher import FLOOR, FisherReader, fisher_diagonal
-from workers.measuring.gram import GramReader, gram_matrices
+from workers.measuring.gram import GramReader, gram_matrices, gram_means
 from workers.scoring.classification import encode_text, head_state, set_head
 from workers.tensors.source import FileSource
 from workers.text.prompt import PromptSpec, encode_example
@@ -102,8 +102,15 @@ def squared_gradients(model: Any, losses: Sequence[Callable[[], Tensor]], names:
     return {name: torch.stack([row[at] for row in rows]).square().mean(0) for at, name in enumerate(names)}
 
 
-def input_products(model: Any, tokenizer: Any, sequences: list[tuple[int, ...]], names: list[str]) -> dict[str, Tensor]:
-    """By definition: of one padded batch, the rows of x at padding left out, as one float64 product."""
+def input_products(
+    model: Any,
+    tokenizer: Any,
+    sequences: list[tuple[int, ...]],
+    names: list[str],
+    held: Sequence[Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """By definition: of one padded batch, the rows of x at padding (and where `held` does not hold) left out, as one
+    float64 product."""
     width = max(map(len, sequences))
     tokens = torch.full((len(sequences), width), tokenizer.pad_token_id)
     mask = torch.zeros(len(sequences), width, dtype=torch.int64)
@@ -122,7 +129,10 @@ def input_products(model: Any, tokenizer: Any, sequences: list[tuple[int, ...]],
         model(input_ids=tokens, attention_mask=mask)
     for hook in hooks:
         hook.remove()
-    kept = {name: x[mask.bool()].double() for name, x in seen.items()}
+    chosen = mask.bool()
+    for row, part in zip(chosen, held or (), strict=held is not None):
+        row[: len(part)] &= part
+    kept = {name: x[chosen].double() for name, x in seen.items()}
     return {name: x.t() @ x for name, x in kept.items()}
 
 
@@ -219,6 +229,28 @@ def test_an_expert_is_measured(
     for name, product in input_products(model, tokenizer, texts, names).items():
         assert torch.allclose(gram.load(name).double(), product, rtol=1e-5, atol=1e-5 * float(product.diagonal().max()))
 
+    lengths = [len(text) for text in texts]
+    for means in ("gram_tokens",) if classifies else ("gram_tokens", "gram_answers"):
+        manifest_of_means, _ = make_measurement(store, made.job(means), ["cpu"] * devices, 1)
+        gram = GramReader(made.source(manifest_of_means, means), means)
+        starts = [0] * len(texts)
+        if means == "gram_answers":
+            examples = [encode_example(tokenizer, PROMPT, row, max_target_tokens=8) for row in made.rows]
+            starts = [max(1, example.target_start) - 1 for example in examples]
+        held = [torch.arange(length) >= start for start, length in zip(starts, lengths, strict=True)]
+        if means == "gram_answers":
+            for part in held:
+                part[-1] = False
+        count = sum(int(part.sum()) for part in held)
+        products = input_products(model, tokenizer, texts, names, held)
+        for name, product in products.items():
+            expected = product / count
+            atol = 5e-3 * float(expected.diagonal().max())
+            assert torch.allclose(gram.load(name).double(), expected, rtol=5e-3, atol=atol)
+    if classifies:
+        with pytest.raises(ConfigError, match="a label is no text"):
+            make_measurement(store, made.job("gram_answers"), ["cpu"] * devices, 1)
+
     before = list(store.list("objects/"))
     again = make_measurement(store, made.job("fisher"), ["cpu"] * devices, 1)
     assert again == (manifest, False)
@@ -246,7 +278,7 @@ def test_few_rows_are_spaced_and_errors_name_the_expert(
         job = made.job(kind, rows=2)
         with pytest.raises(error, match=f"{kind} of the expert 'task': "):
             make_measurement(store, job, ["cpu"], 1)
-    with pytest.raises(ConfigError, match="accepted: fisher, gram"):
+    with pytest.raises(ConfigError, match="accepted: fisher, gram, gram_tokens, gram_answers"):
         made.job("hessian")
     with pytest.raises(ConfigError, match="0 rows"):
         made.job("gram", rows=0)
@@ -295,6 +327,27 @@ def test_shared_inputs_shares_of_memory_and_modules_that_are_used_twice_or_never
     assert torch.allclose(found["twice.weight",].float(), z.t() @ z, rtol=1e-5)
     assert found["twice.weight",].dtype == torch.float64
     assert len(runs) == 1 + 3 * {2**31: 1, 144: 2, 1: 4}[limit]
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("limit", [2**31, 36, 1])
+def test_means_are_sums_over_the_tokens_that_count(limit: int) -> None:
+    model = Net()
+    inputs = [torch.randint(-2, 3, (1, length, 3)).float() for length in (2, 5, 1)]
+    held = [torch.tensor([False, True]), torch.tensor([True, False, True, True, False]), torch.tensor([False])]
+    passes = [lambda part=part: model(part) for part in inputs]
+    for parts, count in (([], 8), (held, 4)):
+        sums = {n: g for names, g in gram_matrices(model, passes, ["q.weight", "twice.weight"]) for n in names}
+        means = {
+            n: g for names, g in gram_means(model, passes, ["q.weight", "twice.weight"], parts, limit) for n in names
+        }
+        x = torch.cat([x[0][part] for x, part in zip(inputs, parts or [slice(None)] * 3, strict=True)])
+        assert torch.allclose(means["q.weight"], x.t() @ x / count)
+        assert means["twice.weight"].dtype == torch.float32
+        if not parts:  # a module that is used twice has seen twice the tokens
+            assert torch.allclose(means["twice.weight"], (sums["twice.weight"] / 16).float(), rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"q\.weight is not shown each token once"):
+        list(gram_means(model, passes, ["q.weight"], [torch.ones(3, dtype=torch.bool)] * 3))
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 

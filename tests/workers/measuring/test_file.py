@@ -4,6 +4,7 @@ import json
 import math
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from infra.errors import AdapterError
-from workers.measuring.file import MeasuredOn
+from workers.measuring.file import MeasuredOn, MeasurementWriter
 from workers.measuring.fisher import FLOOR, FisherReader, FisherWriter
 from workers.measuring.gram import GramReader, GramWriter
 from workers.tensors.source import FileSource
@@ -106,6 +107,43 @@ def test_gram_matrices_come_back(tmp_path_factory: pytest.TempPathFactory, sides
         for name in names:
             assert reader.side(name) == gram.shape[0]
             assert torch.equal(reader.load(name), gram)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 2**16), st.sampled_from([1e-12, 1.0, 1e12]))
+def test_means_come_back_in_half_the_bytes(
+    tmp_path_factory: pytest.TempPathFactory, side: int, seed: int, scale: float
+) -> None:
+    """Within what fp16 keeps of a correlation; roots of the diagonal as good as in fp32, of inputs of any size."""
+    path = tmp_path_factory.mktemp("gram") / "g"
+    torch.manual_seed(seed)
+    x = torch.randn(5, side) * torch.logspace(0, -3, side) * scale
+    x[:, side // 2] *= float(side % 2)  # an input that is never seen
+    gram = x.t() @ x
+    with GramWriter(path, META, ["q"], "gram_tokens") as writer:
+        writer.add(["q"], gram)
+        writer.close()
+    found = GramReader(FileSource(path), "gram_tokens").load("q")
+    assert torch.allclose(found.diagonal(), gram.diagonal(), rtol=1e-4, atol=0)
+    roots = gram.diagonal().sqrt()
+    assert bool(((found - gram).abs() <= 4e-4 * roots * roots[:, None]).all())
+    assert torch.equal(found, found.t())
+    with pytest.raises(AdapterError, match="a gram file of version 1 is needed"):
+        GramReader(FileSource(path))
+
+
+def test_hostile_means_are_refused_or_finite(tmp_path: Path) -> None:
+    """Whatever numbers stand in a file of the right length."""
+    for at in range(40):
+        torch.manual_seed(at)
+        path = tmp_path / str(at)
+        writer = MeasurementWriter(path, "gram_tokens", META, ["q"])
+        writer.add(["q"], torch.randint(-(2**15), 2**15, (10,), dtype=torch.int16).view(torch.float16))
+        writer.close()
+        reader = GramReader(FileSource(path), "gram_tokens")
+        assert reader.side("q") == 3
+        with suppress(AdapterError):
+            assert bool(reader.load("q").isfinite().all())
 
 
 def test_shared_matrices_are_stored_once(tmp_path: Path) -> None:
