@@ -31,7 +31,7 @@ SHAPES = {
     "q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576),
     "gate": (1536, 576), "up": (1536, 576), "down": (576, 1536),
 }  # fmt: skip
-METHODS = ["task_arithmetic", "ties", "iso_c", "spectral_power", "wudi", "tsv_m", "iso_cts", "svc"]
+METHODS = ["task_arithmetic", "ties", "iso_c", "spectral_power", "wudi", "tsv_m", "iso_cts", "svc", "knots"]
 BASE, BLOCK, DENSITY = "b" * 64, 16, 0.05
 
 

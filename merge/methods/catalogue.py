@@ -139,6 +139,10 @@ def _rank_share(params: Params) -> tuple[Sparsify, Options]:
     return how, (*options, ("rank_share", params["rank_share"]))
 
 
+def _rank(params: Params) -> tuple[Sparsify, Options]:
+    return "none", (("rank", params["rank"]),)
+
+
 def _common_share(params: Params) -> tuple[Sparsify, Options]:
     how, options = _rank_share(params)
     return how, (*options, ("common_share", params["common_share"]))
@@ -206,6 +210,7 @@ _ISO = "Marczak et al., No task left behind: isotropic model merging (Iso-C), ar
 _ISO_CTS = "Marczak et al., No task left behind: isotropic model merging (Iso-CTS), arXiv 2502.04959"
 _TSV = "Gargiulo et al., Task singular vectors: reducing task interference in model merging (TSV-M), arXiv 2412.00081"
 _SVC = "Li et al., When shared knowledge hurts: spectral over-accumulation in model merging (SVC), arXiv 2602.05536"
+_KNOTS = "Stoica et al., Model merging with SVD to tie the KnOTS, arXiv 2410.19735"
 _WUDI = "Cheng et al., Whoever started the interference should end it (WUDI), arXiv 2503.08099"
 _SCE = "Wan et al., FuseChat (select, calculate, erase), arXiv 2408.07990"
 
@@ -298,6 +303,14 @@ METHODS: dict[str, Method] = {
         {"lambda": _scale(0.45), **_COMMON, **_MATRIX},
         _common_share,
         reference=lambda params: ("iso_common", {name: params[name] for name in _COMMON}),
+        matrix=True,
+    ),
+    "knots": Method(
+        f"{_KNOTS}, with TIES",
+        ("sum", "factors"),
+        matrices.knots,
+        {"lambda": _scale(1), "rank": Number(64, 1, 2**16, low_allowed=True, integer=True), **_MATRIX},
+        _rank,
         matrix=True,
     ),
     "trimmed_sum": Method(

@@ -8,13 +8,16 @@ candidates of a root.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from infra.errors import MergeError
-from merge.methods.directions import common_directions, in_order, orthogonal, vectors_of
+from merge.methods.directions import NONE, common_directions, in_order, leading, orthogonal, vectors_of
 from merge.methods.lowering import Root, dense, vector
 from merge.methods.parameters import Params, even_share, number
+from merge.methods.sparsify import kept, trim
 from merge.methods.spectral import stacked
 from merge.methods.statistic_table import bases, finite
 from workers.adapters.support import SparseTensor
@@ -82,6 +85,53 @@ def svc(root: Root, params: Params) -> Tensor | SparseTensor:
         return vector(root, params)
     alpha = even_share(params["alpha"], root.experts)
     return _dense(root, params, root.once(("svc", alpha), lambda: _calibrated(root, alpha)))
+
+
+def knots(root: Root, params: Params) -> Tensor | SparseTensor:
+    """λ U · TIES(Uᵀδ_1, …, Uᵀδ_N), U the left singular vectors of [δ_1 … δ_N] side by side (KnOTS, Stoica et al.,
+    arXiv 2410.19735): experts of low rank are elected on outputs that they share, not on the weight's own.
+
+    Of each expert come its `rank` largest directions at most, which is all of a LoRA of no higher rank. `trim` is the
+    share of an expert's values Uᵀδ_i that stay, of each weight by itself (of all weights together as published);
+    values below a millionth of its largest are rounding, and none. KnOTS with a mean in place of TIES is the mean:
+    U Uᵀδ_i = δ_i. A node carries 4 · (2 + out + in) bytes a direction.
+    """
+    if len(root.statistics.shape) < 2:
+        return vector(root, params)
+    share = number(params, "trim")
+    return _dense(root, params, root.once(("knots", share), lambda: _aligned(root, share)))
+
+
+def _aligned(root: Root, share: float) -> list[Tensor]:
+    rows = root["factors"]
+    if not finite(rows):
+        raise MergeError("the experts' directions are not finite; look for a diverged expert")
+    starts = [*(rows[:, 0] < 0).nonzero().view(-1).tolist(), len(rows)] if rows.numel() else [0]
+    experts = [rows[first + 1 : last] for first, last in pairwise(starts)]
+    experts.sort(key=lambda own: own.numpy().tobytes())  # the order of experts is seen in no sum
+    count, height, _ = stacked(root.name, root.statistics.shape)
+    return [_elected([vectors_of(own, at, height) for own in experts], share) for at in range(count) if experts]
+
+
+def _elected(experts: list[tuple[Tensor, Tensor, Tensor]], share: float) -> Tensor:
+    """Of one matrix, from singular values [k], left [k, rows] and right vectors [k, columns] of each expert."""
+    outputs = torch.cat([left * values[:, None] for values, left, _ in experts])
+    columns = experts[0][2].shape[1]
+    if not len(outputs):
+        return torch.zeros(outputs.shape[1], columns)
+    _, basis, _ = vectors_of(leading(outputs.T.float(), min(outputs.shape)), 0, outputs.shape[1])
+    mass, counts = torch.zeros(2, 2, len(basis), columns, dtype=torch.float64)
+    for values, left, right in experts:
+        own = ((basis @ left.T) * values) @ right
+        own[own.abs() <= NONE * own.abs().max()] = 0.0
+        chosen = trim(own.view(-1), kept(share, own.numel()))
+        thin = torch.zeros_like(own).view(-1).index_copy_(0, chosen, own.view(-1)[chosen]).view(own.shape)
+        for at, part in enumerate((thin.clamp(min=0), thin.clamp(max=0))):
+            mass[at] += part
+            counts[at] += part != 0
+    at = (mass.sum(0) < 0).long()[None]
+    merged = mass.gather(0, at)[0] / counts.gather(0, at)[0].clamp(min=1)
+    return (basis.T @ merged).float()
 
 
 def _calibrated(root: Root, alpha: float) -> list[Tensor]:

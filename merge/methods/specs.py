@@ -43,6 +43,7 @@ LIFT_OPTIONS: dict[str, Number | Choice] = {
     "off_diagonal": Number(0.9, 0, 1, low_allowed=True),
     "rank_share": Number(0.05, 0, 1),
     "common_share": Number(0.8, 0, 1),
+    "rank": Number(64, 1, 2**16, low_allowed=True, integer=True),
     "inputs": Choice("rows", ("rows", "tokens", "answers")),
 }
 """What a lift can be told, with the widest accepted range."""

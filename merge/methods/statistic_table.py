@@ -241,8 +241,10 @@ def _own_regression_extent(name: str, shape: Sequence[int], options: Params, exp
 
 
 def own_count(side: int, options: Params) -> int:
-    """How many directions each expert has of a matrix with that smaller side: TSV-M's, one at least, or as many as
-    Iso-CTS leaves to it, if any."""
+    """How many directions each expert has of a matrix with that smaller side: TSV-M's, one at least, as many as Iso-CTS
+    leaves to it, if any, or all up to a rank."""
+    if "rank" in options:
+        return min(side, int(number(options, "rank")))
     common, share = options.get("common_share"), number({"rank_share": 1.0, **options}, "rank_share")
     return kept(share, side) if common is None else round((side - int(side * float(common))) * share)
 
@@ -281,6 +283,17 @@ def _directions_extent(name: str, shape: Sequence[int], options: Params, experts
         return (0,)
     matrices, rows, columns = stacked(name, shape)
     return experts * matrices * own_count(min(rows, columns), options), HEAD + rows + columns
+
+
+def _factors(x: Lifted) -> Tensor:
+    """The expert's directions up to the rank, below a row [-1, 0, …] that tells it from others."""
+    found = _directions(x)
+    return found if x.whole is None else torch.cat([found.new_tensor([[-1.0] + [0.0] * (found.shape[1] - 1)]), found])
+
+
+def _factors_extent(name: str, shape: Sequence[int], options: Params, experts: int) -> tuple[int, ...]:
+    held, *width = _directions_extent(name, shape, options, experts)
+    return (held + experts, *width) if width else (0,)
 
 
 def bases(merge: SparseTensor, name: str, once: Once) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -323,6 +336,7 @@ _MATRICES = (
               extent=_directions_extent),
     Statistic("own_regression", "sum", "matrix", _own_regression, support=_as_matrices, bare=True,
               extent=_own_regression_extent),
+    Statistic("factors", "below", "matrix", _factors, support=_as_matrices, bare=True, extent=_factors_extent),
     Statistic("amplified", "below", "matrix", _amplified, support=_as_matrices, bare=True, extent=_amplified_extent),
 )  # fmt: skip
 
@@ -369,7 +383,7 @@ max(δ, 0)), `negative_max` (largest max(-δ, 0)). Experts: `count` (whose suppo
 `negative_count`, `zero_count`. Σf and Σfδ: `fisher`, `fisher_mass`. Against the result of an earlier round:
 `agreement_count` (consensus), `agreeing_mass` and `agreeing_weight` (SCE). RegMean: `gram` [in, in], `gram_count` []
 (experts that have one) and `gram_product` (Σ δG). Of weights as matrices: `own_regression` (Σ δG above Σ G, G the
-expert's own δᵀδ / ‖δ‖²), `directions` (each expert's leading ones) and, after an earlier round that found the common
-ones, `own_directions`; after one that found Σδ, `amplified` (how much each of its directions is more than each expert's
-own).
+expert's own δᵀδ / ‖δ‖²), `directions` (each expert's leading ones), `factors` (those and whose they are) and, after an
+earlier round that found the common ones, `own_directions`; after one that found Σδ, `amplified` (how much each of its
+directions is more than each expert's own).
 """

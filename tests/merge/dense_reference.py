@@ -326,6 +326,30 @@ def calibrated(experts: Experts, c: Candidate) -> list[float]:
     return (c.params["lambda"] * (u * (s * len(parts) / above)) @ v).view(-1).tolist()
 
 
+def tied_knots(experts: Experts, c: Candidate) -> list[float]:
+    """TIES on the outputs along the left singular vectors of all changes side by side, as the authors' code does."""
+    parts = deltas(experts, c)
+    cut = []
+    for delta in parts:
+        u, s, v = svd(delta)
+        rank = int(c.params["rank"])
+        cut.append((u[:, :rank] * s[:rank]) @ v[:rank])
+    basis, _, _ = svd(torch.cat(cut, 1))
+    rows = []
+    for delta in cut:
+        own = basis.T @ delta
+        own[own.abs() <= 1e-6 * own.abs().max()] = 0
+        flat = own.reshape(-1)
+        rest = flat.abs().argsort(descending=True, stable=True)[max(1, int(c.params["trim"] * flat.numel())) :]
+        flat[rest] = 0
+        rows.append(flat)
+    stack = torch.stack(rows)
+    sign = torch.where(stack.sum(0) >= 0, 1.0, -1.0)
+    agree = (stack * sign > 0).double()
+    merged = (stack * agree).sum(0) / agree.sum(0).clamp(min=1)
+    return (c.params["lambda"] * basis @ merged.view(basis.shape[1], -1)).reshape(-1).tolist()
+
+
 def trimmed_first(then: Reference) -> Reference:
     """Each expert's own values thinned out to the share `trim` of the largest first."""
 
@@ -373,6 +397,7 @@ REFERENCES: dict[str, Reference] = {
     "tsv_m": trimmed_first(task_singular_vectors),
     "iso_common": trimmed_first(isotropic_common),
     "trimmed_sum": trimmed_first(scaled),
+    "knots": tied_knots,
     "svc": trimmed_first(calibrated),
     "iso_cts": trimmed_first(isotropic_common_and_own),
 }

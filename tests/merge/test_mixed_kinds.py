@@ -77,7 +77,7 @@ def test_kinds_merge_as_their_dense_deltas(tmp_path: Path, method: str) -> None:
         assert torch.allclose(tensor.values.view(shape), expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("method", ["spectral_power", "iso_c", "wudi", "tsv_m", "iso_cts", "svc"])
+@pytest.mark.parametrize("method", ["spectral_power", "iso_c", "wudi", "tsv_m", "iso_cts", "svc", "knots"])
 def test_a_weight_as_a_matrix_is_the_same_for_every_kind(tmp_path: Path, method: str) -> None:
     """Adapters of all kinds against full ones of the same δ: the same bits."""
     sources, deltas, _ = make(tmp_path)

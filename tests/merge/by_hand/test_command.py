@@ -231,7 +231,7 @@ def test_a_spectral_merge_of_full_checkpoints(merge: Callable[..., Result], fold
             q = s * (s / s[0]).clamp(min=0.03) ** -1.5
             expected = 0.8 * s.mean() / q.mean() * (u * q) @ v
         torch.testing.assert_close(loaded[name].double() - weight.double(), expected, rtol=1e-4, atol=1e-5)
-    for method in ("wudi", "tsv_m", "iso_cts", "svc"):  # their formulas: tests/merge/methods
+    for method in ("wudi", "tsv_m", "iso_cts", "svc", "knots"):  # their formulas: tests/merge/methods
         succeeded(merge("run", *sources, "--param", "trim=0.9", "--checkpoint", method, "--dtype", "float32",
                         method=method, count=0))  # fmt: skip
         loaded = AutoModelForCausalLM.from_pretrained(method).state_dict()

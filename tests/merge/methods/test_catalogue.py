@@ -99,6 +99,8 @@ CASES: list[tuple[str, dict, bool]] = [
     ("iso_cts", {}, False),
     ("iso_cts", {"common_share": 0.4, "trim": 0.7}, False),
     ("trimmed_sum", {"trim": 0.5}, False),
+    ("knots", {}, False),
+    ("knots", {"rank": 2, "trim": 0.5}, False),
     ("svc", {}, False),
     ("svc", {"alpha": 1.5, "trim": 0.5}, False),
 ]
@@ -108,11 +110,11 @@ NOT_DYADIC = [
     ("wudi", {"ridge": 0.125}, False),
     ("wudi", {"lambda": 0.5, "trim": 0.5}, True),
 ]
-LAPACK = ("regmean", "spectral_power", "iso_c", "wudi", "tsv_m", "iso_common", "iso_cts", "svc")
+LAPACK = ("regmean", "spectral_power", "iso_c", "wudi", "tsv_m", "iso_common", "iso_cts", "svc", "knots")
 """Methods that solve equations: not the same bits everywhere."""
-SOLVED = {"wudi": 1e-4, "tsv_m": 1e-5, "iso_common": 1e-5, "iso_cts": 1e-4, "svc": 1e-4}
+SOLVED = {"wudi": 1e-4, "tsv_m": 1e-5, "iso_common": 1e-5, "iso_cts": 1e-4, "svc": 1e-4, "knots": 1e-4}
 """How far a method may be from the reference: statistics in fp32 are divided by small numbers."""
-CUT = ("tsv_m", "iso_common", "iso_cts", "svc")
+CUT = ("tsv_m", "iso_common", "iso_cts", "svc", "knots")
 """Methods that look at directions one by one: which vectors equal ones have is not defined."""
 
 

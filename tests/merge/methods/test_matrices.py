@@ -1,4 +1,4 @@
-"""Methods that read each expert's own matrix: WUDI solved, TSV-M, Iso-CTS and SVC; and what they share with Iso-C."""
+"""Methods that read each expert's own matrix: WUDI solved, TSV-M, Iso-CTS, KnOTS, SVC; what they share with Iso-C."""
 
 import hashlib
 import random
@@ -28,6 +28,8 @@ from workers.tensors.source import FileSource
 SEEDS = st.integers(0, 2**32)
 SIDES = st.integers(6, 20)
 METHODS = ["wudi", "tsv_m", "iso_cts", "svc"]
+"""Those that turn with inputs and outputs, and trim before."""
+ALL = [*METHODS, "knots"]
 SHARE = {"tsv_m": {"rank_share": 0.2}, "iso_cts": {"common_share": 0.5}}
 
 
@@ -59,7 +61,7 @@ def some(seed: int, rows: int, columns: int, n: int = 4) -> list[Tensor]:
     return [(1 + at) * matrix(seed + at + 1, rows, columns) + 2 * shared for at in range(n)]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 @given(SEEDS, SIDES, SIDES, st.sampled_from([1e-20, 1e-3, 1e10]))
 @settings(max_examples=10, deadline=None)
 def test_the_result_scales_with_the_changes_and_lambda(method, seed, rows, columns, factor):
@@ -79,7 +81,7 @@ def test_rotations_of_input_and_output_carry_over(method, seed, rows, columns):
     close(turned, left @ merge(deltas, by(method)).double() @ right, 1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("shape", [(5, 12), (12, 5), (8, 8)])
 def test_neither_the_order_of_experts_nor_the_tree_can_be_seen(method, shape):
     """WUDI adds up numbers that are rounded: the same within rounding."""
@@ -98,7 +100,7 @@ def test_neither_the_order_of_experts_nor_the_tree_can_be_seen(method, shape):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1), (6, 6), (3, 40), (40, 3)])
 def test_nothing_changes_and_one_expert_of_one_direction(method, shape):
     assert not merge([torch.zeros(shape)] * 3, by(method)).any()
@@ -124,6 +126,42 @@ def test_experts_of_one_direction_each_that_do_not_meet_are_kept_whole():
 def test_equal_experts_of_tsv_m_are_not_counted_many_times():
     delta = matrix(1, 8, 6, 2)
     close(merge([delta] * 4, Candidate("tsv_m", {"rank_share": 0.5})), delta, 1e-4)
+
+
+def lora(seed: int, rows: int, columns: int, rank: int = 2, n: int = 3) -> list[Tensor]:
+    return [(1 + at) * matrix(seed + at, rows, columns, rank) for at in range(n)]
+
+
+@given(SEEDS, SIDES, SIDES)
+@settings(max_examples=10, deadline=None)
+def test_knots_turn_with_the_outputs_and_do_not_see_the_sign_of_all_experts(seed, rows, columns):
+    deltas, left = lora(seed, rows, columns), rotation(seed + 11, rows)
+    expected = merge(deltas, by("knots")).double()
+    close(merge([(left @ d.double()).float() for d in deltas], by("knots")), left @ expected, 1e-3)
+    close(merge([-d for d in deltas], by("knots")), -expected, 1e-4)
+
+
+def test_knots_of_experts_without_common_outputs_are_their_sum_and_of_equal_ones_one():
+    first, second = torch.zeros(7, 8), torch.zeros(7, 8)
+    first[:3], second[4:] = matrix(1, 3, 8, 2), matrix(2, 3, 8, 2)
+    close(merge([first, second], by("knots")), first + second, 1e-5)
+    close(merge([first] * 3, by("knots")), first, 1e-5)
+
+
+def test_knots_of_a_higher_rank_are_cut_to_their_largest_directions():
+    deltas = some(4, 9, 12)
+    cut = [(u[:, :2] * s[:2]) @ v[:2] for u, s, v in (torch.linalg.svd(d, full_matrices=False) for d in deltas)]
+    found = merge(deltas, Candidate("knots", {"rank": 2}))
+    close(found, merge(cut, Candidate("knots")), 1e-4)
+    assert float((found - merge(deltas, Candidate("knots"))).abs().max()) > 0.1
+
+
+def test_knots_trim_where_they_elect_and_lift_once_for_all_shares():
+    deltas = lora(5, 8, 10)
+    shares = [Candidate("knots", {"trim": x}) for x in (0.1, 1.0)]
+    assert len(plan_reductions(shares, 3)) == 1
+    thin, whole = (merge(deltas, each) for each in shares)
+    assert 0 < float(thin.norm()) != float(whole.norm())
 
 
 def test_svc_of_equal_experts_is_one_of_them_and_of_strangers_their_sum():
@@ -237,7 +275,7 @@ def test_rows_have_one_order():
     assert bool((expected[:-1, 1] >= expected[1:, 1]).all())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 def test_vectors_convolutions_and_stacked_experts(method):
     vectors = [torch.arange(6.0), torch.ones(6), torch.zeros(6), torch.ones(6)]
     candidate = by(method, 3.0)
@@ -265,7 +303,7 @@ def test_trim_keeps_the_largest_of_each_experts_own_values(method):
     assert torch.equal(merge(deltas, trimmed), merge(thin, by(method)))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 def test_density_keeps_the_largest_of_the_merge(method):
     deltas, candidate = some(7, 9, 11), by(method)
     whole = merge(deltas, candidate).view(-1)
@@ -275,7 +313,7 @@ def test_density_keeps_the_largest_of_the_merge(method):
     assert torch.equal(thin[kept], whole[kept])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 def test_experts_without_the_tensor_or_with_an_empty_support(method):
     none = SparseTensor((6, 8), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
     assert not merge([none, none], by(method)).any()
@@ -284,7 +322,7 @@ def test_experts_without_the_tensor_or_with_an_empty_support(method):
     close(merge([*deltas, none], by(method)), expected, 1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 def test_the_same_bits_on_one_machine(method):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -330,7 +368,7 @@ def test_a_parameter_that_came_later_is_in_no_recipe_at_its_default():
     assert Candidate.from_dict(Candidate("iso_c").to_dict()) == Candidate("iso_c")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 def test_what_is_not_finite_is_refused(method):
     with pytest.raises(MergeError, match=r"diverged expert|overflows"):
         merge([torch.full((6, 6), 3e38)] * 8, by(method, 10.0))

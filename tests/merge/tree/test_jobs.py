@@ -64,6 +64,7 @@ CANDIDATES = (
     Candidate("tsv_m"),
     Candidate("iso_cts", {"common_share": 0.5, "trim": 0.5}),
     Candidate("svc"),
+    Candidate("knots"),
 )
 
 
@@ -193,7 +194,14 @@ def changed(before: Sequence[str], after: Sequence[str]) -> Counter[str]:
 def test_the_tree_gives_what_a_flat_merge_gives_and_a_second_run_makes_nothing(experts: Experts) -> None:
     schedule, _ = experts.merge(NAMES, CANDIDATES)
     exact = {"mean", "task_arithmetic", "ties", "weighted_mean", "dare_linear", "magmax", "consensus", "emr"}
-    exact |= {"spectral_power", "iso_c", "tsv_m", "iso_cts", "svc"}  # of exact sums: the same step on the same bits
+    exact |= {
+        "spectral_power",
+        "iso_c",
+        "tsv_m",
+        "iso_cts",
+        "svc",
+        "knots",
+    }  # of exact sums: the same step on the same bits
     for candidate in CANDIDATES:
         one, flat = experts.merged(schedule, candidate), experts.flat(NAMES, candidate)
         assert one.names == flat.names == sorted(SHAPES)

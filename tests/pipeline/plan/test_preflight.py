@@ -300,7 +300,7 @@ def test_singular_vectors_need_memory() -> None:
 
 def test_matrices_of_each_expert_need_memory_and_room() -> None:
     """Whatever the experts' supports: nodes hold no positions. WUDI's is largest where inputs are many."""
-    for method in ("wudi", "tsv_m", "iso_cts", "svc"):
+    for method in ("wudi", "tsv_m", "iso_cts", "svc", "knots"):
         assert need(method).bytes > need("spectral_power").bytes
         first_sums = method in ("iso_cts", "svc")  # in a round before
         assert need(method, union=0.1).bytes == need(method).bytes or first_sums
