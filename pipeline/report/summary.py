@@ -94,8 +94,8 @@ def _merge_lines(results: Results) -> list[str]:
             f"rounding to bfloat16 loses {chosen.rounding_loss_bfloat16:.0%} of the merged change's norm"
         )
     rounds = [rounds_text(results.rounds)] if results.rounds is not None else []
-    beside = [*_multitask_lines(results), *_routed_lines(results), *_few_shot_lines(results)]
-    return [*lines, *rounds, *beside, _size_line(chosen)]
+    yardsticks = [*_multitask_lines(results), *_routed_lines(results), *_few_shot_lines(results)]
+    return [*lines, *rounds, *yardsticks, _size_line(chosen)]
 
 
 def _multitask_lines(results: Results) -> list[str]:

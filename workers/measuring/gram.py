@@ -114,7 +114,11 @@ def gram_means(
     modules = linear_modules(model, names)
     for share in _shares(_shared_inputs(passes[0], modules), modules, limit, 4):
         means = {group[0]: _Mean() for group in share}
-        with _Observed({name: modules[name] for name in means}, lambda name, x, to=means: to[name].add(x)) as observed:
+
+        def add(name: str, x: Tensor, to: Mapping[str, _Mean] = means) -> None:
+            to[name].add(x)
+
+        with _Observed({name: modules[name] for name in means}, add) as observed:
             for at, run in enumerate(passes):
                 observed.part = parts[at] if parts else None
                 run()
