@@ -338,6 +338,8 @@ GOLDEN = {
     "iso_cts {}": "3e4d751da210",
     "iso_cts {'common_share': 0.4, 'trim': 0.7}": "9ad1d10e8dad",
     "trimmed_sum {'trim': 0.5}": "8013e866c2b5",
+    "knots {}": "febf462b182c",
+    "knots {'rank': 2, 'trim': 0.5}": "640dd52b4893",
     "svc {}": "887c34a19f97",
     "svc {'alpha': 1.5, 'trim': 0.5}": "53a9b456377e",
     "wudi {'ridge': 0.125}": "b711e1a3e5b3",
