@@ -25,6 +25,12 @@ _OLD_BUFFERS = re.compile(
 )
 """Constants that earlier releases of transformers saved beside the weights: causal masks, rotary frequencies."""
 
+_NOT_LEFT_TO_RIGHT = {
+    "xlnet": "was trained on words in any order and reads what follows too",
+    "prophetnet": "predicts several tokens ahead, in streams of its own",
+}
+"""Model types that transformers lists as causal language models and that do not answer token by token."""
+
 
 class Loaded(NamedTuple):
     """A model as transformers' own loader makes it of tensors, and what that loader has to say."""
@@ -65,7 +71,7 @@ def model_class(path: Path, config: Any, classifies: bool) -> Any:
     """The class of transformers that computes with this configuration.
 
     BaseModelError for one that has none, that is quantised, composite (text and images), an encoder-decoder or, as a
-    language model, an encoder.
+    language model, an encoder or one that does not read from left to right.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.models.auto.auto_factory import _get_model_class
@@ -90,6 +96,10 @@ def model_class(path: Path, config: Any, classifies: bool) -> Any:
     ):
         raise BaseModelError(
             f"base {path}: {config.model_type} is an encoder, no {what}: take objective=classification, or another base"
+        )
+    if not classifies and (reason := _NOT_LEFT_TO_RIGHT.get(config.model_type)):
+        raise BaseModelError(
+            f"base {path}: {config.model_type} {reason}, so it is no {what} as it stands; take another base"
         )
     return _get_model_class(config, auto._model_mapping)
 

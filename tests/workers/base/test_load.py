@@ -147,6 +147,10 @@ def _config(**fields: Any) -> Callable[[Path], None]:
     return lambda folder: change_json(folder / "config.json", **fields)
 
 
+def _kind(name: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "config.json").write_text(transformers.AutoConfig.for_model(name).to_json_string())
+
+
 def _without(name: str) -> Callable[[Path], None]:
     return lambda folder: change_weights(folder, lambda t: {n: v for n, v in t.items() if n != name})
 
@@ -196,6 +200,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "text and images": (_composite, r"gemma3 holds more than a language model .*gemma3_text"),
     "an encoder": (_config(model_type="bert", architectures=["BertModel"]), r"bert is an encoder, .*classification"),
     "an encoder with a decoder": (_config(model_type="t5"), r"no causal language model of its kind \(t5\)"),
+    "words in any order": (_kind("xlnet"), r"xlnet .* reads what follows too, .*another base"),
+    "several tokens ahead": (_kind("prophetnet"), r"prophetnet .*no causal language model"),
     "a field that makes no sense": (_config(num_attention_heads=0), r"does not read its config|cannot load it"),
     "a broken tokenizer": (_damage("tokenizer.json", "{"), r"transformers does not read its tokenizer"),
 }
