@@ -7,6 +7,7 @@ all right. Reading rows is `pipeline.data.sources`, cutting them into splits `pi
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from typing import Literal, NamedTuple
 from workers.text.rows import Row
 
 DistinctBy = Literal["text", "words"]
+_UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Zs")
+"""Unicode's categories of control and format characters and of blanks."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,12 @@ def normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text is seen: blanks, and characters without a shape of their own."""
+    left = text.strip()
+    return not left or (not left.isascii() and all(unicodedata.category(each) in _UNSEEN for each in left))
+
+
 def content_hash(*parts: str) -> str:
     """Hex SHA-256 of texts in their order."""
     return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
@@ -96,9 +105,9 @@ def distinct_rows(
     blank_input = blank_target = 0
     for row in rows:
         words = normalised(row.input)
-        if not words:
+        if is_blank(words):
             blank_input += 1
-        elif not any(target.strip() for target in row.targets):
+        elif all(is_blank(target) for target in row.targets):
             blank_target += 1
         else:
             exact = (row.input, *sorted(set(row.options or ()))) if by == "text" else ()
@@ -155,7 +164,7 @@ def _with_all_answers(group: Sequence[Row], commonest_first: bool) -> Row:
     """The first row of a group with the targets of all."""
     if len(group) == 1 and len(group[0].targets) == 1:
         return group[0]  # its target is not blank
-    targets = Counter(target for row in group for target in dict.fromkeys(row.targets) if target.strip())
+    targets = Counter(target for row in group for target in dict.fromkeys(row.targets) if not is_blank(target))
     ordered = [target for target, _ in targets.most_common()] if commonest_first else list(targets)
     return Row("", group[0].input, tuple(ordered), None)
 

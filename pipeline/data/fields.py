@@ -14,6 +14,8 @@ LONGEST_NAME = 256
 """Characters of a registered model's name and of an experiment's in MLflow's database."""
 
 
+_JOINERS = "\u200c\u200d"
+"""Invisible, and part of how some scripts are written."""
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _PLACEHOLDER = re.compile(r"\{\s*(\w+)\s*\}")
 _NOT_FILLED = ("prompt", "target", "targets", "label", "labels")
@@ -40,6 +42,10 @@ def _plain_name(value: str) -> str:
         (character for character in value if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")), ""
     ):
         raise ValueError(f"a name is one line of text, without {bad!r}")
+    if bad := next((each for each in value if unicodedata.category(each) == "Cf" and each not in _JOINERS), ""):
+        raise ValueError(f"a name shows all of its characters, {bad!a} is invisible: remove it")
+    if (composed := unicodedata.normalize("NFC", value)) != value:
+        raise ValueError(f"write {composed!r} in composed characters (Unicode NFC): names that look alike are two")
     if "?" in value:
         raise ValueError("a name holds no '?', at which MLflow ends it in models:/<name>")
     return value

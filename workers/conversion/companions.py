@@ -25,6 +25,7 @@ COMPANIONS = (
     "merges.txt", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt",
 )  # fmt: skip
 _SPLITTING = ("normalizer", "pre_tokenizer", "post_processor")
+_SPECIAL = ("bos_token", "eos_token", "pad_token")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _BOOKKEEPING = frozenset({
     "_attn_implementation", "_commit_hash", "_from_model_config", "_model_name_or_path", "_name_or_path",
@@ -54,6 +55,8 @@ def compare_companions(what: str, theirs: Read, ours: Read) -> tuple[str, ...]:
     template = _template(theirs)
     if template is not None and template != _template(ours):
         found.append("it has another chat template, which is ignored")
+    if changed := _changed(_special(theirs), _special(ours), missing=False):
+        found.append(f"its tokenizer's special tokens are ignored ({TOKENIZER_CONFIG}: {changed})")
     base = _settings(ours(CONFIG))
     ids = {name: base[name] for name in _TOKENS if name in base}  # what a generation without settings of its own uses
     if changed := _changed(_settings(theirs(GENERATION)), ids | _settings(ours(GENERATION)), missing=True):
@@ -132,6 +135,12 @@ def _split_otherwise(theirs: Read, ours: Read) -> list[str]:
         return ["merges"] if old and new and old.split() != new.split() else []
     differ = [part for part in _SPLITTING if _plain(mine.get(part)) != _plain(base.get(part))]
     return (["merges"] if _merges(mine) != _merges(base) else []) + differ
+
+
+def _special(read: Read) -> dict[str, Any]:
+    """The tokens with a part of their own, as text: some files describe them."""
+    told = {name: settings_of(read(TOKENIZER_CONFIG)).get(name) for name in _SPECIAL}
+    return {name: each.get("content") if isinstance(each, Mapping) else each for name, each in told.items()}
 
 
 def _merges(tokenizer: Mapping[str, Any]) -> list[Any]:

@@ -37,6 +37,11 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "task of blanks": ({"held_in": {" \t": TASK}}, "a name is needed, this one is empty"),
     "task with blanks around": ({"held_in": {" one": TASK}}, "a name neither begins nor ends with blanks"),
     "task of two lines": ({"held_in": {"a\nb": TASK}}, "a name is one line of text, without '\\n'"),
+    "task with what nobody sees": (
+        {"held_in": {"a\u200bb": TASK}},
+        "a name shows all of its characters, '\\u200b' is invisible",
+    ),
+    "task in pieces": ({"held_in": {"cafe\u0301": TASK}}, "write 'café' in composed characters"),
     "task with a question mark": ({"held_in": {"why?": TASK}}, "a name holds no '?'"),
     "task that is a number": ({"held_in": {7: TASK}}, "held_in.7: Input should be a valid string (found 7)"),
     "task with a long name": (

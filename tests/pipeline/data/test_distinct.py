@@ -34,8 +34,9 @@ def test_case_and_spaces_make_different_rows_unless_the_task_says_otherwise() ->
 
 def test_blank_rows_are_counted() -> None:
     rows = [row("a", "x"), row(" \n", "x"), row("b", ""), row("c", " ", "\t"), row("d", "", "x")]
-    assert kept(rows) == {"a": ("x",), "d": ("x",)}
-    assert counts(rows) == RowCounts(read=5, kept=2, blank_input=1, blank_target=2)
+    unseen = [row("\u200b\ufeff", "x"), row("e", "\u2060")]
+    assert kept(rows + unseen) == {"a": ("x",), "d": ("x",)}
+    assert counts(rows + unseen) == RowCounts(read=7, kept=2, blank_input=2, blank_target=3)
 
 
 @pytest.mark.parametrize("options", [YES_NO, None], ids=["options", "labels"])

@@ -27,6 +27,7 @@ def base(without: str = "", **changes: Any) -> Read:
     files = {
         "tokenizer__json": tokenizer(),
         "chat_template__jinja": TEMPLATE,
+        "tokenizer_config__json": {"eos_token": "ab"},
         "config__json": {"eos_token_id": 2, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "dtype": "bfloat16"},
         "generation_config__json": {"eos_token_id": 2, "transformers_version": "4"},
     }
@@ -51,6 +52,7 @@ def words(*tokens: str) -> dict[str, int]:
         pytest.param(
             base("chat_template__jinja", tokenizer_config__json={"chat_template": TEMPLATE}), id="template elsewhere"
         ),
+        pytest.param(base(tokenizer_config__json={"eos_token": {"content": "ab"}}), id="a token described"),
         pytest.param(reader(vocab__json=VOCABULARY, merges__txt="a b"), id="older files"),
         pytest.param(reader(vocab__txt="<s>\na\nb\nab\n"), id="one token a line"),
         pytest.param(
@@ -77,6 +79,9 @@ TOLD = {
         base("chat_template__jinja", tokenizer_config__json={"chat_template": [{"name": "x"}]}), "chat template",
     ),
     "another end": (base(generation_config__json={"eos_token_id": 40}), r"eos_token_id 40, the base's 2"),
+    "another end of its tokenizer": (
+        base(tokenizer_config__json={"eos_token": {"content": "b"}}), 'eos_token "b", the base\'s "ab"',
+    ),
     "several ends": (base(generation_config__json={"eos_token_id": [2, 40]}), r"eos_token_id \[2, 40\]"),
     "sampling": (base(generation_config__json={"temperature": 0.6}), "temperature 0.6, the base's not set"),
     "another rotation": (base(config__json={"rope_theta": 5e5}), "rope_theta 500000.0, the base's 10000.0"),
