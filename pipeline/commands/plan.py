@@ -1,12 +1,9 @@
 """`python -m pipeline plan`: what a run would make and reuse, why each expert is stale, and at what cost."""
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import click
 
 from infra.deferred import deferred
+from infra.garbage import no_search_for_cycles
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -15,16 +12,5 @@ from infra.deferred import deferred
 @click.argument("overrides", nargs=-1, metavar="[SECTION.FIELD=VALUE]...")
 def plan(config_path: str, as_json: bool, overrides: tuple[str, ...]) -> None:
     """What a run would make and what it would reuse, why each expert is stale, and at what cost. Changes nothing."""
-    with _no_search_for_cycles():
+    with no_search_for_cycles():  # a plan keeps nearly all that it makes, modules as well, until its end, which is soon
         deferred("pipeline.plan.show:plan")(config_path=config_path, as_json=as_json, overrides=overrides)
-
-
-@contextmanager
-def _no_search_for_cycles() -> Iterator[None]:
-    """A plan keeps nearly all that it makes until its end, which is soon: modules, and rows by the hundred thousand.
-    Looking through them for garbage again and again was a third of the time of reading the quickstart's tasks."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()

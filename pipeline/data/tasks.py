@@ -7,11 +7,9 @@ count as one, `pipeline.data.distinct`; prompts are `workers.text.prompt`.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import hashlib
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -19,6 +17,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from infra.errors import DataError
+from infra.garbage import no_search_for_cycles
 from infra.store.layout import rows_name
 from pipeline.data.distinct import Distinct, DistinctBy, RowCounts, distinct_rows
 from pipeline.data.fields import Positive, Text, Whole, check_place, check_placeholders
@@ -268,20 +267,8 @@ def load_tasks(
     except DataError as error:
         wrong = [name for name, config in tasks.items() if f"{config.source}: " in str(error)]
         raise DataError(f"task {', '.join(wrong)}: {error}" if wrong else str(error)) from error
-    with _without_collection():
+    with no_search_for_cycles():
         return {name: _load(name, config, paths, sizes, seed, read_bytes) for name, config in tasks.items()}
-
-
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """Reading makes many small objects and no cycles: a third of its time would go to looking for these."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _load(
