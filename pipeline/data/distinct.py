@@ -16,8 +16,8 @@ from typing import Literal, NamedTuple
 from workers.text.rows import Row
 
 DistinctBy = Literal["text", "words"]
-_UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Zs")
-"""Unicode's categories of control and format characters and of blanks."""
+_UNSEEN = ("Cf", "Zl", "Zp", "Zs")
+"""Unicode's categories of format characters and of blanks."""
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,15 @@ from pydantic import ValidationError
 
 from infra.errors import DataError
 from infra.store.layout import rows_name
-from pipeline.data.distinct import normalised
+from pipeline.data.distinct import is_blank, normalised
 from pipeline.data.sources import source_license
 from pipeline.data.tasks import TaskConfig, TaskData, learned_elsewhere, load_tasks, make_splits
 from workers.text.rows import Row, fingerprint, load_rows, rows_from_jsonl, rows_to_jsonl
 
 SIZES = {"train": 16, "validation": 4, "gate": 5, "test": 6}
-texts = st.lists(st.text(min_size=1, max_size=12).filter(lambda t: bool(normalised(t))), min_size=23, max_size=60)
+texts = st.lists(
+    st.text(min_size=1, max_size=12).filter(lambda t: not is_blank(normalised(t))), min_size=23, max_size=60
+)
 
 
 def splits_of(rows: list[Row], sizes: dict[str, int], seed: int, **how: Any) -> dict[str, tuple[Row, ...]]:
